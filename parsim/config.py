@@ -1,0 +1,259 @@
+"""Reading files from outside into nouns, and the folders that parsim ships its data in.
+
+A file is data: it is parsed by a standard parser, its keys are checked against the noun's fields
+(did-you-mean), quantities written with units are turned into SI by the unit in the key's name, and
+pydantic validates the rest. All errors of a file are reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from parsim.errors import ParsimError, did_you_mean, shorten
+from parsim.hardware import Cluster
+from parsim.model import ModelSpec
+from parsim.stack import Stack
+from parsim.units import parse_field
+
+T = TypeVar("T")
+MAX_FILE_BYTES = 64 * 2**20
+"""Larger configuration files are refused before they are read."""
+
+
+def data_folder(kind: str) -> Path:
+    """The folder of shipped data: "models" or "hardware_profiles".
+
+    In an installed wheel it lies inside the package, in a checkout beside it.
+    """
+    package = Path(__file__).parent
+    inside = package / "_data" / kind
+    return inside if inside.is_dir() else package.parent / kind
+
+
+def shipped(kind: str) -> dict[str, Path]:
+    """Shipped files of one kind by the name users type."""
+    return {path.stem: path for path in sorted(data_folder(kind).glob("*.toml"))}
+
+
+def find(kind: str, name: str, *, what: str) -> Path:
+    """The file for a name or path that the user gave.
+
+    Raises ParsimError, with the nearest known name, where there is no such file.
+    """
+    known = shipped(kind)
+    if name in known:
+        return known[name]
+    path = Path(name)
+    looks_like_path = path.suffix in (".toml", ".json") or len(path.parts) > 1
+    if looks_like_path:
+        if path.is_file():
+            return path
+        raise ParsimError(f"no such {what} file", where=name)
+    raise ParsimError(
+        f"unknown {what} {name!r}",
+        expected=f"one of {len(known)} shipped names, or a path to a file",
+        hint=did_you_mean(name, known) or f"`parsim {what if what == 'hardware' else what + 's'}` lists them",
+    )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; refuses what is too large, unreadable or not UTF-8."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise ParsimError(
+                "this file is too large",
+                where=str(path),
+                got=f"{size} bytes",
+                expected=f"at most {MAX_FILE_BYTES}",
+            )
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ParsimError("this file is not UTF-8 text", where=str(path), got=str(error)) from None
+    except OSError as error:
+        raise ParsimError("cannot read this file", where=str(path), got=error.strerror) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
+    try:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ParsimError("this is no valid TOML", where=str(path), got=str(error)) from None
+    except RecursionError:
+        raise ParsimError("this file is nested too deeply", where=str(path)) from None
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """JSON without NaN, Infinity or keys given twice."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(items)
+        if len(table) < len(items):
+            keys = [key for key, _ in items]
+            double = next(key for key in keys if keys.count(key) > 1)
+            raise ParsimError("a key is given twice", where=f"{where}: {double}")
+        return table
+
+    def refuse(name: str) -> float:
+        raise ParsimError("a number must be finite", where=where, got=name)
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise ParsimError(
+            "this is no valid JSON; is the file complete?", where=where, got=str(error)
+        ) from None
+    except RecursionError:
+        raise ParsimError("this file is nested too deeply", where=where) from None
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return parse_json(read_text(path), where=str(path))
+
+
+def validate(cls: type[T], data: object, *, where: str) -> T:
+    """An instance of the dataclass `cls` from parsed data.
+
+    Raises ParsimError naming every wrong key at once: unknown (with the nearest known), missing, of
+    the wrong type, or refused by the noun itself.
+    """
+    problems: list[str] = []
+    clean = _with_si_units(cls, data, "", problems)
+    if not problems:
+        try:
+            return TypeAdapter(cls).validate_python(clean)
+        except ValidationError as error:
+            problems = [_describe(e) for e in error.errors()]
+    noun = "problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise ParsimError(f"{noun} in this file:\n  - " + "\n  - ".join(problems), where=where)
+
+
+def _describe(error: Any) -> str:
+    at = ".".join(str(part) for part in error["loc"])
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, ParsimError):
+        at = ".".join(filter(None, (at, cause.where)))
+        text = cause.what + (f", got {shorten(cause.got)}" if cause.got is not None else "")
+        text += f", expected {cause.expected}" if cause.expected else ""
+    else:
+        text = error["msg"][:1].lower() + error["msg"][1:]
+        if error["type"] != "missing":
+            text += f", got {shorten(error['input'])}"
+    return f"{at}: {text}"
+
+
+def _with_si_units(cls: Any, data: object, at: str, problems: list[str]) -> object:
+    """`data` with units turned into SI numbers; unknown keys are added to `problems`."""
+    if not dataclasses.is_dataclass(cls) or not isinstance(data, Mapping):
+        return data
+    hints = typing.get_type_hints(cls)
+    clean: dict[str, object] = {}
+    for key, value in data.items():
+        place = f"{at}{key}"
+        if key not in hints:
+            near = did_you_mean(str(key), hints)
+            problems.append(f"{place}: unknown key" + (f"; {near}" if near else ""))
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{place}: a number must be finite, got {value}")
+            continue
+        clean[key] = _value_in_si(hints[key], key, value, place, problems)
+    return clean
+
+
+def _value_in_si(hint: Any, key: str, value: object, place: str, problems: list[str]) -> object:
+    if isinstance(value, str):
+        try:
+            number = parse_field(key, value)
+        except ParsimError as error:
+            problems.append(f"{place}: {error.what}, got {value!r}, expected {error.expected}")
+            return value
+        return value if number is None else number
+    inner = _dataclass_in(hint)
+    if isinstance(value, Mapping):
+        if inner is not None and typing.get_origin(hint) is not dict:
+            return _with_si_units(inner, value, f"{place}.", problems)
+        # A table by dtype or scope: each value is read like the key that holds the table.
+        return {
+            k: _value_in_si(inner or hint, key, v, f"{place}.{k}", problems)
+            for k, v in value.items()
+        }
+    if isinstance(value, list) and inner is not None:
+        return [_with_si_units(inner, v, f"{place}[{i}].", problems) for i, v in enumerate(value)]
+    return value
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass inside a hint such as X, X | None, dict[str, X] or tuple[X, ...]."""
+    if dataclasses.is_dataclass(hint):
+        return hint
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
+        for part in typing.get_args(hint):
+            found = _dataclass_in(part)
+            if found is not None:
+                return found
+    return None
+
+
+def load_cluster(name: str) -> Cluster:
+    """A hardware profile by name or path."""
+    path = find("hardware_profiles", name, what="hardware")
+    return validate(Cluster, read_toml(path), where=str(path))
+
+
+def load_stack(name: str) -> Stack:
+    """A software stack by name or path."""
+    path = find("hardware_profiles/stacks", name, what="stack")
+    return validate(Stack, read_toml(path), where=str(path))
+
+
+def load_model(name: str) -> ModelSpec:
+    """A model by name, by path to TOML, or from a Hugging Face config.json."""
+    path = find("models", name, what="model")
+    if path.suffix == ".json":
+        from parsim.importers.huggingface import model_from_config
+
+        return model_from_config(read_json(path), where=str(path))
+    return validate(ModelSpec, read_toml(path), where=str(path))
+
+
+def to_data(noun: Any) -> dict[str, Any]:
+    """A dataclass as plain data for JSON, without fields that hold nothing."""
+    return {k: v for k, v in dataclasses.asdict(noun).items() if v not in (None, "", ())}
+
+
+def dump_json(document: object) -> str:
+    """JSON text as parsim writes it: two spaces, no NaN, a newline at the end."""
+    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a whole file or nothing: to a temporary name beside it, then rename."""
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ParsimError("cannot write this file", where=str(path), got=error.strerror) from None

@@ -1,0 +1,80 @@
+"""The errors parsim raises on purpose.
+
+ParsimError            bad input: one message that says what, where, got, expected and a hint; exit status 2
+└── NothingFits        a well-posed question whose answer is "no"; exit status 1
+
+Anything else that escapes is a defect of parsim, not of the input.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ParsimError(ValueError):
+    """Bad input, explained to the person who typed it."""
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        got: object = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        """The message as several short lines; a part that is not known is left out."""
+        lines = [self.what]
+        if self.where is not None:
+            lines.append(f"  where:    {self.where}")
+        if self.got is not None:
+            lines.append(f"  got:      {shorten(self.got)}")
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.hint is not None:
+            lines.append(f"  hint:     {self.hint}")
+        return "\n".join(lines)
+
+    def at(self, where: str) -> ParsimError:
+        """The same error with the place it came from put before the place it already names."""
+        place = where if self.where is None else f"{where}: {self.where}"
+        return type(self)(
+            self.what, where=place, got=self.got, expected=self.expected, hint=self.hint
+        )
+
+
+class NothingFits(ParsimError):
+    """The question was understood and the answer is no: no plan fits, or a check failed."""
+
+    exit_code = 1
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """A value as one line of at most `limit` characters, for messages.
+
+    >>> shorten("x" * 9, limit=5)
+    "'xxx…"
+    """
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """A hint naming the nearest known word, or None where nothing is near.
+
+    >>> did_you_mean("hiden", ["hidden", "heads"])
+    "did you mean 'hidden'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"did you mean '{near[0]}'?" if near else None

@@ -1,0 +1,246 @@
+"""Job and ParallelPlan: what is trained, and how it is split over the devices.
+
+Standard library only: the executor's workers import it where nothing but torch is installed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from parsim.errors import ParsimError, did_you_mean
+from parsim.model import ModelSpec
+
+Recompute = Literal["none", "selective", "full"]
+
+V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
+"""Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What one optimizer step does."""
+
+    model: ModelSpec
+    seq_len: int
+    """Tokens in a sequence."""
+    global_batch: int
+    """Sequences in a step, over all ranks."""
+    precision: str = "bf16"
+    """dtype of the GEMMs: bf16, fp16, fp8, mxfp8, nvfp4, fp32, fp64."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+    def __post_init__(self) -> None:
+        for key in ("seq_len", "global_batch"):
+            if getattr(self, key) < 1:
+                raise ParsimError("a size must be positive", where=key, got=getattr(self, key))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a step."""
+        return self.seq_len * self.global_batch
+
+
+class Coordinate(NamedTuple):
+    """Where a rank stands on the device mesh."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelPlan:
+    """How a job is split. gpus = dp·tp·pp·cp; ep regroups the dp·cp·tp ranks of one stage."""
+
+    dp: int = 1
+    """Data-parallel replicas."""
+    tp: int = 1
+    """Tensor-parallel ranks that share every layer."""
+    pp: int = 1
+    """Pipeline ranks."""
+    cp: int = 1
+    """Context-parallel ranks that share every sequence."""
+    ep: int = 1
+    """Expert-parallel ranks that share the experts of an MoE layer."""
+    vpp: int = 1
+    """Model chunks on each pipeline rank."""
+    micro_batch: int = 1
+    """Sequences in one forward of one dp rank."""
+    schedule: str = "1f1b"
+    zero: int = 0
+    """0 replicates; 1 shards optimizer states, 2 also gradients, 3 also parameters (FSDP)."""
+    zero_group: int = 0
+    """Ranks that share the shards; 0 means all dp·cp of them."""
+    sequence_parallel: bool = False
+    recompute: Recompute = "none"
+    tp_overlap: bool = False
+    """Tensor-parallel communication is cut up and hidden behind the GEMMs (async tp)."""
+    stage_split: tuple[int, ...] = ()
+    """Layers of every stage in order; empty: as even as can be, embedding and head counted."""
+
+    def __post_init__(self) -> None:
+        for key in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch"):
+            if getattr(self, key) < 1:
+                raise ParsimError(
+                    "a plan's sizes are whole numbers from 1", where=key, got=getattr(self, key)
+                )
+        if not 0 <= self.zero <= 3:
+            raise ParsimError("unknown ZeRO stage", where="zero", got=self.zero, expected="0 to 3")
+        if self.recompute not in ("none", "selective", "full"):
+            raise ParsimError(
+                "unknown recompute mode",
+                where="recompute",
+                got=self.recompute,
+                expected="none, selective or full",
+            )
+        if self.stage_split and len(self.stage_split) != self.num_stages:
+            raise ParsimError(
+                "stage_split needs one number a stage",
+                where="stage_split",
+                got=len(self.stage_split),
+                expected=f"pp·vpp = {self.num_stages} numbers",
+            )
+
+    @property
+    def gpus(self) -> int:
+        return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def num_stages(self) -> int:
+        return self.pp * self.vpp
+
+    @property
+    def shard_group(self) -> int:
+        """Ranks that share optimizer shards (1 without ZeRO)."""
+        if self.zero == 0:
+            return 1
+        return self.zero_group or self.dp * self.cp
+
+    def num_micro_batches(self, job: Job) -> int:
+        """Micro-batches that each pipeline runs in a step."""
+        return job.global_batch // (self.dp * self.micro_batch)
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Mesh coordinate of a global rank: rank = ((pp_i·DP + dp_i)·CP + cp_i)·TP + tp_i.
+
+        >>> ParallelPlan(dp=2, tp=4, pp=2).coordinate(13)
+        Coordinate(pp=1, dp=1, cp=0, tp=1)
+        """
+        rest, tp_i = divmod(rank, self.tp)
+        rest, cp_i = divmod(rest, self.cp)
+        pp_i, dp_i = divmod(rest, self.dp)
+        return Coordinate(pp_i, dp_i, cp_i, tp_i)
+
+    def rank(self, at: Coordinate) -> int:
+        """The global rank at a mesh coordinate."""
+        return ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+
+    def stage_rank(self, stage: int) -> int:
+        """The pipeline rank that holds a stage.
+
+        Chunks go round the ranks (stage s on s mod pp) except in V-shaped schedules, where the
+        second chunk runs back.
+        """
+        chunk, place = divmod(stage, self.pp)
+        if self.schedule in V_SHAPED_SCHEDULES and chunk % 2:
+            return self.pp - 1 - place
+        return place
+
+    def short(self) -> str:
+        """The short form that `--plan` reads, without fields that have their usual value.
+
+        >>> ParallelPlan(dp=2, pp=4, schedule="gpipe").short()
+        'dp=2,tp=1,pp=4,micro_batch=1,schedule=gpipe'
+        """
+        always = ("dp", "tp", "pp", "micro_batch", "schedule")
+        default = _short_defaults(self.tp, self.schedule)
+        parts = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in always or value != default.get(f.name, f.default):
+                text = "-".join(map(str, value)) if f.name == "stage_split" else str(value).lower()
+                parts.append(f"{f.name}={text}")
+        return ",".join(parts)
+
+
+def _short_defaults(tp: int, schedule: str) -> dict[str, object]:
+    """Defaults of the short form that depend on other fields."""
+    return {"sequence_parallel": tp > 1, "vpp": 2 if schedule in V_SHAPED_SCHEDULES else 1}
+
+
+def parse_plan(text: str) -> ParallelPlan:
+    """A plan from its short form, e.g. "dp=8,tp=8,pp=8,micro_batch=1,schedule=1f1b".
+
+    Fields left out: every size 1, schedule 1f1b, vpp 1 (2 for V-shaped schedules), zero 0, recompute
+    none, sequence_parallel where tp > 1. stage_split is written with dashes: stage_split=8-9-9-6.
+
+    Raises ParsimError for an unknown field, a field given twice, or a value of the wrong type.
+    """
+    known = {f.name: f for f in dataclasses.fields(ParallelPlan)}
+    given: dict[str, object] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ParsimError(
+                "a plan is written as key=value pairs",
+                where=part,
+                hint="such as dp=2,tp=4,pp=2,micro_batch=1",
+            )
+        if key not in known:
+            raise ParsimError(
+                f"unknown field {key!r} in the plan",
+                where=part,
+                expected=", ".join(known),
+                hint=did_you_mean(key, known),
+            )
+        if key in given:
+            raise ParsimError(f"field {key!r} is given twice", where=text)
+        given[key] = _parse_value(key, value)
+    tp, schedule = given.get("tp", 1), given.get("schedule", "1f1b")
+    assert isinstance(tp, int) and isinstance(schedule, str)
+    return ParallelPlan(**(_short_defaults(tp, schedule) | given))  # type: ignore[arg-type]
+
+
+def _parse_value(key: str, value: str) -> object:
+    if key in ("schedule", "recompute"):
+        return value.lower()
+    if key in ("sequence_parallel", "tp_overlap"):
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if value.lower() not in words:
+            raise ParsimError("this field is yes or no", where=key, got=value, expected="true, false")
+        return words[value.lower()]
+    try:
+        if key == "stage_split":
+            return tuple(int(part) for part in value.split("-"))
+        return int(value)
+    except ValueError:
+        raise ParsimError("this field is a whole number", where=key, got=value) from None
+
+
+def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
+    """Layers of every stage, in order of stage.
+
+    Even where pp·vpp divides the layers. Else embedding and head count as one layer each where that
+    makes it even (as Llama 3 405B: 126 + 2 on 16 stages, arXiv 2407.21783 section 3.3.2); else the
+    remainder goes to the stages in the middle, away from embedding and head.
+
+    >>> from parsim.model import ModelSpec
+    >>> spec = ModelSpec(name="x", layers=14, hidden=8, heads=1, ffn_hidden=8, gated_mlp=True, vocab=8,
+    ...                  max_seq_len=8)
+    >>> stage_layers(spec, ParallelPlan(pp=4))
+    (3, 4, 4, 3)
+    """
+    if plan.stage_split:
+        return plan.stage_split
+    n = plan.num_stages
+    each, rest = divmod(model.layers, n)
+    if rest == 0:
+        return (each,) * n
+    if n > 1 and (model.layers + 2) % n == 0:
+        each = (model.layers + 2) // n
+        return (each - 1, *(each for _ in range(n - 2)), each - 1)
+    first = (n - rest + 1) // 2
+    return tuple(each + (1 if first <= s < first + rest else 0) for s in range(n))

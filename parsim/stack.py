@@ -1,0 +1,86 @@
+"""Stack: the training software on top of the hardware.
+
+Which kernels are fused, what overlaps with what, what a launch costs: the same plan on the same GPUs
+runs at different speeds under Megatron-LM of 2021 and Megatron-Core of 2025. A Stack holds at most about
+ten fitted constants, each with a physical meaning; a constant says where it comes from in `source`.
+Standard library only: the executor's workers import it where nothing but torch is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from parsim.errors import ParsimError
+
+AttentionKernel = Literal["flash", "fused_softmax", "unfused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """A training framework of some year, as far as step time and memory depend on it."""
+
+    name: str
+    description: str
+    source: str
+
+    # Which kernels there are
+    attention: AttentionKernel = "flash"
+    """flash: scores stay on chip; fused_softmax: written once a pass; unfused: read and written by each."""
+    fused_elementwise: bool = True
+    """Bias, activation, dropout and residual run as one kernel each way."""
+    fused_cross_entropy: bool = True
+    """The loss reads the logits once and keeps them in the GEMMs' dtype."""
+
+    # How fast they are in training, against the same kernel alone on a hot device
+    gemm_slowdown: float = 1.0
+    """Time of a GEMM in training over the bare kernel's."""
+    attention_slowdown: float = 1.0
+    memory_bound_slowdown: float = 1.0
+
+    # Host
+    layer_host_s: float = 0.0
+    """Host time to launch one layer's forward; a layer takes max(host, device). Backward: twice."""
+    step_overhead_s: float = 0.0
+    """Host time once a step: data, logging, gradient norm, zeroing."""
+
+    # Communication
+    collective_overhead_s: float = 0.0
+    """Time every tensor-parallel collective costs beyond the collective itself."""
+    tp_exposed: float = 1.0
+    """Share of tensor-parallel communication that compute does not hide (without tp_overlap)."""
+    tp_overlap_exposed: float = 0.3
+    """The same with tp_overlap."""
+    dp_exposed: float = 1.0
+    """1: gradients are reduced after the backward; below 1: buckets are reduced behind the last one."""
+    fsdp_exposed: float = 0.2
+    """Share of FSDP's all-gathers and reduce-scatters that compute does not hide."""
+    ep_exposed: float = 1.0
+    """Share of the expert all-to-all that compute does not hide."""
+    pp_overlap: bool = True
+    """Pipeline sends run beside compute; else both ends wait for them."""
+    pp_scatter_gather: bool = False
+    """Pipeline sends carry 1/tp of the tensor even without sequence parallelism."""
+
+    # Numbers kept per parameter
+    gradient_dtype: Literal["fp32", "bf16", "fp16", "same"] = "fp32"
+    """dtype gradients are accumulated and reduced in; same: that of the parameters."""
+    master_weights: bool = True
+    """The optimizer keeps fp32 weights beside 16-bit ones."""
+
+    # Memory beyond the model's tensors
+    context_bytes: float = 1.2e9
+    """CUDA context, NCCL buffers and allocator slack on each device."""
+
+    relative_error: float = 0.15
+    """Half width of the 90 % interval of log(measured / predicted), from validation."""
+
+    def __post_init__(self) -> None:
+        for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown"):
+            if not 0.5 <= getattr(self, key) <= 5:
+                raise ParsimError(
+                    "a slowdown is a factor near 1", where=key, got=getattr(self, key)
+                )
+        for key in ("tp_exposed", "tp_overlap_exposed", "dp_exposed", "fsdp_exposed", "ep_exposed"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

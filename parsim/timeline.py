@@ -1,0 +1,103 @@
+"""Span and Timeline: what happened when, on which stream of which rank.
+
+Simulated and measured steps are the same type, so charts, traces, statistics and comparison are
+written once. Time is in seconds from the start of the step.
+Standard library only: the executor's workers import it where nothing but torch is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple
+
+COMPUTE = "compute"
+TP = "tp"
+DP = "dp"
+EP = "ep"
+CP = "cp"
+HOST = "host"
+PP_STREAMS = ("pp_send_next", "pp_send_prev", "pp_recv_next", "pp_recv_prev")
+"""Pipeline transfers, one stream a peer and direction: a link is full duplex, and peers differ."""
+STREAMS = (COMPUTE, TP, CP, EP, DP, *PP_STREAMS, HOST)
+"""Every stream a rank may have, in the order charts and traces show them."""
+
+
+class Span(NamedTuple):
+    """One task on one stream of one rank, from start_s to end_s."""
+
+    rank: int
+    stream: str
+    name: str
+    """For reading: an Action such as "2F0", or what a collective carries."""
+    start_s: float
+    end_s: float
+    kind: str
+    """What the time is for: forward, backward, input_grad, weight_grad, recompute, optimizer, tp,
+    cp, ep, dp, pp, host."""
+    stage: int = -1
+    micro_batch: int = -1
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+class MemorySample(NamedTuple):
+    """Bytes that a rank holds from `time_s` until its next sample."""
+
+    rank: int
+    time_s: float
+    num_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """All spans of one step, in order of (rank, stream, start)."""
+
+    spans: tuple[Span, ...]
+    memory: tuple[MemorySample, ...] = ()
+    source: str = "simulated"
+    """"simulated" or "measured"."""
+    title: str = ""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({span.rank for span in self.spans}))
+
+    @property
+    def end_s(self) -> float:
+        """The end of the last span: the step time, where time starts at 0."""
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    def lanes(self) -> Iterator[tuple[int, str, tuple[Span, ...]]]:
+        """(rank, stream, spans in order of start) for each stream that has spans."""
+        ordered = sorted(self.spans, key=lambda s: (s.rank, STREAMS.index(s.stream), s.start_s))
+        for (rank, stream), spans in groupby(ordered, key=attrgetter("rank", "stream")):
+            yield rank, stream, tuple(spans)
+
+
+def busy_s(spans: Iterable[Span]) -> float:
+    """Time covered by at least one of the spans.
+
+    >>> busy_s([Span(0, "compute", "a", 0.0, 2.0, "forward"), Span(0, "tp", "b", 1.0, 3.0, "tp")])
+    3.0
+    """
+    return sum(end - start for start, end in merged((s.start_s, s.end_s) for s in spans))
+
+
+def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Intervals united where they touch or overlap, in order.
+
+    >>> merged([(2, 3), (0, 1), (1, 1.5)])
+    [(0, 1.5), (2, 3)]
+    """
+    united: list[tuple[float, float]] = []
+    for start, end in sorted(intervals):
+        if united and start <= united[-1][1]:
+            united[-1] = (united[-1][0], max(united[-1][1], end))
+        else:
+            united.append((start, end))
+    return united

@@ -1,0 +1,204 @@
+"""Units: parsing what people write, printing what people read.
+
+Inside parsim every quantity is in SI base units and its name says so (`_s`, `_bytes`, `_flops`,
+`_bytes_per_s`, `_flops_per_s`, `_w`). "80 GiB", "400 Gb/s" and "989 TFLOP/s" exist only in files and
+flags; this module is the only place that knows them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from parsim.errors import ParsimError
+
+_DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+_SECONDS |= {"d": 86400.0, "day": 86400.0, "days": 86400.0}
+_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ/]*)\s*")
+
+
+def _split(text: str, expected: str) -> tuple[float, str]:
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ParsimError("cannot read this quantity", got=text, expected=expected)
+    return float(match[1]), match[2]
+
+
+def _scale(unit: str, base: str) -> float | None:
+    """The factor of `unit` = prefix + base, or None when it is some other unit."""
+    if not unit.endswith(base):
+        return None
+    prefix = unit[: len(unit) - len(base)]
+    return _DECIMAL.get(prefix, _BINARY.get(prefix))
+
+
+def parse_bytes(text: str) -> float:
+    """Bytes from text such as "80 GiB", "80GB" or "512".
+
+    >>> parse_bytes("80 GiB") == 80 * 2**30
+    True
+    """
+    value, unit = _split(text, 'a size such as "80 GiB" or "80 GB"')
+    scale = 1.0 if unit == "" else _scale(unit, "B")
+    if scale is None:
+        raise ParsimError("unknown unit of size", got=text, expected="B, kB, MB, GB, KiB, GiB …")
+    return value * scale
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second from text; a small b is bits, a capital B is bytes.
+
+    >>> parse_bandwidth("400 Gb/s")
+    50000000000.0
+    >>> parse_bandwidth("3.35 TB/s")
+    3350000000000.0
+    """
+    value, unit = _split(text, 'a bandwidth such as "400 Gb/s" or "900 GB/s"')
+    unit = re.sub(r"bit/s$|bps$", "b/s", unit)
+    for base, bytes_each in (("b/s", 0.125), ("B/s", 1.0)):
+        scale = _scale(unit, base)
+        if scale is not None:
+            return value * scale * bytes_each
+    raise ParsimError(
+        "unknown unit of bandwidth", got=text, expected='bits "Gb/s" or bytes "GB/s" per second'
+    )
+
+
+def parse_rate(text: str) -> float:
+    """FLOPs per second from text such as "989 TFLOP/s" or "989 TFLOPS".
+
+    >>> parse_rate("989.4 TFLOP/s")
+    989400000000000.0
+    """
+    value, unit = _split(text, 'a rate such as "989 TFLOP/s"')
+    for base in ("FLOP/s", "FLOPS", "FLOPs", "FLOPs/s", "flop/s"):
+        scale = _scale(unit, base)
+        if scale is not None:
+            return value * scale
+    raise ParsimError("unknown unit of compute rate", got=text, expected="TFLOP/s, PFLOP/s …")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds from text such as "2.5 us", "90 s", "3 h" or "54 days".
+
+    >>> parse_duration("1.5 ms")
+    0.0015
+    """
+    value, unit = _split(text, 'a duration such as "2 us" or "30 min"')
+    if unit not in _SECONDS:
+        raise ParsimError("unknown unit of time", got=text, expected=", ".join(_SECONDS))
+    return value * _SECONDS[unit]
+
+
+def parse_power(text: str) -> float:
+    """Watts from text such as "700 W".
+
+    >>> parse_power("0.7 kW")
+    700.0
+    """
+    value, unit = _split(text, 'a power such as "700 W"')
+    scale = _scale(unit, "W")
+    if scale is None:
+        raise ParsimError("unknown unit of power", got=text, expected="W, kW, MW")
+    return value * scale
+
+
+def parse_count(text: str) -> int:
+    """A whole number, with an optional decimal suffix: "16384", "16k", "15T".
+
+    >>> parse_count("15.6T")
+    15600000000000
+    """
+    value, suffix = _split(text.replace("_", "").replace(",", ""), 'a count such as "4096" or "2M"')
+    scale = _DECIMAL.get({"B": "G", "b": "G", "m": "M", "t": "T"}.get(suffix, suffix))
+    if scale is None or not (value * scale).is_integer():
+        raise ParsimError("this is no whole number", got=text, expected='such as "4096" or "2M"')
+    return int(value * scale)
+
+
+# The suffix of a field's name tells its unit, so one table serves every file parsim reads.
+SUFFIX_PARSERS = (
+    ("_bytes_per_s", parse_bandwidth),
+    ("_flops_per_s", parse_rate),
+    ("_bytes", parse_bytes),
+    ("_w", parse_power),
+    ("_s", parse_duration),
+)
+
+
+def parse_field(key: str, text: str) -> float | None:
+    """The SI value of `text` by the unit in the name `key`, or None where the name has no unit.
+
+    >>> parse_field("memory_bytes", "1 KiB")
+    1024.0
+    """
+    for suffix, parse in SUFFIX_PARSERS:
+        if key.endswith(suffix):
+            return parse(text)
+    return None
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Bytes for reading, in binary units as memory is sold.
+
+    >>> format_bytes(80 * 2**30)
+    '80.0 GiB'
+    """
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(num_bytes) >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def format_bandwidth(bytes_per_s: float) -> str:
+    """
+    >>> format_bandwidth(50e9)
+    '50.0 GB/s'
+    """
+    return f"{_engineering(bytes_per_s)}B/s"
+
+
+def format_rate(flops_per_s: float) -> str:
+    """
+    >>> format_rate(989.4e12)
+    '989.4 TFLOP/s'
+    """
+    return f"{_engineering(flops_per_s)}FLOP/s"
+
+
+def format_duration(seconds: float) -> str:
+    """
+    >>> format_duration(0.00125), format_duration(93.5), format_duration(7200)
+    ('1.25 ms', '93.5 s', '2.0 h')
+    """
+    if not math.isfinite(seconds):
+        return str(seconds)
+    magnitude = abs(seconds)
+    if magnitude >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
+    if magnitude >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if magnitude >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
+
+
+def format_count(count: float) -> str:
+    """
+    >>> format_count(405_853_388_800)
+    '405.9B'
+    """
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.1f}{suffix}"
+    return f"{count:g}"
+
+
+def _engineering(value: float) -> str:
+    for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.1f} {prefix}"
+    return f"{value:.1f} "
