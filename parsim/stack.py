@@ -31,6 +31,8 @@ class Stack:
     """Bias, activation, dropout and residual run as one kernel each way."""
     fused_cross_entropy: bool = True
     """The loss reads the logits once and keeps them in the GEMMs' dtype."""
+    dropout: bool = False
+    """Models are trained with dropout on attention and residuals, as in the GPT-3 years."""
 
     # How fast they are in training, against the same kernel alone on a hot device
     gemm_slowdown: float = 1.0
@@ -51,10 +53,13 @@ class Stack:
     """Share of tensor-parallel communication that compute does not hide (without tp_overlap)."""
     tp_overlap_exposed: float = 0.3
     """The same with tp_overlap."""
-    dp_exposed: float = 1.0
-    """1: gradients are reduced after the backward; below 1: buckets are reduced behind the last one."""
-    fsdp_exposed: float = 0.2
-    """Share of FSDP's all-gathers and reduce-scatters that compute does not hide."""
+    dp_overlap: bool = True
+    """Gradients are reduced bucket by bucket behind the last backward (and ZeRO-1's parameters
+    gathered before the first forward); else after it."""
+    dp_bucket_parameters: float = 40e6
+    """Parameters in a bucket."""
+    fsdp_prefetch: bool = True
+    """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
     ep_exposed: float = 1.0
     """Share of the expert all-to-all that compute does not hide."""
     pp_overlap: bool = True
@@ -81,6 +86,6 @@ class Stack:
                 raise ParsimError(
                     "a slowdown is a factor near 1", where=key, got=getattr(self, key)
                 )
-        for key in ("tp_exposed", "tp_overlap_exposed", "dp_exposed", "fsdp_exposed", "ep_exposed"):
+        for key in ("tp_exposed", "tp_overlap_exposed", "ep_exposed"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

@@ -1,0 +1,65 @@
+"""Cell: the few facts of a plan that the cost of a layer depends on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from parsim.hardware import DTYPE_BYTES
+from parsim.plan import Job, ParallelPlan
+
+
+class Cell(NamedTuple):
+    """All that the cost of a layer depends on beside model, cluster and stack.
+
+    Every plan combines a few hundred such cells.
+    """
+
+    seq_len: int
+    micro_batch: int
+    tp: int
+    cp: int
+    ep: int
+    sequence_parallel: bool
+    recompute: str
+    precision: str
+    tp_overlap: bool
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of a micro-batch on one context-parallel rank."""
+        return self.micro_batch * self.seq_len // self.cp
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens that norms and residuals of one tensor-parallel rank work on."""
+        return self.tokens // self.tp if self.sequence_parallel else self.tokens
+
+    @property
+    def activation_bytes(self) -> int:
+        """e: bytes of one activation."""
+        return {"fp32": 4, "fp64": 8}.get(self.precision, 2)
+
+    @property
+    def activation_dtype(self) -> str:
+        """dtype of everything outside the narrow GEMMs."""
+        return "bf16" if self.low_precision else self.precision
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether GEMMs read operands narrower than the activations."""
+        return DTYPE_BYTES[self.precision] < self.activation_bytes
+
+
+def cell_of(job: Job, plan: ParallelPlan) -> Cell:
+    """The cell that a plan's layers lie in."""
+    return Cell(
+        seq_len=job.seq_len,
+        micro_batch=plan.micro_batch,
+        tp=plan.tp,
+        cp=plan.cp,
+        ep=plan.ep,
+        sequence_parallel=plan.sequence_parallel and plan.tp > 1,
+        recompute=plan.recompute,
+        precision=job.precision,
+        tp_overlap=plan.tp_overlap,
+    )

@@ -1,0 +1,126 @@
+"""Norms, linear layers, tensor-parallel entry and exit, and the dense feed-forward, as operations.
+
+Letters as in the papers: s sequence, b micro-batch, h hidden, a heads, t = tp, c = cp, f = ffn_hidden,
+T = b·s/c tokens of a rank, e bytes of an activation. Shapes are those of one tensor-parallel
+rank (Shoeybi et al. 2019, arXiv 1909.08053), transfers those of sequence parallelism where it is on
+(Korthikanti et al. 2022, arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+import math
+
+from parsim.cost.cell import Cell
+from parsim.cost.operation import Elementwise, Gemm, Operation, Pass, Transfer
+from parsim.hardware import DTYPE_BYTES
+from parsim.model import ModelSpec
+from parsim.stack import Stack
+
+
+def norm(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwise:
+    size = cell.local_tokens * model.hidden * cell.activation_bytes
+    # Forward reads x and writes y; backward reads dy and x and writes dx. Unfused, the statistics,
+    # the scaling and the casts to fp32 each pass over the tensor again.
+    passes = (2, 3) if stack.fused_elementwise else (6, 9)
+    return Elementwise(
+        name=name,
+        forward_bytes=passes[0] * size,
+        backward_bytes=passes[1] * size,
+        saved_bytes=size,
+    )
+
+
+def residual(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwise:
+    """x + dropout(y + bias): reads two tensors and writes one; dropout also writes its mask."""
+    elements = cell.local_tokens * model.hidden
+    size = elements * cell.activation_bytes
+    mask = elements if stack.dropout else 0
+    separate = 0 if stack.fused_elementwise else 2 * size * (stack.dropout + model.linear_bias)
+    return Elementwise(
+        name=name,
+        forward_bytes=3 * size + mask + separate,
+        backward_bytes=(2 if stack.dropout else 1) * size + mask + separate,
+        saved_bytes=mask,
+    )
+
+
+def enter_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Transfer, ...]:
+    """Before a column-parallel GEMM: gather the sequence; its backward scatters the gradient.
+
+    Without sequence parallelism the forward has nothing to do and the backward sums the gradient.
+    """
+    if cell.tp == 1:
+        return ()
+    size = cell.tokens * model.hidden * cell.activation_bytes
+    if not cell.sequence_parallel:
+        return (tensor_parallel(f"{name} input gradient", "all_reduce", size, "backward"),)
+    return (
+        tensor_parallel(f"{name} input", "all_gather", size, "forward"),
+        tensor_parallel(f"{name} input gradient", "reduce_scatter", size, "backward"),
+    )
+
+
+def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Transfer, ...]:
+    """After a row-parallel GEMM: the mirror image of enter_tensor_parallel."""
+    if cell.tp == 1:
+        return ()
+    size = cell.tokens * model.hidden * cell.activation_bytes
+    if not cell.sequence_parallel:
+        return (tensor_parallel(f"{name} output", "all_reduce", size, "forward"),)
+    return (
+        tensor_parallel(f"{name} output", "reduce_scatter", size, "forward"),
+        tensor_parallel(f"{name} output gradient", "all_gather", size, "backward"),
+    )
+
+
+def tensor_parallel(name: str, kind: str, num_bytes: float, when: Pass) -> Transfer:
+    return Transfer(name=name, stream="tp", kind=kind, num_bytes=num_bytes, when=when)
+
+
+def linear(
+    name: str, m: int, n: int, k: int, cell: Cell, *, saved_bytes: float
+) -> tuple[Operation, ...]:
+    """A linear layer: its GEMM, and with fp8 the casts of its operands.
+
+    Casting reads the activation and writes it in fp8, once as it is and once transposed for the
+    weight gradient (Transformer Engine's recipe on Hopper); the saved copy is then the fp8 one.
+    """
+    if not cell.low_precision:
+        return (Gemm(name=name, m=m, n=n, k=k, saved_bytes=saved_bytes),)
+    narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
+    cast = Elementwise(
+        name=f"{name} cast",
+        forward_bytes=m * k * (wide + 2 * narrow),
+        backward_bytes=m * n * (wide + 2 * narrow),
+    )
+    kept = saved_bytes * narrow / wide
+    return cast, Gemm(name=name, m=m, n=n, k=k, low_precision=True, saved_bytes=kept)
+
+
+def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
+    """A dense feed-forward, sharded over tp by columns then rows."""
+    h, e, T = model.hidden, cell.activation_bytes, cell.tokens
+    f = math.ceil(ffn_hidden / cell.tp)
+    columns = 2 * f if model.gated_mlp else f
+    return (
+        *enter_tensor_parallel("feed-forward", model, cell),
+        *linear("fc1", T, columns, h, cell, saved_bytes=cell.local_tokens * h * e),
+        activation(T, f, model.gated_mlp, cell, stack),
+        *linear("fc2", T, h, f, cell, saved_bytes=T * f * e),
+        *leave_tensor_parallel("feed-forward", model, cell),
+    )
+
+
+def activation(tokens: int, f: int, gated: bool, cell: Cell, stack: Stack) -> Elementwise:
+    """GELU(x + bias) or SiLU(x)·y: fused, each tensor is read or written once."""
+    size = tokens * f * cell.activation_bytes
+    inputs = 2 if gated else 1
+    forward, backward = inputs + 1, 2 * inputs + 1
+    extra = 0 if stack.fused_elementwise else 2
+    unfused_saved = size if gated and not stack.fused_elementwise else 0
+    return Elementwise(
+        name="activation",
+        forward_bytes=(forward + extra) * size,
+        backward_bytes=(backward + extra) * size,
+        saved_bytes=inputs * size + unfused_saved,
+    )

@@ -1,0 +1,196 @@
+"""What operations cost: seconds of each pass of a layer, on a cluster and under a stack."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from parsim.cost.attention import attention_s
+from parsim.cost.cell import Cell
+from parsim.cost.collective import collective_s, group_of
+from parsim.cost.gemm import gemm_s
+from parsim.cost.memory_bound import memory_bound_s
+from parsim.cost.operation import PASSES, Attention, Elementwise, Gemm, Operation, Pass, Transfer
+from parsim.hardware import Cluster
+from parsim.stack import Stack
+
+
+class PassTime(NamedTuple):
+    """Seconds of one pass over some layers for one micro-batch, by stream; communication as exposed."""
+
+    compute_s: float = 0.0
+    tp_s: float = 0.0
+    cp_s: float = 0.0
+    ep_s: float = 0.0
+
+    def plus(self, other: PassTime) -> PassTime:
+        """Both, one after the other."""
+        return PassTime(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: float) -> PassTime:
+        """The same, `factor` times over."""
+        return PassTime(*(factor * part for part in self))
+
+    @property
+    def total_s(self) -> float:
+        return sum(self)
+
+
+class PartTime(NamedTuple):
+    """Seconds of one part of the model (a layer, the embedding, the head) for one micro-batch."""
+
+    forward: PassTime
+    input_grad: PassTime
+    weight_grad: PassTime
+    recompute: PassTime
+
+    @property
+    def backward(self) -> PassTime:
+        """The whole backward: recomputation, then both gradients."""
+        return self.recompute.plus(self.input_grad).plus(self.weight_grad)
+
+    def plus(self, other: PartTime) -> PartTime:
+        """Both, one after the other."""
+        return PartTime(*(a.plus(b) for a, b in zip(self, other, strict=True)))
+
+
+NO_TIME = PartTime(PassTime(), PassTime(), PassTime(), PassTime())
+
+
+def part_time(
+    operations: tuple[Operation, ...], cell: Cell, cluster: Cluster, stack: Stack, *, host_s: float = 0.0
+) -> PartTime:
+    """Seconds of one part of the model.
+
+    `host_s`: host time to launch the forward. A pass takes max(host, device): the host runs ahead of a
+    busy device and is waited for by an idle one. The backward launches as much again.
+    """
+    times = {when: _transfers_s(operations, when, cell, cluster, stack) for when in PASSES}
+    forward = times["forward"]._replace(
+        compute_s=sum(_forward_s(op, cell, cluster, stack) for op in operations)
+    )
+    input_grad = times["backward"]._replace(
+        compute_s=sum(_input_grad_s(op, cell, cluster, stack) for op in operations)
+    )
+    weight_grad = PassTime(sum(_weight_grad_s(op, cell, cluster, stack) for op in operations))
+    forward = _at_least(forward, host_s)
+    idle_s = max(0.0, host_s - input_grad.total_s - weight_grad.total_s)
+    input_grad = input_grad._replace(compute_s=input_grad.compute_s + idle_s)
+    return PartTime(
+        forward, input_grad, weight_grad, _recompute(operations, forward, cell, cluster, stack)
+    )
+
+
+def _at_least(time: PassTime, host_s: float) -> PassTime:
+    return time._replace(compute_s=max(time.compute_s, host_s - (time.total_s - time.compute_s)))
+
+
+def _recompute(
+    operations: tuple[Operation, ...], forward: PassTime, cell: Cell, cluster: Cluster, stack: Stack
+) -> PassTime:
+    """The forward that the backward runs again: all of it, the attention core, or nothing."""
+    if cell.recompute == "full":
+        return forward
+    if cell.recompute == "none":
+        return PassTime()
+    core = (op for op in operations if _in_attention_core(op))
+    return PassTime(sum(_forward_s(op, cell, cluster, stack) for op in core))
+
+
+def _in_attention_core(op: Operation) -> bool:
+    return isinstance(op, Attention) or (isinstance(op, Elementwise) and op.attention_core)
+
+
+def _gemm(
+    op: Gemm, m: int, n: int, k: int, layout: str, cell: Cell, cluster: Cluster, stack: Stack
+) -> float:
+    dtype = cell.precision if op.low_precision else cell.activation_dtype
+    bare_s = gemm_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=op.batch)
+    return stack.gemm_slowdown * bare_s
+
+
+def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
+    if isinstance(op, Gemm):
+        return _gemm(op, op.m, op.n, op.k, "TN", cell, cluster, stack)
+    if isinstance(op, Attention):
+        return _attention_s(op, cell, cluster, stack, backward=False)
+    if isinstance(op, Elementwise):
+        return stack.memory_bound_slowdown * memory_bound_s(cluster, op.forward_bytes)
+    return 0.0
+
+
+def _input_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
+    if isinstance(op, Gemm):
+        return _gemm(op, op.m, op.k, op.n, "NN", cell, cluster, stack)
+    if isinstance(op, Attention):
+        return _attention_s(op, cell, cluster, stack, backward=True)
+    if isinstance(op, Elementwise):
+        return stack.memory_bound_slowdown * memory_bound_s(cluster, op.backward_bytes)
+    return 0.0
+
+
+def _weight_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
+    if isinstance(op, Gemm):
+        return _gemm(op, op.n, op.k, op.m, "NT", cell, cluster, stack)
+    return 0.0
+
+
+def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, backward: bool) -> float:
+    dtype = cell.activation_dtype
+    if op.fused:
+        whole_s = attention_s(
+            cluster,
+            batch=op.batch,
+            seq_q=op.seq_len,
+            seq_kv=op.seq_len,
+            heads=op.heads,
+            kv_heads=op.kv_heads,
+            head_dim=op.head_dim,
+            v_head_dim=op.v_head_dim,
+            window=op.window,
+            dtype=dtype,
+            backward=backward,
+        )
+        return stack.attention_slowdown * whole_s / op.context_ranks
+    batch = op.batch * op.heads
+    queries = op.seq_len // op.context_ranks
+    scores = gemm_s(cluster, queries, op.seq_len, op.head_dim, dtype=dtype, batch=batch)
+    values = gemm_s(cluster, queries, op.v_head_dim, op.seq_len, dtype=dtype, batch=batch)
+    return stack.gemm_slowdown * (scores + values) * (2 if backward else 1)
+
+
+def _transfers_s(
+    operations: tuple[Operation, ...], when: Pass, cell: Cell, cluster: Cluster, stack: Stack
+) -> PassTime:
+    """Exposed communication of one pass, by stream."""
+    total = {"tp": 0.0, "cp": 0.0, "ep": 0.0}
+    behind_attention_s = 0.0
+    for op in operations:
+        if not isinstance(op, Transfer) or op.when != when:
+            continue
+        seconds = transfer_s(op, cell, cluster)
+        if op.hidden_behind == "attention":
+            behind_attention_s += seconds
+        elif op.stream == "tp":
+            share = stack.tp_overlap_exposed if cell.tp_overlap else stack.tp_exposed
+            total["tp"] += share * seconds + stack.collective_overhead_s
+        else:
+            total[op.stream] += stack.ep_exposed * seconds + stack.collective_overhead_s
+    if behind_attention_s:
+        cover_s = sum(
+            _attention_s(op, cell, cluster, stack, backward=when == "backward")
+            for op in operations
+            if isinstance(op, Attention)
+        )
+        # The first of cp chunks is local, so a ring has (cp − 1)/cp of the attention to hide behind.
+        total["cp"] += max(0.0, behind_attention_s - cover_s * (cell.cp - 1) / cell.cp)
+    return PassTime(0.0, total["tp"], total["cp"], total["ep"])
+
+
+def transfer_s(op: Transfer, cell: Cell, cluster: Cluster) -> float:
+    """Seconds of one collective: tp ranks lie next to each other, then cp, then dp (and ep over all)."""
+    size, stride = {
+        "tp": (cell.tp, 1),
+        "cp": (cell.cp, cell.tp),
+        "ep": (cell.ep, 1),
+    }[op.stream]
+    return collective_s(cluster, op.kind, op.num_bytes, group_of(cluster, size=size, stride=stride))

@@ -1,0 +1,142 @@
+"""Self-attention as operations on one rank: grouped-query and latent, fused and unfused, ring.
+
+Letters as in the papers: s sequence, b micro-batch, h hidden, a heads, t = tp, c = cp, f = ffn_hidden,
+T = b·s/c tokens of a rank, e bytes of an activation.
+"""
+
+from __future__ import annotations
+
+import math
+
+from parsim.cost.cell import Cell
+from parsim.cost.feed_forward import linear
+from parsim.cost.operation import PASSES, Attention, Elementwise, Operation, Transfer
+from parsim.model import ModelSpec
+from parsim.stack import Stack
+
+
+def attention_operations(
+    model: ModelSpec, cell: Cell, stack: Stack, window: int
+) -> tuple[Operation, ...]:
+    """Projections, rotary positions and the core of (grouped-query) attention."""
+    h, d, e, T = model.hidden, model.head_dim, cell.activation_bytes, cell.tokens
+    heads = math.ceil(model.heads / cell.tp)
+    kv_heads = math.ceil(model.kv_heads / cell.tp)
+    qkv_width = (heads + 2 * kv_heads) * d
+    core = _core(cell, stack, heads, kv_heads, d, d, window, qkv_bytes=T * qkv_width * e)
+    rotated = T * (heads + kv_heads) * d * e
+    passes = 2 if stack.fused_elementwise else 6
+    rope = Elementwise(
+        name="rotary positions", forward_bytes=passes * rotated, backward_bytes=passes * rotated
+    )
+    return (
+        *linear("qkv", T, qkv_width, h, cell, saved_bytes=cell.local_tokens * h * e),
+        *((rope,) if model.position == "rope" else ()),
+        *_ring(cell, 2 * kv_heads * d),
+        *core,
+        *linear("attention output", T, h, heads * d, cell, saved_bytes=T * heads * d * e),
+    )
+
+
+def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
+    """Multi-head latent attention as trained: latents are projected up to full heads.
+
+    Source: DeepSeek-V2, arXiv 2405.04434, equations 37-47. The down-projections are replicated over tp.
+    """
+    mla = model.mla
+    assert mla is not None
+    h, e, T = model.hidden, cell.activation_bytes, cell.tokens
+    heads = math.ceil(model.heads / cell.tp)
+    qk_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
+    kv_latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    x = cell.local_tokens * h * e
+    operations: tuple[Operation, ...] = ()
+    if mla.q_lora_rank:
+        operations += linear("query down", T, mla.q_lora_rank, h, cell, saved_bytes=x)
+        operations += linear(
+            "query up", T, heads * qk_dim, mla.q_lora_rank, cell, saved_bytes=T * mla.q_lora_rank * e
+        )
+    else:
+        operations += linear("query", T, heads * qk_dim, h, cell, saved_bytes=x)
+    operations += linear("latent down", T, kv_latent, h, cell, saved_bytes=0)  # shares x
+    kv_width = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    operations += linear(
+        "latent up", T, kv_width, mla.kv_lora_rank, cell, saved_bytes=T * mla.kv_lora_rank * e
+    )
+    qkv_bytes = T * heads * (2 * qk_dim + mla.v_head_dim) * e
+    assembled = Elementwise(
+        name="rotary positions and concatenation",
+        forward_bytes=2 * T * heads * 2 * qk_dim * e,
+        backward_bytes=2 * T * heads * 2 * qk_dim * e,
+    )
+    core = _core(cell, stack, heads, heads, qk_dim, mla.v_head_dim, 0, qkv_bytes=qkv_bytes)
+    width = heads * mla.v_head_dim
+    ring = _ring(cell, heads * (qk_dim + mla.v_head_dim))
+    output = linear("attention output", T, h, width, cell, saved_bytes=T * width * e)
+    return (*operations, assembled, *ring, *core, *output)
+
+
+def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
+    """Context parallelism: keys and values go round the ring beside the attention they feed.
+
+    Source: Liu et al. 2023 (ring attention), arXiv 2310.01889. The backward passes the gradients too.
+    """
+    if cell.cp == 1:
+        return ()
+    size = cell.tokens * cell.cp * kv_width * cell.activation_bytes
+    return tuple(
+        Transfer(
+            name="keys and values",
+            stream="cp",
+            kind="all_gather",
+            num_bytes=size * factor,
+            when=when,
+            hidden_behind="attention",
+        )
+        for when, factor in zip(PASSES, (1, 2), strict=True)
+    )
+
+
+def _core(
+    cell: Cell,
+    stack: Stack,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    window: int,
+    *,
+    qkv_bytes: float,
+) -> tuple[Operation, ...]:
+    """softmax(QKᵀ)V: one fused kernel, or two batched GEMMs around kernels over the s² scores."""
+    b, s, e = cell.micro_batch, cell.seq_len, cell.activation_bytes
+    queries = s // cell.cp
+    scores = b * heads * queries * s
+    fused = stack.attention == "flash"
+    # Flash keeps a logarithm a query (fp32); else 5·b·a·s² bytes of softmax output, dropout mask and
+    # dropout output stay (Korthikanti et al. 2022, section 4.1).
+    kept = 4.0 * b * heads * queries if fused else scores * (e + (1 + e if stack.dropout else 0))
+    attention = Attention(
+        batch=b,
+        seq_len=s,
+        context_ranks=cell.cp,
+        fused=fused,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        window=window,
+        saved_bytes=kept,
+        qkv_bytes=qkv_bytes,
+    )
+    if fused:
+        return (attention,)
+    softmax_passes = 2 if stack.attention == "fused_softmax" else 6
+    dropout = scores * (2 * e + 1) if stack.dropout else 0
+    softmax = Elementwise(
+        name="softmax",
+        attention_core=True,
+        forward_bytes=scores * softmax_passes * e + dropout,
+        backward_bytes=scores * (softmax_passes + 1) * e + dropout,
+    )
+    return attention, softmax
