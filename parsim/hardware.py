@@ -6,10 +6,21 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
-from parsim.errors import ParsimError
+from parsim.errors import ParsimError, did_you_mean
 from parsim.kernels import Kernels
+from parsim.units import (
+    format_bandwidth,
+    format_bytes,
+    format_duration,
+    format_rate,
+    parse_bandwidth,
+    parse_bytes,
+    parse_duration,
+)
 
 DTYPE_BYTES = {
     "fp64": 8,
@@ -25,11 +36,13 @@ DTYPE_BYTES = {
 
 
 def _positive(owner: object, *keys: str) -> None:
-    for key in keys:
-        if not getattr(owner, key) > 0:
-            raise ParsimError(
-                "this must be greater than zero", where=key, got=getattr(owner, key)
-            )
+    wrong = {key: getattr(owner, key) for key in keys if not getattr(owner, key) > 0}
+    if wrong:
+        raise ParsimError(
+            "this must be greater than zero",
+            where=", ".join(wrong),
+            got=next(iter(wrong.values())) if len(wrong) == 1 else wrong,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +53,7 @@ class Device:
     peak_flops_per_s: dict[str, float]
     """Dense matrix rate by dtype; sparsity is never counted."""
     memory_bytes: float
+    """What a training process can allocate, not what is printed on the box."""
     memory_bandwidth_bytes_per_s: float
     num_sms: int
     """Streaming multiprocessors (compute units, cores) that share a kernel's tiles."""
@@ -50,7 +64,12 @@ class Device:
     date: str
 
     def __post_init__(self) -> None:
-        _positive(self, "memory_bytes", "memory_bandwidth_bytes_per_s", "num_sms", "power_w")
+        if not self.peak_flops_per_s:
+            raise ParsimError(
+                "a device needs a peak rate",
+                where="peak_flops_per_s",
+                expected='such as bf16 = "312 TFLOP/s"',
+            )
         for dtype, rate in self.peak_flops_per_s.items():
             if dtype not in DTYPE_BYTES:
                 raise ParsimError(
@@ -58,9 +77,13 @@ class Device:
                     where="peak_flops_per_s",
                     got=dtype,
                     expected=", ".join(DTYPE_BYTES),
+                    hint=did_you_mean(dtype, DTYPE_BYTES),
                 )
             if not rate > 0:
-                raise ParsimError("this must be greater than zero", where=dtype, got=rate)
+                raise ParsimError(
+                    "this must be greater than zero", where=f"peak_flops_per_s.{dtype}", got=rate
+                )
+        _positive(self, "memory_bytes", "memory_bandwidth_bytes_per_s", "num_sms", "l2_bytes", "power_w")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +91,7 @@ class Link:
     """One class of interconnect, as one device sees it."""
 
     latency_s: float
-    """Time of an empty message between two devices."""
+    """Time of an empty message between two devices, without the launch of the kernel that sends it."""
     bandwidth_bytes_per_s: float
     """Per direction and device."""
     source: str
@@ -107,6 +130,9 @@ class Cluster:
     price: Price | None = None
     default_stack: str = "megatron-core-2025"
     description: str = ""
+    source: str = ""
+    """Where the shape of a node comes from; the other tables name their own sources."""
+    date: str = ""
 
     def __post_init__(self) -> None:
         _positive(self, "gpus_per_node", "scale_up_domain")
@@ -117,3 +143,169 @@ class Cluster:
                 got=self.scale_up_domain,
                 expected=f"a multiple of gpus_per_node = {self.gpus_per_node}",
             )
+
+    def num_nodes(self, gpus: int) -> int:
+        """Nodes that `gpus` devices fill, the last one perhaps in part."""
+        return -(-gpus // self.gpus_per_node)
+
+    def same_domain(self, rank: int, other: int) -> bool:
+        """Whether two global ranks, which fill domain after domain, meet over `intra_node`."""
+        return rank // self.scale_up_domain == other // self.scale_up_domain
+
+    def domain_ranks(self, *, size: int, stride: int) -> int:
+        """How many ranks of a group share each scale-up domain, at the least.
+
+        The group has `size` ranks that lie `stride` global ranks apart: where a domain has 8 GPUs, the
+        ranks 0, 4, 8, 12 meet in it two by two.
+        """
+        return max(1, min(size, self.scale_up_domain // stride))
+
+
+def peak_flops_per_s(device: Device, dtype: str) -> float:
+    """The device's dense matrix rate for a dtype.
+
+    Raises ParsimError, naming the dtypes it does have, where the device has no such units.
+    """
+    if dtype in device.peak_flops_per_s:
+        return device.peak_flops_per_s[dtype]
+    fallback = default_precision(device)
+    raise ParsimError(
+        f"{device.name} has no matrix units for {dtype}",
+        where="precision",
+        got=dtype,
+        expected=", ".join(device.peak_flops_per_s),
+        hint=did_you_mean(dtype, device.peak_flops_per_s) or f"train in {fallback} instead",
+    )
+
+
+def default_precision(device: Device) -> str:
+    """The dtype to train in where nobody says: bf16, or the next best that the device has."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        if dtype in device.peak_flops_per_s:
+            return dtype
+    return next(iter(device.peak_flops_per_s))
+
+
+def machine_balance(device: Device, dtype: str) -> float:
+    """FLOPs that the device can do in the time it takes to move one byte: peak rate over bandwidth.
+
+    A kernel with fewer FLOPs per byte is bound by memory. Source: Williams, Waterman and Patterson,
+    "Roofline", CACM 52(4), 2009.
+    """
+    return peak_flops_per_s(device, dtype) / device.memory_bandwidth_bytes_per_s
+
+
+def with_overrides(
+    cluster: Cluster,
+    *,
+    inter_node: str | float | None = None,
+    inter_node_latency: str | float | None = None,
+    intra_node: str | float | None = None,
+    intra_node_latency: str | float | None = None,
+    memory: str | float | None = None,
+    gpus_per_node: int | None = None,
+    scale_up_domain: int | None = None,
+    usd_per_gpu_hour: float | None = None,
+) -> Cluster:
+    """The cluster with what the user knows better; None keeps what the profile says.
+
+    inter_node and intra_node are bandwidths per direction and device, memory is what one device offers;
+    each is text with a unit ("400Gb/s", "80 GB", "5 us") or a number in SI. A domain that is one node
+    stays one node when gpus_per_node changes.
+
+    Raises ParsimError naming the override that cannot be read or makes no sense.
+    """
+    device, price = cluster.device, cluster.price
+    if memory is not None:
+        device = _given(device, "memory", memory_bytes=_si("memory", memory, parse_bytes))
+    if usd_per_gpu_hour is not None:
+        price = Price(usd_per_gpu_hour=usd_per_gpu_hour, source="given by the user", date="")
+    node = cluster.gpus_per_node if gpus_per_node is None else gpus_per_node
+    if scale_up_domain is None:
+        one_node = cluster.scale_up_domain == cluster.gpus_per_node
+        scale_up_domain = node if one_node else cluster.scale_up_domain
+    return replace(
+        cluster,
+        device=device,
+        price=price,
+        gpus_per_node=node,
+        scale_up_domain=scale_up_domain,
+        intra_node=_link_given(cluster.intra_node, "intra_node", intra_node, intra_node_latency),
+        inter_node=_link_given(cluster.inter_node, "inter_node", inter_node, inter_node_latency),
+    )
+
+
+def _link_given(
+    link: Link, name: str, bandwidth: str | float | None, latency: str | float | None
+) -> Link:
+    if bandwidth is not None:
+        value = _si(name, bandwidth, parse_bandwidth)
+        link = _given(link, "bandwidth", where=name, bandwidth_bytes_per_s=value)
+    if latency is not None:
+        where = f"{name}_latency"
+        link = _given(link, "latency", where=where, latency_s=_si(where, latency, parse_duration))
+    return link
+
+
+def _si(where: str, value: str | float, parse: Callable[[str], float]) -> float:
+    """A number as it is, text by its unit."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse(value)
+    except ParsimError as error:
+        raise error.at(where) from None
+
+
+_Noun = TypeVar("_Noun", Device, Link)
+
+
+def _given(noun: _Noun, what: str, *, where: str | None = None, **changes: float) -> _Noun:
+    """A noun with one number replaced, saying so in its source."""
+    try:
+        return replace(noun, source=f"{noun.source}; {what}: given by the user", **changes)  # type: ignore[arg-type]
+    except ParsimError as error:
+        raise error.at(where or what) from None
+
+
+class Fact(NamedTuple):
+    """One line of a cluster's description."""
+
+    what: str
+    value: str
+    source: str
+    """Source and date of the table that holds the value."""
+
+
+def describe(cluster: Cluster) -> tuple[Fact, ...]:
+    """What a profile says, in units people read, each line with its source."""
+    device = cluster.device
+    shape = f"{cluster.gpus_per_node} a node, {cluster.scale_up_domain} a scale-up domain"
+    facts = [
+        Fact("device", device.name, _cite(device)),
+        Fact("memory", _memory(device), _cite(device)),
+        Fact("units", f"{device.num_sms}, {format_bytes(device.l2_bytes)} of L2", _cite(device)),
+        Fact("power", f"{device.power_w:g} W", _cite(device)),
+    ]
+    for dtype, rate in device.peak_flops_per_s.items():
+        balance = f"{machine_balance(device, dtype):.0f} FLOPs a byte"
+        facts.append(Fact(f"peak {dtype}", f"{format_rate(rate)} ({balance})", _cite(device)))
+    facts.append(Fact("devices", shape, _cite(cluster)))
+    for what, link in (("inside the domain", cluster.intra_node), ("between", cluster.inter_node)):
+        speed = format_bandwidth(link.bandwidth_bytes_per_s)
+        facts.append(Fact(what, f"{speed}, {format_duration(link.latency_s)}", _cite(link)))
+    if cluster.price is not None:
+        dollars = f"{cluster.price.usd_per_gpu_hour:.2f} USD a GPU-hour"
+        facts.append(Fact("price", dollars, _cite(cluster.price)))
+    return tuple(facts)
+
+
+def _memory(device: Device) -> str:
+    return (
+        f"{format_bytes(device.memory_bytes)} ({device.memory_bytes / 1e9:.1f} GB) "
+        f"at {format_bandwidth(device.memory_bandwidth_bytes_per_s)}"
+    )
+
+
+def _cite(noun: Device | Link | Price | Cluster) -> str:
+    return f"{noun.source} ({noun.date})" if noun.date else noun.source

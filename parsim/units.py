@@ -9,29 +9,42 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 
 from parsim.errors import ParsimError
 
-_DECIMAL = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
-_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50}
-_SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
-_SECONDS |= {"d": 86400.0, "day": 86400.0, "days": 86400.0}
-_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-zµ/]*)\s*")
+# Decimal, so that "66.9 TFLOP/s" is the float nearest to 66.9e12 and "2.01k" is exactly 2010.
+_DECIMAL = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_DECIMAL_SCALE = {prefix: Decimal(10) ** power for prefix, power in _DECIMAL.items()}
+_BINARY_SCALE = {p: Decimal(2**power) for p, power in (("Ki", 10), ("Mi", 20), ("Gi", 30), ("Ti", 40))}
+_SECONDS = {"ns": Decimal("1e-9"), "us": Decimal("1e-6"), "µs": Decimal("1e-6"), "ms": Decimal("1e-3")}
+_SECONDS |= {"s": Decimal(1), "min": Decimal(60), "h": Decimal(3600)}
+_SECONDS |= dict.fromkeys(("d", "day", "days"), Decimal(86400))
+_QUANTITY = re.compile(
+    r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([A-Za-zµ/]*)\s*", re.ASCII
+)
 
 
-def _split(text: str, expected: str) -> tuple[float, str]:
+def _split(text: str, expected: str) -> tuple[Decimal, str]:
     match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ParsimError("cannot read this quantity", got=text, expected=expected)
-    return float(match[1]), match[2]
+    return Decimal(match[1]), match[2]
 
 
-def _scale(unit: str, base: str) -> float | None:
+def _to_float(value: Decimal, text: str) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ParsimError("this number is too large", got=text, expected="a finite quantity")
+    return number
+
+
+def _scale(unit: str, base: str) -> Decimal | None:
     """The factor of `unit` = prefix + base, or None when it is some other unit."""
     if not unit.endswith(base):
         return None
     prefix = unit[: len(unit) - len(base)]
-    return _DECIMAL.get(prefix, _BINARY.get(prefix))
+    return _DECIMAL_SCALE.get(prefix, _BINARY_SCALE.get(prefix))
 
 
 def parse_bytes(text: str) -> float:
@@ -41,10 +54,10 @@ def parse_bytes(text: str) -> float:
     True
     """
     value, unit = _split(text, 'a size such as "80 GiB" or "80 GB"')
-    scale = 1.0 if unit == "" else _scale(unit, "B")
+    scale = Decimal(1) if unit == "" else _scale(unit, "B")
     if scale is None:
         raise ParsimError("unknown unit of size", got=text, expected="B, kB, MB, GB, KiB, GiB …")
-    return value * scale
+    return _to_float(value * scale, text)
 
 
 def parse_bandwidth(text: str) -> float:
@@ -57,10 +70,10 @@ def parse_bandwidth(text: str) -> float:
     """
     value, unit = _split(text, 'a bandwidth such as "400 Gb/s" or "900 GB/s"')
     unit = re.sub(r"bit/s$|bps$", "b/s", unit)
-    for base, bytes_each in (("b/s", 0.125), ("B/s", 1.0)):
+    for base, per_byte in (("b/s", 8), ("B/s", 1)):
         scale = _scale(unit, base)
         if scale is not None:
-            return value * scale * bytes_each
+            return _to_float(value * scale / per_byte, text)
     raise ParsimError(
         "unknown unit of bandwidth", got=text, expected='bits "Gb/s" or bytes "GB/s" per second'
     )
@@ -76,7 +89,7 @@ def parse_rate(text: str) -> float:
     for base in ("FLOP/s", "FLOPS", "FLOPs", "FLOPs/s", "flop/s"):
         scale = _scale(unit, base)
         if scale is not None:
-            return value * scale
+            return _to_float(value * scale, text)
     raise ParsimError("unknown unit of compute rate", got=text, expected="TFLOP/s, PFLOP/s …")
 
 
@@ -89,7 +102,7 @@ def parse_duration(text: str) -> float:
     value, unit = _split(text, 'a duration such as "2 us" or "30 min"')
     if unit not in _SECONDS:
         raise ParsimError("unknown unit of time", got=text, expected=", ".join(_SECONDS))
-    return value * _SECONDS[unit]
+    return _to_float(value * _SECONDS[unit], text)
 
 
 def parse_power(text: str) -> float:
@@ -102,7 +115,7 @@ def parse_power(text: str) -> float:
     scale = _scale(unit, "W")
     if scale is None:
         raise ParsimError("unknown unit of power", got=text, expected="W, kW, MW")
-    return value * scale
+    return _to_float(value * scale, text)
 
 
 def parse_count(text: str) -> int:
@@ -112,9 +125,11 @@ def parse_count(text: str) -> int:
     15600000000000
     """
     value, suffix = _split(text.replace("_", "").replace(",", ""), 'a count such as "4096" or "2M"')
-    scale = _DECIMAL.get({"B": "G", "b": "G", "m": "M", "t": "T"}.get(suffix, suffix))
-    if scale is None or not (value * scale).is_integer():
+    scale = _DECIMAL_SCALE.get({"B": "G", "b": "G", "m": "M", "t": "T"}.get(suffix, suffix))
+    if scale is None or value * scale != (value * scale).to_integral_value():
         raise ParsimError("this is no whole number", got=text, expected='such as "4096" or "2M"')
+    if abs(value * scale) >= 2**63:
+        raise ParsimError("this number is too large", got=text, expected="a count below 2**63")
     return int(value * scale)
 
 
@@ -153,7 +168,8 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_bandwidth(bytes_per_s: float) -> str:
-    """
+    """Bytes per second for reading, in decimal units as links are sold.
+
     >>> format_bandwidth(50e9)
     '50.0 GB/s'
     """
@@ -161,17 +177,19 @@ def format_bandwidth(bytes_per_s: float) -> str:
 
 
 def format_rate(flops_per_s: float) -> str:
-    """
-    >>> format_rate(989.4e12)
-    '989.4 TFLOP/s'
+    """FLOPs per second for reading.
+
+    >>> format_rate(989.4e12), format_rate(2.25e15)
+    ('989.4 TFLOP/s', '2.25 PFLOP/s')
     """
     return f"{_engineering(flops_per_s)}FLOP/s"
 
 
 def format_duration(seconds: float) -> str:
-    """
-    >>> format_duration(0.00125), format_duration(93.5), format_duration(7200)
-    ('1.25 ms', '93.5 s', '2.0 h')
+    """Seconds for reading, in the unit that suits them.
+
+    >>> format_duration(0.00125), format_duration(93.5), format_duration(1800), format_duration(7200)
+    ('1.25 ms', '93.5 s', '30.0 min', '2.0 h')
     """
     if not math.isfinite(seconds):
         return str(seconds)
@@ -180,6 +198,8 @@ def format_duration(seconds: float) -> str:
         return f"{seconds / 86400:.1f} days"
     if magnitude >= 3600:
         return f"{seconds / 3600:.1f} h"
+    if magnitude >= 600:
+        return f"{seconds / 60:.1f} min"
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if magnitude >= size:
             return f"{seconds / size:.3g} {unit}"
@@ -187,7 +207,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """
+    """A count for reading, as parameters and tokens are counted.
+
     >>> format_count(405_853_388_800)
     '405.9B'
     """
@@ -200,5 +221,6 @@ def format_count(count: float) -> str:
 def _engineering(value: float) -> str:
     for prefix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.1f} {prefix}"
+            digits = 2 if abs(value) < 10 * size else 1
+            return f"{value / size:.{digits}f} {prefix}"
     return f"{value:.1f} "
