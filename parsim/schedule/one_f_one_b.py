@@ -1,8 +1,8 @@
 """1F1B: after a warm-up each rank alternates one forward and one backward.
 
 Source: Narayanan et al. 2019 (PipeDream) with a flush at the end of the step, as in Narayanan et al.
-2021, arXiv 2104.04473, section 2.2. Bubble (p − 1)/(m + p − 1), as GPipe; but rank r keeps the activations of
-min(m, p − r) micro-batches only.
+2021, arXiv 2104.04473, section 2.2. Bubble (p − 1)/(m + p − 1), as GPipe; but rank r keeps the
+activations of min(m, p − r) micro-batches only.
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""Device memory of one pipeline rank, itemised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from parsim.cost.cell import Cell, cell_of
+from parsim.cost.stage import StageCost
+from parsim.hardware import DTYPE_BYTES
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan
+from parsim.stack import Stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Bytes on one device at its fullest moment; the allocator's peak is their sum."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    """Kept from forwards for backwards, over all micro-batches in flight."""
+    working: float
+    """Recomputed layer, gradients of activations, and the tensors of the kernels that run."""
+    buffers: float
+    """Pipeline receive buffers and gathered FSDP parameters."""
+
+    @property
+    def peak(self) -> float:
+        """The allocator's peak."""
+        return self.static + self.activations + self.working + self.buffers
+
+    @property
+    def static(self) -> float:
+        """What is there all the time."""
+        return self.weights + self.gradients + self.optimizer
+
+    def to_data(self, context_bytes: float) -> dict[str, float]:
+        """The `memory_bytes` table of the JSON contract; context lies outside the allocator."""
+        return {"peak": self.peak} | asdict(self) | {"context": context_bytes}
+
+
+def weight_bytes(precision: str) -> float:
+    """Bytes of a parameter as the forward reads it: 16 bits unless the job is in fp32 or fp64.
+
+    >>> weight_bytes("fp8"), weight_bytes("fp32")
+    (2, 4)
+    """
+    return max(2, DTYPE_BYTES[precision])
+
+
+def gradient_bytes(precision: str, stack: Stack) -> float:
+    """Bytes of a gradient as it is accumulated and reduced."""
+    if stack.gradient_dtype == "same":
+        return weight_bytes(precision)
+    return max(DTYPE_BYTES[stack.gradient_dtype], weight_bytes(precision))
+
+
+def optimizer_bytes(job: Job, stack: Stack) -> float:
+    """Bytes of optimizer state a parameter: AdamW's two moments, and fp32 weights beside 16-bit ones.
+
+    Source: Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, section 3.1: K = 12.
+    """
+    width = max(4, weight_bytes(job.precision))
+    master = 4 if stack.master_weights and weight_bytes(job.precision) < 4 else 0
+    return master + (2 * width if job.optimizer == "adamw" else 0)
+
+
+def shard_counts(plan: ParallelPlan) -> tuple[int, int]:
+    """Ranks that share the optimizer states of dense and of expert parameters."""
+    if plan.zero == 0:
+        return 1, 1
+    experts = max(1, plan.dp * plan.cp * plan.tp // plan.ep)
+    return plan.shard_group, min(experts, plan.shard_group) if plan.zero_group else experts
+
+
+def sharded(stage: StageCost, plan: ParallelPlan) -> float:
+    """Parameters of a stage that one rank's optimizer updates."""
+    dense_ranks, expert_ranks = shard_counts(plan)
+    return stage.dense_parameters / dense_ranks + stage.expert_parameters / expert_ranks
+
+
+def rank_memory(
+    stages: Sequence[StageCost],
+    in_flight: Sequence[float],
+    job: Job,
+    plan: ParallelPlan,
+    stack: Stack,
+) -> MemoryUse:
+    """Memory of a rank that holds `stages`, with `in_flight` micro-batches kept for each of them."""
+    cell = cell_of(job, plan)
+    whole = sum(stage.parameters for stage in stages)
+    shards = sum(sharded(stage, plan) for stage in stages)
+    working = _working_bytes(job.model, cell)
+    working += max(stage.recomputed_bytes for stage in stages)
+    buffers = 0.0
+    if plan.pp > 1:
+        boundary = cell.local_tokens * job.model.hidden * cell.activation_bytes
+        buffers += 2 * boundary * plan.vpp
+    if plan.zero == 3:  # the layer that runs and the one that is gathered ahead
+        largest = max(stage.largest_layer_parameters for stage in stages)
+        buffers += 2 * largest * weight_bytes(job.precision)
+    return MemoryUse(
+        weights=(shards if plan.zero == 3 else whole) * weight_bytes(job.precision),
+        gradients=(shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack),
+        optimizer=shards * optimizer_bytes(job, stack),
+        activations=sum(
+            stage.saved_bytes * count for stage, count in zip(stages, in_flight, strict=True)
+        ),
+        working=working,
+        buffers=buffers,
+    )
+
+
+def _working_bytes(model: ModelSpec, cell: Cell) -> float:
+    """Gradients of a layer's input and output, the widest inner gradient, a gathered sequence."""
+    e = cell.activation_bytes
+    boundary = cell.local_tokens * model.hidden * e
+    widest = cell.tokens * (2 if model.gated_mlp else 1) * model.ffn_hidden / cell.tp * e
+    gathered = cell.tokens * model.hidden * e if cell.sequence_parallel else 0
+    return 2 * boundary + widest + gathered

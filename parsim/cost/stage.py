@@ -1,0 +1,160 @@
+"""What a stage costs: contiguous layers of one pipeline chunk on one tensor-parallel rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from parsim.cost.cell import Cell
+from parsim.cost.layer import embedding_operations, head_operations, layer_operations
+from parsim.cost.operation import forward_flops, saved_bytes
+from parsim.cost.price import NO_TIME, PartTime, part_time
+from parsim.hardware import Cluster
+from parsim.model import (
+    ModelSpec,
+    embedding_parameters,
+    expert_parameters,
+    head_parameters,
+    layer_parameters,
+)
+from parsim.stack import Stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartCost:
+    """One part of the model (a layer, the embedding, the head) for one micro-batch on one rank."""
+
+    time: PartTime
+    saved_bytes: float
+    """Activations kept from the forward to the backward."""
+    recomputed_bytes: float
+    """Activations that live only while the backward recomputes and uses this part."""
+    flops: float
+    """Hardware FLOPs of one forward."""
+    dense_parameters: int
+    expert_parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """One stage for one micro-batch on one rank."""
+
+    time: PartTime
+    num_layers: int
+    saved_bytes: float
+    recomputed_bytes: float
+    flops: float
+    dense_parameters: int
+    """Parameters that are sharded by tp alone; their gradients are summed over dp·cp."""
+    expert_parameters: int
+    """Parameters of this rank's routed experts; their gradients are summed over dp·cp·tp/ep."""
+    largest_layer_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return self.dense_parameters + self.expert_parameters
+
+
+@dataclass(slots=True)
+class CostModel:
+    """Costs of one model on one cluster under one stack; each distinct cell is priced once."""
+
+    model: ModelSpec
+    cluster: Cluster
+    stack: Stack
+    _parts: dict[tuple[Cell, str], PartCost] = field(default_factory=dict)
+
+    def layer(self, cell: Cell, layer: int) -> PartCost:
+        """Layer `layer` (from 0). Layers of one kind cost the same."""
+        kind = f"layer moe={self.model.is_moe_layer(layer)} window={self.model.is_window_layer(layer)}"
+        if (cell, kind) not in self._parts:
+            operations = layer_operations(self.model, layer, cell, self.stack)
+            kept = saved_bytes(operations, cell.recompute)
+            recomputed = 0.0
+            if cell.recompute == "full":
+                recomputed = kept
+                kept = cell.local_tokens * self.model.hidden * cell.activation_bytes
+            elif cell.recompute == "selective":
+                recomputed = saved_bytes(operations, "none") - kept
+            experts = 0
+            if self.model.moe is not None and self.model.is_moe_layer(layer):
+                experts = self.model.moe.experts * expert_parameters(self.model)
+            dense = layer_parameters(self.model, layer) - experts
+            self._parts[cell, kind] = PartCost(
+                time=part_time(
+                    operations, cell, self.cluster, self.stack, host_s=self.stack.layer_host_s
+                ),
+                saved_bytes=kept,
+                recomputed_bytes=recomputed,
+                flops=forward_flops(operations),
+                dense_parameters=self._per_tp_rank(dense, cell.tp),
+                expert_parameters=experts // cell.ep,
+            )
+        return self._parts[cell, kind]
+
+    def embedding(self, cell: Cell) -> PartCost:
+        """Everything before the first layer; never recomputed."""
+        key = cell, "embedding"
+        if key not in self._parts:
+            operations = embedding_operations(self.model, cell, self.stack)
+            self._parts[key] = self._end_part(operations, cell, embedding_parameters(self.model))
+        return self._parts[key]
+
+    def head(self, cell: Cell) -> PartCost:
+        """Everything after the last layer, with the loss; never recomputed."""
+        key = cell, "head"
+        if key not in self._parts:
+            operations = head_operations(self.model, cell, self.stack)
+            self._parts[key] = self._end_part(operations, cell, head_parameters(self.model))
+        return self._parts[key]
+
+    def _end_part(self, operations: tuple, cell: Cell, parameters: int) -> PartCost:  # type: ignore[type-arg]
+        kept_cell = cell._replace(recompute="none")
+        return PartCost(
+            time=part_time(operations, kept_cell, self.cluster, self.stack),
+            saved_bytes=saved_bytes(operations, "none"),
+            recomputed_bytes=0.0,
+            flops=forward_flops(operations),
+            dense_parameters=self._per_tp_rank(parameters, cell.tp),
+            expert_parameters=0,
+        )
+
+    def _per_tp_rank(self, parameters: int, tp: int) -> int:
+        """Matrices are cut by tp, norms are not."""
+        norms = min(parameters, self.model.norms_per_layer * self.model.hidden)
+        return norms + -(-(parameters - norms) // tp)
+
+    def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
+        """Every stage of a split (layers of each stage in order); embedding first, head last."""
+        stages = []
+        first = 0
+        for index, num_layers in enumerate(split):
+            parts = [self.layer(cell, i) for i in range(first, first + num_layers)]
+            first += num_layers
+            largest = max((p.dense_parameters + p.expert_parameters for p in parts), default=0)
+            if index == 0:
+                parts.insert(0, self.embedding(cell))
+            if index == len(split) - 1:
+                parts.append(self.head(cell))
+            tied_copy = index == len(split) - 1 > 0 and self.model.tied_embeddings
+            stages.append(_stage(parts, num_layers, largest, self._tied(cell) if tied_copy else 0))
+        return tuple(stages)
+
+    def _tied(self, cell: Cell) -> int:
+        """The last stage of a pipeline holds its own copy of tied embeddings."""
+        return self.model.vocab * self.model.hidden // cell.tp
+
+
+def _stage(parts: list[PartCost], num_layers: int, largest: int, tied: int) -> StageCost:
+    time = NO_TIME
+    for part in parts:
+        time = time.plus(part.time)
+    return StageCost(
+        time=time,
+        num_layers=num_layers,
+        saved_bytes=sum(p.saved_bytes for p in parts),
+        recomputed_bytes=max(p.recomputed_bytes for p in parts) if parts else 0.0,
+        flops=sum(p.flops for p in parts),
+        dense_parameters=sum(p.dense_parameters for p in parts) + tied,
+        expert_parameters=sum(p.expert_parameters for p in parts),
+        largest_layer_parameters=largest,
+    )

@@ -1,0 +1,140 @@
+"""What a step costs beside its stages: transfers between them, gradient reduction, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parsim.cost.cell import cell_of
+from parsim.cost.collective import collective_s, group_of, send_recv_s
+from parsim.cost.memory import gradient_bytes, optimizer_bytes, sharded, weight_bytes
+from parsim.cost.memory_bound import memory_bound_s
+from parsim.cost.stage import CostModel, StageCost
+from parsim.hardware import Cluster
+from parsim.plan import Coordinate, Job, ParallelPlan, stage_layers
+from parsim.stack import Stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSync:
+    """Data-parallel communication and update of one stage."""
+
+    reduce_s: float
+    """Reduction of all its gradients: all-reduce, or reduce-scatter with ZeRO."""
+    gather_s: float
+    """All-gather of all its parameters (ZeRO)."""
+    buckets: int
+    """Pieces that both can be cut into, to run beside compute."""
+    optimizer_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCost:
+    """All times and bytes that lowering a schedule needs."""
+
+    stages: tuple[StageCost, ...]
+    syncs: tuple[StageSync, ...]
+    send_s: tuple[float, ...]
+    """Transfer of one micro-batch from stage i to stage i + 1 (and of its gradient back)."""
+    tied_reduce_s: float
+    """All-reduce of tied embedding gradients between the first and the last stage."""
+
+
+def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
+    """The costs of a plan's step."""
+    cell = cell_of(job, plan)
+    stages = costs.stages(cell, stage_layers(job.model, plan))
+    tied_s = 0.0
+    if job.model.tied_embeddings and plan.pp > 1:
+        size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
+        stride = (plan.pp - 1) * plan.dp * plan.cp * plan.tp
+        tied_s = collective_s(
+            costs.cluster, "all_reduce", size, group_of(costs.cluster, size=2, stride=stride)
+        )
+    return StepCost(
+        stages=stages,
+        syncs=tuple(_stage_sync(stage, job, plan, costs.cluster, costs.stack) for stage in stages),
+        send_s=tuple(_send_s(i, job, plan, costs) for i in range(len(stages) - 1)),
+        tied_reduce_s=tied_s,
+    )
+
+
+def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float:
+    """Transfer of a micro-batch's activations from `stage` to the next."""
+    cell, cluster = cell_of(job, plan), costs.cluster
+    source, target = plan.stage_rank(stage), plan.stage_rank(stage + 1)
+    if source == target:
+        return 0.0
+    whole = cell.tokens * job.model.hidden * cell.activation_bytes
+    cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
+    ranks = [plan.rank(Coordinate(pp=pp, dp=0, cp=0, tp=0)) for pp in (source, target)]
+    local = ranks[0] // cluster.scale_up_domain == ranks[1] // cluster.scale_up_domain
+    seconds = send_recv_s(cluster, whole / cut, local=local)
+    if cut > 1 and not cell.sequence_parallel:
+        # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
+        seconds += collective_s(cluster, "all_gather", whole, group_of(cluster, size=plan.tp, stride=1))
+    return seconds
+
+
+def _stage_sync(
+    stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack
+) -> StageSync:
+    gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
+    dense_ranks = plan.dp * plan.cp
+    expert_ranks = max(1, dense_ranks * plan.tp // plan.ep)
+    reduce_s = gather_s = 0.0
+    for parameters, ranks, stride in (
+        (stage.dense_parameters, dense_ranks, plan.tp),
+        (stage.expert_parameters, expert_ranks, plan.ep),
+    ):
+        reduce_s += _reduce_s(cluster, parameters * gradients, ranks, stride, plan)
+        if plan.zero:
+            group = min(ranks, plan.zero_group or ranks)
+            gather_s += collective_s(
+                cluster,
+                "all_gather",
+                parameters * weights,
+                group_of(cluster, size=group, stride=stride),
+            )
+    buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
+    if plan.zero == 3:
+        buckets = max(1, stage.num_layers)
+    return StageSync(
+        reduce_s=reduce_s,
+        gather_s=gather_s,
+        buckets=buckets,
+        optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
+    )
+
+
+def _reduce_s(cluster: Cluster, num_bytes: float, ranks: int, stride: int, plan: ParallelPlan) -> float:
+    """Sum of gradients over `ranks`: within the shard group first, then between the groups."""
+    if plan.zero == 0:
+        return collective_s(
+            cluster, "all_reduce", num_bytes, group_of(cluster, size=ranks, stride=stride)
+        )
+    group = min(ranks, plan.zero_group or ranks)
+    seconds = collective_s(
+        cluster, "reduce_scatter", num_bytes, group_of(cluster, size=group, stride=stride)
+    )
+    if ranks > group:
+        between = group_of(cluster, size=ranks // group, stride=stride * group)
+        seconds += collective_s(cluster, "all_reduce", num_bytes / group, between)
+    return seconds
+
+
+def _optimizer_s(
+    stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack
+) -> float:
+    """Gradient norm, update and zeroing, bound by memory traffic.
+
+    The update reads the gradient and reads and writes each state; without fp32 weights of its own it
+    reads and writes the weights, else it writes their 16-bit copy. The norm reads all gradients once
+    more, zeroing writes them.
+    """
+    gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
+    states = optimizer_bytes(job, stack)
+    has_master = stack.master_weights and weights < 4
+    update = gradients + 2 * states + (weights if has_master else 2 * weights)
+    kept = sharded(stage, plan) if plan.zero >= 2 else stage.parameters
+    moved = sharded(stage, plan) * (update + gradients) + kept * gradients
+    return stack.memory_bound_slowdown * memory_bound_s(cluster, moved)

@@ -1,0 +1,203 @@
+"""What is wrong with a plan or a schedule, each problem with a hint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from parsim.cost.gemm import peak_flops_per_s
+from parsim.errors import ParsimError
+from parsim.hardware import Cluster
+from parsim.plan import V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
+from parsim.schedule import SCHEDULES, unknown_schedule
+from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule
+from parsim.schedule.interleaved import micro_batches_per_round
+from parsim.schedule.lower import in_running_order
+
+
+def check_plan(job: Job, plan: ParallelPlan, cluster: Cluster) -> None:
+    """Raises the first problem of a plan, as ParsimError; does nothing for a legal one."""
+    for problem in plan_problems(job, plan, cluster):
+        raise problem
+
+
+def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
+    """Everything that makes a plan illegal for a job; whether it fits in memory is another question."""
+    peak_flops_per_s(cluster.device, job.precision)
+    yield from _batch_problems(job, plan)
+    yield from _tensor_problems(job, plan)
+    yield from _pipeline_problems(job, plan)
+    yield from _group_problems(job, plan)
+
+
+def divisors(n: int, limit: int = 64) -> str:
+    """The divisors of n up to a limit, for hints.
+
+    >>> divisors(12)
+    '1, 2, 3, 4, 6, 12'
+    """
+    return ", ".join(str(d) for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    if job.global_batch % (plan.dp * plan.micro_batch):
+        yield ParsimError(
+            "dp·micro_batch does not divide the global batch",
+            where="micro_batch",
+            got=f"global_batch {job.global_batch}, dp {plan.dp}, micro_batch {plan.micro_batch}",
+            expected=f"a global batch that is a multiple of {plan.dp * plan.micro_batch}",
+            hint=f"dp·micro_batch may be {divisors(job.global_batch)}",
+        )
+
+
+def _tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    model = job.model
+    for what, size in (("query heads", model.heads), ("KV heads", model.kv_heads)):
+        if size % plan.tp:
+            yield ParsimError(
+                f"tp={plan.tp} does not divide the {size} {what} of {model.name}",
+                where="tp",
+                got=plan.tp,
+                expected=f"a divisor of {size}",
+                hint=f"legal: {divisors(model.kv_heads)}",
+            )
+            return
+    if model.ffn_hidden % plan.tp:
+        yield ParsimError(
+            f"tp={plan.tp} does not divide ffn_hidden {model.ffn_hidden}", where="tp", got=plan.tp
+        )
+    if plan.sequence_parallel and plan.tp == 1:
+        yield ParsimError(
+            "sequence parallelism shares the norms of a tensor-parallel group",
+            where="sequence_parallel",
+            got="tp=1",
+            expected="tp of 2 or more",
+        )
+    if plan.sequence_parallel and (job.seq_len // plan.cp) % plan.tp:
+        yield ParsimError(
+            "sequence parallelism needs a sequence that tp divides",
+            where="seq_len",
+            got=f"seq_len {job.seq_len}, cp {plan.cp}, tp {plan.tp}",
+        )
+
+
+def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    if plan.schedule not in SCHEDULES:
+        yield unknown_schedule(plan.schedule)
+        return
+    if plan.schedule == "interleaved" and plan.vpp == 1:
+        yield ParsimError(
+            "interleaved 1F1B needs more than one chunk a rank",
+            where="vpp",
+            got=1,
+            expected="vpp of 2 or more",
+            hint="schedule=1f1b is the same with one chunk",
+        )
+    elif plan.schedule in V_SHAPED_SCHEDULES and plan.vpp != 2:
+        yield ParsimError(f"{plan.schedule} has two chunks a rank", where="vpp", got=plan.vpp)
+    elif plan.schedule in ("gpipe", "1f1b") and plan.vpp > 1:
+        yield ParsimError(
+            f"{plan.schedule} has one chunk a rank",
+            where="vpp",
+            got=plan.vpp,
+            expected="vpp=1",
+            hint="schedule=interleaved runs several",
+        )
+    if plan.vpp > 1 and plan.pp == 1:
+        yield ParsimError("chunks need a pipeline", where="vpp", got="pp=1", expected="pp of 2 or more")
+    layers = job.model.layers
+    if plan.num_stages > layers:
+        yield ParsimError(
+            "there are more stages than layers",
+            where="pp·vpp",
+            got=plan.num_stages,
+            expected=f"at most {layers}, the layers of {job.model.name}",
+        )
+    elif min(stage_layers(job.model, plan)) < 0 or sum(stage_layers(job.model, plan)) != layers:
+        yield ParsimError(
+            "stage_split must add up to the layers of the model",
+            where="stage_split",
+            got=sum(plan.stage_split),
+            expected=str(layers),
+        )
+    if plan.schedule == "interleaved" and plan.pp > 1:
+        try:
+            micro_batches_per_round(plan.pp, max(1, plan.num_micro_batches(job)))
+        except ParsimError as problem:
+            yield problem
+
+
+def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    moe = job.model.moe
+    if plan.cp > 1 and job.seq_len % (2 * plan.cp):
+        yield ParsimError(
+            "context parallelism cuts a causal sequence into 2·cp chunks",
+            where="cp",
+            got=f"cp {plan.cp}, seq_len {job.seq_len}",
+            expected=f"a sequence length that is a multiple of {2 * plan.cp}",
+        )
+    if plan.ep > 1 and moe is None:
+        yield ParsimError(
+            f"{job.model.name} has no experts to share", where="ep", got=plan.ep, expected="ep=1"
+        )
+    if moe is not None and moe.experts % plan.ep:
+        yield ParsimError(
+            f"ep={plan.ep} does not divide the {moe.experts} experts of {job.model.name}",
+            where="ep",
+            got=plan.ep,
+            hint=f"legal: {divisors(moe.experts)}",
+        )
+    ranks = plan.dp * plan.cp * plan.tp
+    if ranks % plan.ep:
+        yield ParsimError(
+            "ep regroups the dp·cp·tp ranks of a stage",
+            where="ep",
+            got=plan.ep,
+            expected=f"a divisor of dp·cp·tp = {ranks}",
+        )
+    if moe is not None and plan.tp > 1 and not plan.sequence_parallel:
+        yield ParsimError(
+            "experts with tensor parallelism need sequence parallelism", where="sequence_parallel"
+        )
+    if plan.zero_group and (plan.zero == 0 or plan.dp * plan.cp % plan.zero_group):
+        yield ParsimError(
+            "zero_group shares ZeRO's shards among some of the dp·cp ranks",
+            where="zero_group",
+            got=f"zero {plan.zero}, zero_group {plan.zero_group}",
+            expected=f"zero of 1 or more, and a divisor of dp·cp = {plan.dp * plan.cp}",
+        )
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Raises ParsimError where a list of actions is no training step.
+
+    Every stage runs every micro-batch's forward and backward (B, or I and W) once, all on one rank, and
+    no action waits for itself through others.
+    """
+    count = Counter(schedule.actions())
+    twice = next((action for action, times in count.items() if times > 1), None)
+    if twice is not None:
+        raise ParsimError("an action stands twice in the schedule", where=str(twice))
+    homes: dict[int, int] = {}
+    for rank, actions in enumerate(schedule.ranks):
+        for action in actions:
+            if homes.setdefault(action.stage, rank) != rank:
+                raise ParsimError(
+                    f"stage {action.stage} has actions on two ranks",
+                    where=str(action),
+                    got=f"ranks {homes[action.stage]} and {rank}",
+                )
+    for stage in range(schedule.num_stages):
+        for i in range(schedule.num_micro_batches):
+            _check_micro_batch(count, stage, i)
+    in_running_order(schedule)
+
+
+def _check_micro_batch(count: Counter[Action], stage: int, i: int) -> None:
+    present = {kind for kind in "FBIW" if count[Action(stage, kind, i)]}
+    if present not in ({FORWARD, BACKWARD}, {FORWARD, INPUT_GRAD, WEIGHT_GRAD}):
+        raise ParsimError(
+            f"stage {stage} does not run micro-batch {i} forward and backward exactly once",
+            got=", ".join(f"{stage}{kind}{i}" for kind in sorted(present)) or "no action",
+            expected=f"{stage}F{i} and {stage}B{i}, or {stage}F{i}, {stage}I{i} and {stage}W{i}",
+        )

@@ -1,0 +1,110 @@
+"""Task and Program: a schedule with durations, ready to be replayed.
+
+A Program lists tasks so that everything a task waits for stands before it. Each stream of each rank runs
+its tasks in that order, one at a time; a task starts when its stream is free and `after` are all over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parsim.timeline import MemorySample, Span, Timeline
+
+
+class Task(NamedTuple):
+    """One piece of work on one stream of one rank."""
+
+    rank: int
+    stream: str
+    name: str
+    kind: str
+    duration_s: float
+    after: tuple[int, ...]
+    """Indices of the tasks that must have ended."""
+    stage: int = -1
+    micro_batch: int = -1
+    receiver: tuple[int, str] | None = None
+    """The rank and stream at the other end of a transfer, busy for the same time."""
+    allocated_bytes: float = 0.0
+    """Activations that come to life when the task starts."""
+    freed_bytes: float = 0.0
+    """Activations that die when it ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """The tasks of one step, in an order in which they can run."""
+
+    tasks: tuple[Task, ...]
+    static_bytes: tuple[float, ...] = ()
+    """What each rank holds all the time: weights, gradients, optimizer states, buffers."""
+    title: str = ""
+
+    @property
+    def ranks(self) -> range:
+        return range(1 + max((task.rank for task in self.tasks), default=-1))
+
+
+def end_times(program: Program) -> list[float]:
+    """When each task ends, in seconds: the longest path to it.
+
+    The same model as the discrete-event replay, evaluated in one pass because tasks stand in order.
+    """
+    ends: list[float] = []
+    stream_free: dict[tuple[int, str], float] = {}
+    for task in program.tasks:
+        stream = (task.rank, task.stream)
+        start = stream_free.get(stream, 0.0)
+        for i in task.after:
+            if ends[i] > start:
+                start = ends[i]
+        end = start + task.duration_s
+        ends.append(end)
+        stream_free[stream] = end
+    return ends
+
+
+def step_time_s(program: Program) -> float:
+    """The end of the last task."""
+    return max(end_times(program), default=0.0)
+
+
+def timeline_of(program: Program, ends: list[float], *, title: str = "") -> Timeline:
+    """The Timeline of a program whose tasks end at `ends`."""
+    spans = []
+    for task, end in zip(program.tasks, ends, strict=True):
+        span = Span(
+            task.rank,
+            task.stream,
+            task.name,
+            end - task.duration_s,
+            end,
+            task.kind,
+            task.stage,
+            task.micro_batch,
+        )
+        spans.append(span)
+        if task.receiver is not None:
+            rank, stream = task.receiver
+            spans.append(span._replace(rank=rank, stream=stream))
+    spans.sort(key=lambda span: (span.rank, span.stream, span.start_s, span.end_s))
+    return Timeline(spans=tuple(spans), memory=_memory(program, ends), title=title or program.title)
+
+
+def _memory(program: Program, ends: list[float]) -> tuple[MemorySample, ...]:
+    """Bytes each rank holds, whenever they change."""
+    changes: dict[int, list[tuple[float, int, float]]] = {rank: [] for rank in program.ranks}
+    for task, end in zip(program.tasks, ends, strict=True):
+        if task.allocated_bytes:
+            changes[task.rank].append((end - task.duration_s, 1, task.allocated_bytes))
+        if task.freed_bytes:
+            changes[task.rank].append((end, 0, -task.freed_bytes))
+    samples = []
+    for rank, static in zip(program.ranks, program.static_bytes, strict=False):
+        held = static
+        samples.append(MemorySample(rank, 0.0, held))
+        for time_s, _, change in sorted(changes[rank]):
+            held += change
+            samples.append(MemorySample(rank, time_s, held))
+    return tuple(samples)
