@@ -13,6 +13,23 @@ from parsim.errors import ParsimError
 Norm = Literal["rmsnorm", "layernorm"]
 Position = Literal["rope", "learned", "alibi", "none"]
 
+MAX_LAYERS = 10_000
+MAX_SIZE = 2**31
+"""Far above any published shape: what lies beyond is a slip of the pen, and loops over it would hang."""
+
+
+def _require_range(noun: object, low: int, high: int, *keys: str) -> None:
+    """Refuse sizes outside low … high; `noun` is a dataclass that holds the named integers."""
+    for key in keys:
+        value = getattr(noun, key)
+        if not low <= value <= high:
+            raise ParsimError(
+                "this size is out of range",
+                where=key,
+                got=value,
+                expected=f"{low} to {high}",
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoeSpec:
@@ -29,13 +46,24 @@ class MoeSpec:
     dense_layers: int = 0
     """Leading layers that keep a dense feed-forward of ModelSpec.ffn_hidden."""
     every: int = 1
-    """Of the layers after the dense ones, each `every`-th is MoE (Llama 4 Maverick: 2), the rest dense."""
+    """Of the layers after those, each `every`-th is MoE and the rest are dense (Llama 4 Maverick: 2)."""
     router_bias: bool = False
     """One extra value an expert, as in DeepSeek-V3's loss-free balancing (a buffer, not counted)."""
     expert_bias: bool = False
     """Experts and router have additive biases (gpt-oss)."""
     shared_gate: bool = False
     """A learned gate scales the shared expert's output (Qwen2-MoE)."""
+
+    def __post_init__(self) -> None:
+        _require_range(self, 1, MAX_SIZE, "experts", "top_k", "ffn_hidden", "every")
+        _require_range(self, 0, MAX_SIZE, "shared_ffn_hidden", "dense_layers")
+        if self.top_k > self.experts:
+            raise ParsimError(
+                "top_k must lie between 1 and the number of experts",
+                where="top_k",
+                got=self.top_k,
+                expected=f"at most {self.experts}",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +74,14 @@ class MlaSpec:
     q_lora_rank: int = 0
     """0: queries are projected directly."""
     qk_nope_head_dim: int
+    """Width of the part of a query or key head that carries no position."""
     qk_rope_head_dim: int
+    """Width of the rotated part; the key's is shared by all heads."""
     v_head_dim: int
+
+    def __post_init__(self) -> None:
+        _require_range(self, 1, MAX_SIZE, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        _require_range(self, 0, MAX_SIZE, "q_lora_rank", "qk_rope_head_dim")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +96,7 @@ class ModelSpec:
     kv_heads: int = 0
     """Key/value heads; 0 in a file means as many as `heads`."""
     head_dim: int = 0
-    """0 in a file means hidden / heads."""
+    """Width of a query or key head; 0 in a file means hidden / heads, and with MLA its two parts."""
     ffn_hidden: int
     """Inner width of the dense feed-forward."""
     gated_mlp: bool
@@ -72,7 +106,11 @@ class ModelSpec:
     """Tokens the model was trained for; the default sequence length of a Job."""
     tied_embeddings: bool = False
     norm: Norm = "rmsnorm"
+    norm_bias: bool = True
+    """A layernorm adds a bias to its gain (MPT: not); an rmsnorm never does."""
     position: Position = "rope"
+    position_rows: int = 0
+    """Rows of the table of learned positions; 0: max_seq_len (OPT has two more)."""
     linear_bias: bool = False
     """Biases in every linear layer except the head (GPT-2, GPT-3, BLOOM)."""
     qkv_bias: bool = False
@@ -96,32 +134,61 @@ class ModelSpec:
     """Where the shape was published."""
 
     def __post_init__(self) -> None:
-        for key in ("layers", "hidden", "heads", "ffn_hidden", "vocab", "max_seq_len"):
-            if getattr(self, key) < 1:
-                raise ParsimError("a size must be positive", where=key, got=getattr(self, key))
+        _require_range(self, 1, MAX_LAYERS, "layers")
+        _require_range(self, 1, MAX_SIZE, "hidden", "heads", "ffn_hidden", "vocab", "max_seq_len")
+        _require_range(self, 1, MAX_SIZE, "window_every")
+        _require_range(self, 0, MAX_SIZE, "kv_heads", "head_dim", "position_rows", "window")
+        _require_range(self, 0, 4, "norms_per_layer")
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.head_dim == 0:
-            if self.hidden % self.heads:
-                raise ParsimError(
-                    "heads must divide hidden unless head_dim is given",
-                    where="heads",
-                    got=f"hidden {self.hidden}, heads {self.heads}",
-                )
-            object.__setattr__(self, "head_dim", self.hidden // self.heads)
-        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            object.__setattr__(self, "head_dim", self._default_head_dim())
+        if self.heads % self.kv_heads:
             raise ParsimError(
                 "kv_heads must divide heads",
                 where="kv_heads",
                 got=self.kv_heads,
                 expected=f"a divisor of {self.heads}",
             )
-        if self.moe is not None and not 1 <= self.moe.top_k <= self.moe.experts:
+        if self.mla is not None:
+            self._check_mla()
+
+    def _default_head_dim(self) -> int:
+        if self.mla is not None:
+            return self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
+        if self.hidden % self.heads:
             raise ParsimError(
-                "top_k must lie between 1 and the number of experts",
-                where="moe.top_k",
-                got=self.moe.top_k,
+                "heads must divide hidden unless head_dim is given",
+                where="heads",
+                got=f"hidden {self.hidden}, heads {self.heads}",
             )
+        return self.hidden // self.heads
+
+    def _check_mla(self) -> None:
+        assert self.mla is not None
+        width = self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim
+        if self.head_dim != width:
+            raise ParsimError(
+                "with MLA head_dim is qk_nope_head_dim + qk_rope_head_dim",
+                where="head_dim",
+                got=self.head_dim,
+                expected=str(width),
+            )
+        if self.kv_heads != self.heads:
+            raise ParsimError(
+                "with MLA every query head has its own key and value",
+                where="kv_heads",
+                got=self.kv_heads,
+                expected=str(self.heads),
+            )
+        for key in ("linear_bias", "qkv_bias", "qk_norm", "attention_sinks"):
+            if getattr(self, key):
+                raise ParsimError("MLA is modelled without this", where=key, got=True)
+
+    @property
+    def v_head_dim(self) -> int:
+        """Width of a value head."""
+        return self.head_dim if self.mla is None else self.mla.v_head_dim
 
     @property
     def attention_kind(self) -> Literal["MHA", "GQA", "MQA", "MLA"]:
@@ -146,22 +213,29 @@ class ModelSpec:
 
 
 def _norm_parameters(model: ModelSpec, width: int) -> int:
-    return width * (2 if model.norm == "layernorm" else 1)
+    return width * (2 if model.norm == "layernorm" and model.norm_bias else 1)
+
+
+def _latent_attention_parameters(model: ModelSpec, mla: MlaSpec) -> int:
+    """Parameters of multi-head latent attention with the norms of its two latents.
+
+    Source: arXiv 2405.04434, equations 9 to 19: W^DQ, W^UQ and W^QR, W^DKV and W^KR, W^UK and W^UV, W^O.
+    """
+    h, a = model.hidden, model.heads
+    if mla.q_lora_rank:
+        query = h * mla.q_lora_rank + mla.q_lora_rank + mla.q_lora_rank * a * model.head_dim
+    else:
+        query = h * a * model.head_dim
+    down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank
+    up = mla.kv_lora_rank * a * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return query + down + up + a * mla.v_head_dim * h
 
 
 def attention_parameters(model: ModelSpec) -> int:
-    """Parameters of one layer's attention, without its norm."""
-    h, a, d = model.hidden, model.heads, model.head_dim
+    """Parameters of one layer's attention, without the norm before it."""
     if model.mla is not None:
-        mla = model.mla
-        qk_head_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
-        if mla.q_lora_rank:
-            query = h * mla.q_lora_rank + mla.q_lora_rank + mla.q_lora_rank * a * qk_head_dim
-        else:
-            query = h * a * qk_head_dim
-        down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank
-        up = mla.kv_lora_rank * a * (mla.qk_nope_head_dim + mla.v_head_dim)
-        return query + down + up + a * mla.v_head_dim * h
+        return _latent_attention_parameters(model, model.mla)
+    h, a, d = model.hidden, model.heads, model.head_dim
     qkv_width = (a + 2 * model.kv_heads) * d
     biases = qkv_width if model.linear_bias or model.qkv_bias else 0
     biases += h if model.linear_bias else 0
@@ -192,16 +266,18 @@ def layer_parameters(model: ModelSpec, layer: int, *, active: bool = False) -> i
     assert moe is not None
     router = model.hidden * moe.experts + (moe.experts if moe.expert_bias else 0)
     experts = (moe.top_k if active else moe.experts) * expert_parameters(model)
-    shared = mlp_parameters(model, moe.shared_ffn_hidden, bias=False) if moe.shared_ffn_hidden else 0
+    shared = 0
+    if moe.shared_ffn_hidden:
+        shared = mlp_parameters(model, moe.shared_ffn_hidden, bias=moe.expert_bias)
     gate = model.hidden if moe.shared_gate else 0
     return total + router + experts + shared + gate
 
 
 def embedding_parameters(model: ModelSpec) -> int:
     """Parameters of everything before the first layer."""
-    learned_positions = model.max_seq_len if model.position == "learned" else 0
+    positions = (model.position_rows or model.max_seq_len) if model.position == "learned" else 0
     norm = _norm_parameters(model, model.hidden) if model.embedding_norm else 0
-    return (model.vocab + learned_positions) * model.hidden + norm
+    return (model.vocab + positions) * model.hidden + norm
 
 
 def head_parameters(model: ModelSpec) -> int:
@@ -211,6 +287,16 @@ def head_parameters(model: ModelSpec) -> int:
 
 
 def num_parameters(model: ModelSpec, *, active: bool = False) -> int:
-    """All parameters, tied ones once; with `active`, those that one token meets (top_k experts)."""
+    """All parameters, tied ones once; with `active`, those that one token meets (top_k experts).
+
+    For GPT-3's family it is 12·l·h²·(1 + 13/(12·h) + (V + s)/(12·l·h)), arXiv 2104.04473 equation 2,
+    and the final norm's 2·h, which that equation leaves out.
+
+    >>> gpt2 = ModelSpec(name="gpt2", layers=12, hidden=768, heads=12, ffn_hidden=3072, gated_mlp=False,
+    ...                  vocab=50257, max_seq_len=1024, tied_embeddings=True, norm="layernorm",
+    ...                  position="learned", linear_bias=True)
+    >>> num_parameters(gpt2)
+    124439808
+    """
     layers = sum(layer_parameters(model, i, active=active) for i in range(model.layers))
     return embedding_parameters(model) + layers + head_parameters(model)
