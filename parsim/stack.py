@@ -26,7 +26,7 @@ class Stack:
 
     # Which kernels there are
     attention: AttentionKernel = "flash"
-    """flash: scores stay on chip; fused_softmax: written once a pass; unfused: by each of its kernels."""
+    """flash: scores stay on chip; fused_softmax: written once a pass; unfused: by each kernel."""
     fused_elementwise: bool = True
     """Bias, activation, dropout and residual run as one kernel each way."""
     fused_cross_entropy: bool = True

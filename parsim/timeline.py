@@ -101,3 +101,41 @@ def merged(intervals: Iterable[tuple[float, float]]) -> list[tuple[float, float]
         else:
             united.append((start, end))
     return united
+
+
+# Where several kinds of work run at once, wall time is given to the first of these.
+_BREAKDOWN = (
+    ("compute", ("forward", "backward", "input_grad", "weight_grad", "recompute")),
+    ("tp_exposed", ("tp",)),
+    ("cp_exposed", ("cp",)),
+    ("ep_exposed", ("ep",)),
+    ("pp_exposed", ("pp",)),
+    ("dp_exposed", ("dp",)),
+    ("optimizer", ("optimizer",)),
+    ("overhead", ("host",)),
+)
+
+
+def breakdown_s(timeline: Timeline) -> dict[str, float]:
+    """Step time by what it is spent on: means over ranks of wall time, adding up to the step time.
+
+    Each instant of a rank is given to one key: compute first, then communication by kind (so only its
+    exposed part counts), then optimizer and host overhead; what is left is the bubble.
+    """
+    by_rank: dict[int, list[Span]] = {}
+    for span in timeline.spans:
+        by_rank.setdefault(span.rank, []).append(span)
+    totals = dict.fromkeys((key for key, _ in _BREAKDOWN), 0.0)
+    for spans in by_rank.values():
+        covered: list[tuple[float, float]] = []
+        covered_s = 0.0
+        for key, kinds in _BREAKDOWN:
+            own = [(span.start_s, span.end_s) for span in spans if span.kind in kinds]
+            if own:
+                covered = merged([*covered, *own])
+                now_s = sum(end - start for start, end in covered)
+                totals[key] += now_s - covered_s
+                covered_s = now_s
+    num_ranks = max(1, len(by_rank))
+    means = {key: total / num_ranks for key, total in totals.items()}
+    return means | {"bubble": max(0.0, timeline.end_s - sum(means.values()))}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
 from parsim.cost.layer import embedding_operations, head_operations, layer_operations
-from parsim.cost.operation import forward_flops, saved_bytes
+from parsim.cost.operation import Operation, forward_flops, saved_bytes
 from parsim.cost.price import NO_TIME, PartTime, part_time
 from parsim.hardware import Cluster
 from parsim.model import (
@@ -18,11 +18,14 @@ from parsim.model import (
 )
 from parsim.stack import Stack
 
+EMBEDDING, HEAD = "embedding", "head"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartCost:
     """One part of the model (a layer, the embedding, the head) for one micro-batch on one rank."""
 
+    is_layer: bool
     time: PartTime
     saved_bytes: float
     """Activations kept from the forward to the backward."""
@@ -62,54 +65,58 @@ class CostModel:
     cluster: Cluster
     stack: Stack
     _parts: dict[tuple[Cell, str], PartCost] = field(default_factory=dict)
+    _stages: dict[tuple[Cell, tuple[str, ...]], StageCost] = field(default_factory=dict)
 
-    def layer(self, cell: Cell, layer: int) -> PartCost:
-        """Layer `layer` (from 0). Layers of one kind cost the same."""
-        kind = f"layer moe={self.model.is_moe_layer(layer)} window={self.model.is_window_layer(layer)}"
+    def _kind(self, layer: int) -> str:
+        """What layers that cost the same have in common."""
+        moe, window = self.model.is_moe_layer(layer), self.model.is_window_layer(layer)
+        return f"{'moe' if moe else 'dense'} layer{' with window' if window else ''}"
+
+    def _part(self, cell: Cell, kind: str) -> PartCost:
         if (cell, kind) not in self._parts:
-            operations = layer_operations(self.model, layer, cell, self.stack)
-            kept = saved_bytes(operations, cell.recompute)
-            recomputed = 0.0
-            if cell.recompute == "full":
-                recomputed = kept
-                kept = cell.local_tokens * self.model.hidden * cell.activation_bytes
-            elif cell.recompute == "selective":
-                recomputed = saved_bytes(operations, "none") - kept
-            experts = 0
-            if self.model.moe is not None and self.model.is_moe_layer(layer):
-                experts = self.model.moe.experts * expert_parameters(self.model)
-            dense = layer_parameters(self.model, layer) - experts
-            self._parts[cell, kind] = PartCost(
-                time=part_time(
-                    operations, cell, self.cluster, self.stack, host_s=self.stack.layer_host_s
-                ),
-                saved_bytes=kept,
-                recomputed_bytes=recomputed,
-                flops=forward_flops(operations),
-                dense_parameters=self._per_tp_rank(dense, cell.tp),
-                expert_parameters=experts // cell.ep,
-            )
+            if kind == EMBEDDING:
+                operations = embedding_operations(self.model, cell, self.stack)
+                part = self._end_part(operations, cell, embedding_parameters(self.model))
+            elif kind == HEAD:
+                operations = head_operations(self.model, cell, self.stack)
+                part = self._end_part(operations, cell, head_parameters(self.model))
+            else:
+                layers = range(self.model.layers)
+                part = self._layer(cell, next(i for i in layers if self._kind(i) == kind))
+            self._parts[cell, kind] = part
         return self._parts[cell, kind]
 
-    def embedding(self, cell: Cell) -> PartCost:
-        """Everything before the first layer; never recomputed."""
-        key = cell, "embedding"
-        if key not in self._parts:
-            operations = embedding_operations(self.model, cell, self.stack)
-            self._parts[key] = self._end_part(operations, cell, embedding_parameters(self.model))
-        return self._parts[key]
+    def layer(self, cell: Cell, layer: int) -> PartCost:
+        """Layer `layer` (from 0)."""
+        return self._part(cell, self._kind(layer))
 
-    def head(self, cell: Cell) -> PartCost:
-        """Everything after the last layer, with the loss; never recomputed."""
-        key = cell, "head"
-        if key not in self._parts:
-            operations = head_operations(self.model, cell, self.stack)
-            self._parts[key] = self._end_part(operations, cell, head_parameters(self.model))
-        return self._parts[key]
+    def _layer(self, cell: Cell, layer: int) -> PartCost:
+        operations = layer_operations(self.model, layer, cell, self.stack)
+        kept = saved_bytes(operations, cell.recompute)
+        recomputed = 0.0
+        if cell.recompute == "full":
+            recomputed = kept
+            kept = cell.local_tokens * self.model.hidden * cell.activation_bytes
+        elif cell.recompute == "selective":
+            recomputed = saved_bytes(operations, "none") - kept
+        experts = 0
+        if self.model.moe is not None and self.model.is_moe_layer(layer):
+            experts = self.model.moe.experts * expert_parameters(self.model)
+        return PartCost(
+            is_layer=True,
+            time=part_time(operations, cell, self.cluster, self.stack, host_s=self.stack.layer_host_s),
+            saved_bytes=kept,
+            recomputed_bytes=recomputed,
+            flops=forward_flops(operations),
+            dense_parameters=self._per_tp_rank(layer_parameters(self.model, layer) - experts, cell.tp),
+            expert_parameters=experts // cell.ep,
+        )
 
-    def _end_part(self, operations: tuple, cell: Cell, parameters: int) -> PartCost:  # type: ignore[type-arg]
+    def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:
+        """Embedding or head; never recomputed."""
         kept_cell = cell._replace(recompute="none")
         return PartCost(
+            is_layer=False,
             time=part_time(operations, kept_cell, self.cluster, self.stack),
             saved_bytes=saved_bytes(operations, "none"),
             recomputed_bytes=0.0,
@@ -128,33 +135,40 @@ class CostModel:
         stages = []
         first = 0
         for index, num_layers in enumerate(split):
-            parts = [self.layer(cell, i) for i in range(first, first + num_layers)]
+            kinds = [self._kind(layer) for layer in range(first, first + num_layers)]
             first += num_layers
-            largest = max((p.dense_parameters + p.expert_parameters for p in parts), default=0)
             if index == 0:
-                parts.insert(0, self.embedding(cell))
+                kinds.insert(0, EMBEDDING)
             if index == len(split) - 1:
-                parts.append(self.head(cell))
-            tied_copy = index == len(split) - 1 > 0 and self.model.tied_embeddings
-            stages.append(_stage(parts, num_layers, largest, self._tied(cell) if tied_copy else 0))
+                kinds.append(HEAD)
+            stages.append(self._stage(cell, tuple(kinds)))
         return tuple(stages)
 
-    def _tied(self, cell: Cell) -> int:
-        """The last stage of a pipeline holds its own copy of tied embeddings."""
-        return self.model.vocab * self.model.hidden // cell.tp
+    def _stage(self, cell: Cell, kinds: tuple[str, ...]) -> StageCost:
+        key = cell, kinds
+        if key not in self._stages:
+            parts = [self._part(cell, kind) for kind in kinds]
+            # The last stage of a pipeline holds its own copy of tied embeddings.
+            tied = self.model.tied_embeddings and HEAD in kinds and EMBEDDING not in kinds
+            copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0
+            self._stages[key] = _sum(parts, copy)
+        return self._stages[key]
 
 
-def _stage(parts: list[PartCost], num_layers: int, largest: int, tied: int) -> StageCost:
+def _sum(parts: list[PartCost], tied_copy: int) -> StageCost:
     time = NO_TIME
     for part in parts:
         time = time.plus(part.time)
+    layers = [part for part in parts if part.is_layer]
     return StageCost(
         time=time,
-        num_layers=num_layers,
+        num_layers=len(layers),
         saved_bytes=sum(p.saved_bytes for p in parts),
-        recomputed_bytes=max(p.recomputed_bytes for p in parts) if parts else 0.0,
+        recomputed_bytes=max((p.recomputed_bytes for p in parts), default=0.0),
         flops=sum(p.flops for p in parts),
-        dense_parameters=sum(p.dense_parameters for p in parts) + tied,
+        dense_parameters=sum(p.dense_parameters for p in parts) + tied_copy,
         expert_parameters=sum(p.expert_parameters for p in parts),
-        largest_layer_parameters=largest,
+        largest_layer_parameters=max(
+            (p.dense_parameters + p.expert_parameters for p in layers), default=0
+        ),
     )

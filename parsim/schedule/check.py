@@ -55,16 +55,19 @@ def _tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     for what, size in (("query heads", model.heads), ("KV heads", model.kv_heads)):
         if size % plan.tp:
             yield ParsimError(
-                f"tp={plan.tp} does not divide the {size} {what} of {model.name}",
+                f"tp does not divide the {what}",
                 where="tp",
                 got=plan.tp,
-                expected=f"a divisor of {size}",
+                expected=f"a divisor of the {size} {what} of {model.name}",
                 hint=f"legal: {divisors(model.kv_heads)}",
             )
             return
     if model.ffn_hidden % plan.tp:
         yield ParsimError(
-            f"tp={plan.tp} does not divide ffn_hidden {model.ffn_hidden}", where="tp", got=plan.tp
+            "tp does not divide the feed-forward's width",
+            where="tp",
+            got=plan.tp,
+            expected=f"a divisor of ffn_hidden {model.ffn_hidden}",
         )
     if plan.sequence_parallel and plan.tp == 1:
         yield ParsimError(
@@ -94,10 +97,10 @@ def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             hint="schedule=1f1b is the same with one chunk",
         )
     elif plan.schedule in V_SHAPED_SCHEDULES and plan.vpp != 2:
-        yield ParsimError(f"{plan.schedule} has two chunks a rank", where="vpp", got=plan.vpp)
+        yield ParsimError("a V-shaped schedule has two chunks a rank", where="vpp", got=plan.vpp)
     elif plan.schedule in ("gpipe", "1f1b") and plan.vpp > 1:
         yield ParsimError(
-            f"{plan.schedule} has one chunk a rank",
+            "GPipe and 1F1B have one chunk a rank",
             where="vpp",
             got=plan.vpp,
             expected="vpp=1",
@@ -105,26 +108,32 @@ def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
     if plan.vpp > 1 and plan.pp == 1:
         yield ParsimError("chunks need a pipeline", where="vpp", got="pp=1", expected="pp of 2 or more")
-    layers = job.model.layers
-    if plan.num_stages > layers:
-        yield ParsimError(
-            "there are more stages than layers",
-            where="pp·vpp",
-            got=plan.num_stages,
-            expected=f"at most {layers}, the layers of {job.model.name}",
-        )
-    elif min(stage_layers(job.model, plan)) < 0 or sum(stage_layers(job.model, plan)) != layers:
-        yield ParsimError(
-            "stage_split must add up to the layers of the model",
-            where="stage_split",
-            got=sum(plan.stage_split),
-            expected=str(layers),
-        )
+    yield from _split_problems(job, plan)
     if plan.schedule == "interleaved" and plan.pp > 1:
         try:
             micro_batches_per_round(plan.pp, max(1, plan.num_micro_batches(job)))
         except ParsimError as problem:
             yield problem
+
+
+def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """Every stage has work: a layer, the embedding or the head."""
+    layers = job.model.layers
+    split = stage_layers(job.model, plan)
+    if sum(split) != layers:
+        yield ParsimError(
+            "stage_split does not add up to the layers of the model",
+            where="stage_split",
+            got=sum(split),
+            expected=f"{layers}, the layers of {job.model.name}",
+        )
+    elif min(split) < 0 or (len(split) > 2 and min(split[1:-1]) < 1):
+        yield ParsimError(
+            "there are more stages than layers",
+            where="pp·vpp",
+            got=plan.num_stages,
+            expected=f"at most {layers}, or {layers + 2} with embedding and head alone at the ends",
+        )
 
 
 def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
@@ -138,13 +147,14 @@ def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
     if plan.ep > 1 and moe is None:
         yield ParsimError(
-            f"{job.model.name} has no experts to share", where="ep", got=plan.ep, expected="ep=1"
+            "a dense model has no experts to share", where="ep", got=plan.ep, expected="ep=1"
         )
     if moe is not None and moe.experts % plan.ep:
         yield ParsimError(
-            f"ep={plan.ep} does not divide the {moe.experts} experts of {job.model.name}",
+            "ep does not divide the experts",
             where="ep",
             got=plan.ep,
+            expected=f"a divisor of the {moe.experts} experts of {job.model.name}",
             hint=f"legal: {divisors(moe.experts)}",
         )
     ranks = plan.dp * plan.cp * plan.tp

@@ -277,7 +277,7 @@ class _Lowering:
     def _reduce_tied(self) -> None:
         """Sum the gradients of the embedding that the first and the last stage both hold."""
         first, last = self.rank_of[0], self.rank_of[len(self.cost.stages) - 1]
-        after = (self.chain[first][-1], self.chain[last][-1])
+        after: tuple[int, ...] = (self.chain[first][-1], self.chain[last][-1])
         if last in self.reduced:
             after += (self.reduced[last],)
         task = Task(

@@ -1,0 +1,137 @@
+"""Prediction: what parsim says of a plan, and how it gets there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parsim.cost.cell import cell_of
+from parsim.cost.flops import model_flops
+from parsim.cost.gemm import peak_flops_per_s
+from parsim.cost.memory import MemoryUse, rank_memory
+from parsim.cost.stage import CostModel, StageCost
+from parsim.cost.step import StepCost, step_cost
+from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.schedule import make_schedule
+from parsim.schedule.action import Schedule
+from parsim.schedule.in_flight import peak_in_flight
+from parsim.schedule.lower import lower
+from parsim.schedule.program import Program
+from parsim.simulate.replay import replay
+from parsim.timeline import Timeline, breakdown_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """A simulated step."""
+
+    job: Job
+    plan: ParallelPlan
+    hardware: str
+    stack: str
+    step_time_s: float
+    interval_s: tuple[float, float]
+    """90 % interval."""
+    breakdown_s: dict[str, float]
+    """Adds up to step_time_s."""
+    memory: MemoryUse
+    """Of the fullest rank."""
+    context_bytes: float
+    device_memory_bytes: float
+    peak_flops_per_s: float
+    """Dense peak of the GEMMs' dtype on one device."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank fits on its device, context and communication buffers included."""
+        return self.memory.peak + self.context_bytes <= self.device_memory_bytes
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over the peak (PaLM appendix B: attention counted in full)."""
+        return self.model_flops_per_s_per_gpu() / self.peak_flops_per_s
+
+    def model_flops_per_s_per_gpu(self, *, causal: bool = False) -> float:
+        """Model FLOPs a second on each GPU."""
+        return model_flops(self.job, causal=causal) / (self.step_time_s * self.plan.gpus)
+
+    def to_item(self) -> dict[str, Any]:
+        """The ITEM of the JSON contract, with all that is needed to run the plan."""
+        job = asdict(self.job)
+        model = {k: v for k, v in job.pop("model").items() if v is not None}
+        plan = asdict(self.plan)
+        return {
+            "model": model,
+            "hardware": self.hardware,
+            "stack": self.stack,
+            "job": job,
+            "plan": plan | {"stage_split": list(stage_layers(self.job.model, self.plan))},
+            "gpus": self.plan.gpus,
+            "num_micro_batches": self.plan.num_micro_batches(self.job),
+            "step_time_s": self.step_time_s,
+            "interval_s": list(self.interval_s),
+            "tokens_per_s_per_gpu": self.job.tokens / (self.step_time_s * self.plan.gpus),
+            "model_tflops_per_gpu": self.model_flops_per_s_per_gpu() / 1e12,
+            "mfu": self.mfu,
+            "mfu_causal": self.model_flops_per_s_per_gpu(causal=True) / self.peak_flops_per_s,
+            "bubble_fraction": self.breakdown_s["bubble"] / self.step_time_s,
+            "fits": self.fits,
+            "memory_bytes": self.memory.to_data(self.context_bytes),
+            "breakdown_s": self.breakdown_s,
+        }
+
+
+def rank_stages(cost: StepCost, schedule: Schedule, rank: int) -> dict[int, StageCost]:
+    """The stages that a pipeline rank holds."""
+    return {s: cost.stages[s] for s, r in sorted(schedule.stage_ranks().items()) if r == rank}
+
+
+def memory_by_rank(
+    cost: StepCost, schedule: Schedule, job: Job, plan: ParallelPlan, costs: CostModel
+) -> list[MemoryUse]:
+    """Memory of every pipeline rank at its fullest moment."""
+    uses = []
+    for rank, actions in enumerate(schedule.ranks):
+        stages = rank_stages(cost, schedule, rank)
+        _, held = peak_in_flight(actions, {s: stage.saved_bytes for s, stage in stages.items()})
+        uses.append(
+            rank_memory(tuple(stages.values()), tuple(held[s] for s in stages), job, plan, costs.stack)
+        )
+    return uses
+
+
+def program_of(
+    job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
+) -> tuple[Program, list[MemoryUse]]:
+    """The Program of a plan's step, and the memory of each of its ranks."""
+    schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
+    cost = step_cost(job, plan, costs)
+    memory = memory_by_rank(cost, schedule, job, plan, costs)
+    static = tuple(use.static + use.buffers + use.working for use in memory)
+    title = f"{job.model.name}, {plan.short()}"
+    return lower(schedule, cost, plan, costs.stack, static_bytes=static, title=title), memory
+
+
+def predict(
+    job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
+) -> tuple[Prediction, Timeline]:
+    """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
+    program, memory = program_of(job, plan, costs, schedule)
+    timeline = replay(program)
+    step_s = timeline.end_s
+    spread = math.exp(costs.stack.relative_error)
+    prediction = Prediction(
+        job=job,
+        plan=plan,
+        hardware=costs.cluster.name,
+        stack=costs.stack.name,
+        step_time_s=step_s,
+        interval_s=(step_s / spread, step_s * spread),
+        breakdown_s=breakdown_s(timeline),
+        memory=max(memory, key=lambda use: use.peak),
+        context_bytes=costs.stack.context_bytes,
+        device_memory_bytes=costs.cluster.device.memory_bytes,
+        peak_flops_per_s=peak_flops_per_s(costs.cluster.device, cell_of(job, plan).precision),
+    )
+    return prediction, timeline
