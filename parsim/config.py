@@ -58,14 +58,22 @@ def find(kind: str, name: str, *, what: str) -> Path:
     path = Path(name)
     looks_like_path = path.suffix in (".toml", ".json") or len(path.parts) > 1
     if looks_like_path:
-        if path.is_file():
+        if _is_file(path):
             return path
         raise ParsimError(f"no such {what} file", where=name)
     raise ParsimError(
         f"unknown {what} {name!r}",
         expected=f"one of {len(known)} shipped names, or a path to a file",
-        hint=did_you_mean(name, known) or f"`parsim {what if what == 'hardware' else what + 's'}` lists them",
+        hint=did_you_mean(name, known)
+        or f"`parsim {what if what == 'hardware' else what + 's'}` lists them",
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or with a null byte
+        return False
 
 
 def read_text(path: Path) -> str:
@@ -88,16 +96,17 @@ def read_text(path: Path) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
+    text = read_text(path)
     try:
-        return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(text)
+    except ValueError as error:  # TOMLDecodeError, or a whole number of thousands of digits
         raise ParsimError("this is no valid TOML", where=str(path), got=str(error)) from None
     except RecursionError:
         raise ParsimError("this file is nested too deeply", where=str(path)) from None
 
 
 def parse_json(text: str, *, where: str) -> Any:
-    """JSON without NaN, Infinity or keys given twice."""
+    """JSON without NaN, Infinity, numbers beyond float or keys given twice."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
@@ -110,9 +119,15 @@ def parse_json(text: str, *, where: str) -> Any:
     def refuse(name: str) -> float:
         raise ParsimError("a number must be finite", where=where, got=name)
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse, parse_float=finite)
+    except ParsimError:
+        raise
+    except ValueError as error:  # JSONDecodeError, or a whole number of thousands of digits
         raise ParsimError(
             "this is no valid JSON; is the file complete?", where=where, got=str(error)
         ) from None
@@ -131,69 +146,76 @@ def validate(cls: type[T], data: object, *, where: str) -> T:
     Raises ParsimError naming every wrong key at once: unknown (with the nearest known), missing, of
     the wrong type, or refused by the noun itself.
     """
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     clean = _with_si_units(cls, data, "", problems)
-    if not problems:
-        try:
-            return TypeAdapter(cls).validate_python(clean)
-        except ValidationError as error:
-            problems = [_describe(e) for e in error.errors()]
-    noun = "problem" if len(problems) == 1 else f"{len(problems)} problems"
-    raise ParsimError(f"{noun} in this file:\n  - " + "\n  - ".join(problems), where=where)
+    try:
+        noun = TypeAdapter(cls).validate_python(clean)
+        if not problems:
+            return noun
+    except ValidationError as error:
+        for place, text in map(_describe, error.errors()):
+            problems.setdefault(place, text)
+    lines = [f"{place}: {text}" if place else text for place, text in problems.items()]
+    count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
+    raise ParsimError(f"{count} in this file:\n  - " + "\n  - ".join(lines), where=where)
 
 
-def _describe(error: Any) -> str:
-    at = ".".join(str(part) for part in error["loc"])
+def _describe(error: Any) -> tuple[str, str]:
+    """Place and text of one of pydantic's errors."""
+    place = ""
+    for part in error["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}"
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, ParsimError):
-        at = ".".join(filter(None, (at, cause.where)))
+        place += f".{cause.where}" if cause.where else ""
         text = cause.what + (f", got {shorten(cause.got)}" if cause.got is not None else "")
         text += f", expected {cause.expected}" if cause.expected else ""
+        text += f"; {cause.hint}" if cause.hint else ""
     else:
         text = error["msg"][:1].lower() + error["msg"][1:]
         if error["type"] != "missing":
             text += f", got {shorten(error['input'])}"
-    return f"{at}: {text}"
+    return place.removeprefix("."), text
 
 
-def _with_si_units(cls: Any, data: object, at: str, problems: list[str]) -> object:
-    """`data` with units turned into SI numbers; unknown keys are added to `problems`."""
+def _with_si_units(cls: Any, data: object, at: str, problems: dict[str, str]) -> object:
+    """`data` with units turned into SI numbers; what is wrong with it goes to `problems` by place."""
     if not dataclasses.is_dataclass(cls) or not isinstance(data, Mapping):
         return data
     hints = typing.get_type_hints(cls)
     clean: dict[str, object] = {}
     for key, value in data.items():
         place = f"{at}{key}"
-        if key not in hints:
+        if key in hints:
+            clean[key] = _value_in_si(hints[key], key, value, place, problems)
+        else:
             near = did_you_mean(str(key), hints)
-            problems.append(f"{place}: unknown key" + (f"; {near}" if near else ""))
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{place}: a number must be finite, got {value}")
-            continue
-        clean[key] = _value_in_si(hints[key], key, value, place, problems)
+            problems[place] = "unknown key" + (f"; {near}" if near else "")
     return clean
 
 
-def _value_in_si(hint: Any, key: str, value: object, place: str, problems: list[str]) -> object:
+def _value_in_si(hint: Any, key: str, value: object, place: str, problems: dict[str, str]) -> object:
     if isinstance(value, str):
         try:
             number = parse_field(key, value)
         except ParsimError as error:
-            problems.append(f"{place}: {error.what}, got {value!r}, expected {error.expected}")
+            problems[place] = f"{error.what}, got {value!r}, expected {error.expected}"
             return value
         return value if number is None else number
+    if isinstance(value, float) and not math.isfinite(value):
+        problems[place] = f"a number must be finite, got {value}"
+    if isinstance(value, bool) and hint in (int, float):
+        problems[place] = f"this is a number, got {str(value).lower()}"
     inner = _dataclass_in(hint)
     if isinstance(value, Mapping):
         if inner is not None and typing.get_origin(hint) is not dict:
             return _with_si_units(inner, value, f"{place}.", problems)
         # A table by dtype or scope: each value is read like the key that holds the table.
         return {
-            k: _value_in_si(inner or hint, key, v, f"{place}.{k}", problems)
-            for k, v in value.items()
+            k: _value_in_si(inner or hint, key, v, f"{place}.{k}", problems) for k, v in value.items()
         }
-    if isinstance(value, list) and inner is not None:
-        return [_with_si_units(inner, v, f"{place}[{i}].", problems) for i, v in enumerate(value)]
+    if isinstance(value, list):
+        return [_value_in_si(hint, key, v, f"{place}[{i}]", problems) for i, v in enumerate(value)]
     return value
 
 

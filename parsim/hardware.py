@@ -168,13 +168,16 @@ def peak_flops_per_s(device: Device, dtype: str) -> float:
     """
     if dtype in device.peak_flops_per_s:
         return device.peak_flops_per_s[dtype]
-    fallback = default_precision(device)
+    if dtype in DTYPE_BYTES:
+        hint: str | None = f"train in {default_precision(device)} instead"
+    else:
+        hint = did_you_mean(dtype, device.peak_flops_per_s)
     raise ParsimError(
         f"{device.name} has no matrix units for {dtype}",
         where="precision",
         got=dtype,
         expected=", ".join(device.peak_flops_per_s),
-        hint=did_you_mean(dtype, device.peak_flops_per_s) or f"train in {fallback} instead",
+        hint=hint,
     )
 
 

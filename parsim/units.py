@@ -200,8 +200,9 @@ def format_duration(seconds: float) -> str:
         return f"{seconds / 3600:.1f} h"
     if magnitude >= 600:
         return f"{seconds / 60:.1f} min"
+    seconds = float(f"{seconds:.3g}")  # first, so that 999.9 ms becomes 1 s
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if magnitude >= size:
+        if abs(seconds) >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
