@@ -127,7 +127,7 @@ class ModelSpec:
     window: int = 0
     """Tokens a sliding-window layer looks back; 0: every layer sees everything before it."""
     window_every: int = 1
-    """One layer in `window_every` slides, the rest are full (gpt-oss, Gemma 2: 2)."""
+    """The first of each `window_every` layers slides, the rest are full (gpt-oss, Gemma 2: 2)."""
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
     source: str = ""
@@ -184,11 +184,6 @@ class ModelSpec:
         for key in ("linear_bias", "qkv_bias", "qk_norm", "attention_sinks"):
             if getattr(self, key):
                 raise ParsimError("MLA is modelled without this", where=key, got=True)
-
-    @property
-    def v_head_dim(self) -> int:
-        """Width of a value head."""
-        return self.head_dim if self.mla is None else self.mla.v_head_dim
 
     @property
     def attention_kind(self) -> Literal["MHA", "GQA", "MQA", "MLA"]:
