@@ -217,7 +217,7 @@ def test_a_peak_that_is_not_there_says_what_is() -> None:
     assert error.value.expected == "fp64, fp32, tf32, bf16, fp16"
     assert error.value.hint == "train in bf16 instead"
     with pytest.raises(ParsimError) as error:
-        peak_flops_per_s(a100, "bfp16")
+        peak_flops_per_s(a100, "bfloat16")
     assert error.value.hint == "did you mean 'bf16'?"
     with pytest.raises(ParsimError, match="V100"):
         peak_flops_per_s(load_cluster("v100-sxm-32gb").device, "bf16")

@@ -1,6 +1,7 @@
 """Units: what people write becomes SI and back, and nothing else is let in."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -85,7 +86,7 @@ def test_what_is_no_count_is_refused(text: str) -> None:
         (units.parse_power, ["700", "700 Wh", "700 J"]),
     ],
 )
-def test_a_wrong_unit_says_what_would_be_right(parse, wrong) -> None:
+def test_a_wrong_unit_says_what_would_be_right(parse: Callable[[str], float], wrong: list[str]) -> None:
     for text in wrong:
         with pytest.raises(ParsimError) as error:
             parse(text)
