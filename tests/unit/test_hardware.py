@@ -87,6 +87,14 @@ def test_the_walk_finds_a_table_that_cites_nothing() -> None:
     assert list(uncited({"link": {"n": 1, "source": "a data sheet"}}, "", cited=False)) == [".link"]
 
 
+def test_the_example_in_the_documentation_is_a_profile(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/hardware.md").read_text(encoding="utf-8")
+    example = text.split("```toml\n")[1].split("```")[0]
+    assert list(uncited(tomllib.loads(example), "", cited=False)) == []
+    (tmp_path / "mine.toml").write_text(example, encoding="utf-8")
+    assert load_cluster(str(tmp_path / "mine.toml")).device.peak_flops_per_s["bf16"] == 312e12
+
+
 # Physics
 
 
