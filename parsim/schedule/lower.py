@@ -128,6 +128,8 @@ class _Lowering:
     """Tasks that gather the parameters of a stage at the start of the step, by bucket."""
     reduced: dict[int, int] = field(default_factory=dict)
     """Last reduction of gradients on each rank."""
+    times: dict[tuple[int, str], PassTime] = field(init=False)
+    """What an action takes, by stage and kind."""
     rank_of: dict[int, int] = field(init=False)
     """The pipeline rank of every stage, in order of stage."""
     last_gradient: dict[int, Action] = field(init=False)
@@ -135,6 +137,11 @@ class _Lowering:
 
     def __post_init__(self) -> None:
         actions = list(self.schedule.actions())
+        self.times = {
+            (stage, kind): time
+            for stage, cost in enumerate(self.cost.stages)
+            for kind, time in _times(cost.time).items()
+        }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
         self.first_forward = {a.stage: a for a in reversed(actions) if a.kind == FORWARD}
@@ -156,7 +163,7 @@ class _Lowering:
 
     def add_action(self, rank: int, action: Action) -> None:
         """The tasks of one action: its compute, in pieces or whole, then the transfer of its result."""
-        time = _time(action, self.cost.stages[action.stage].time)
+        time = self.times[action.stage, action.kind]
         sync = self.cost.syncs[action.stage]
         first_gather = action == self.first_forward.get(action.stage) and action.stage in self.gathered
         fully_sharded = self.plan.zero == 3 and action.kind != WEIGHT_GRAD and sync.gather_s > 0
@@ -171,7 +178,8 @@ class _Lowering:
                 after += (self.gathered[action.stage][piece],)
             elif fully_sharded:
                 after += (self._gather(rank, action, after),)
-            end = self._compute(rank, action, time.times(1 / pieces), after, piece, pieces)
+            part = time if pieces == 1 else time.times(1 / pieces)
+            end = self._compute(rank, action, part, after, piece, pieces)
             if reduces:
                 self._reduce(rank, action.stage, sync.reduce_s / pieces, (end,))
             self.chain[rank] = [*self.chain[rank][-1:], end]
@@ -296,11 +304,11 @@ class _Lowering:
             self._add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))
 
 
-def _time(action: Action, time: PartTime) -> PassTime:
-    """What an action takes; the input gradient of a split backward recomputes what it needs first."""
+def _times(time: PartTime) -> dict[str, PassTime]:
+    """What each kind of action takes; the input gradient of a split backward recomputes first."""
     return {
         FORWARD: time.forward,
         BACKWARD: time.backward,
         INPUT_GRAD: time.recompute.plus(time.input_grad),
         WEIGHT_GRAD: time.weight_grad,
-    }[action.kind]
+    }

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from parsim.cost.cell import cell_of
 from parsim.cost.flops import model_flops
 from parsim.cost.gemm import peak_flops_per_s
 from parsim.cost.memory import MemoryUse, rank_memory
@@ -17,7 +16,7 @@ from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
 from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
-from parsim.schedule.program import Program
+from parsim.schedule.program import Program, end_times, timeline_of
 from parsim.simulate.replay import replay
 from parsim.timeline import Timeline, breakdown_s
 
@@ -119,9 +118,22 @@ def predict(
     """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
     program, memory = program_of(job, plan, costs, schedule)
     timeline = replay(program)
+    return prediction_of(job, plan, costs, timeline, memory), timeline
+
+
+def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
+    """The same prediction from the longest path through the Program, without a discrete-event replay."""
+    program, memory = program_of(job, plan, costs)
+    return prediction_of(job, plan, costs, timeline_of(program, end_times(program)), memory)
+
+
+def prediction_of(
+    job: Job, plan: ParallelPlan, costs: CostModel, timeline: Timeline, memory: list[MemoryUse]
+) -> Prediction:
+    """What a simulated timeline says of a plan."""
     step_s = timeline.end_s
     spread = math.exp(costs.stack.relative_error)
-    prediction = Prediction(
+    return Prediction(
         job=job,
         plan=plan,
         hardware=costs.cluster.name,
@@ -132,6 +144,5 @@ def predict(
         memory=max(memory, key=lambda use: use.peak),
         context_bytes=costs.stack.context_bytes,
         device_memory_bytes=costs.cluster.device.memory_bytes,
-        peak_flops_per_s=peak_flops_per_s(costs.cluster.device, cell_of(job, plan).precision),
+        peak_flops_per_s=peak_flops_per_s(costs.cluster.device, job.precision),
     )
-    return prediction, timeline

@@ -1,0 +1,118 @@
+"""The space of plans: everything that N GPUs allow, within what the user fixed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from parsim.errors import ParsimError
+from parsim.plan import Job, ParallelPlan
+
+MAX_GPUS = 1_000_000
+RECOMPUTE_MODES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constraints:
+    """Values that the user allows for a dimension; empty: all that the space holds."""
+
+    tp: tuple[int, ...] = ()
+    pp: tuple[int, ...] = ()
+    dp: tuple[int, ...] = ()
+    ep: tuple[int, ...] = ()
+    vpp: tuple[int, ...] = ()
+    micro_batch: tuple[int, ...] = ()
+    zero: tuple[int, ...] = ()
+    recompute: tuple[str, ...] = ()
+    schedule: tuple[str, ...] = ()
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of n, in order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def check_constraints(gpus: int, constraints: Constraints) -> None:
+    """Raises ParsimError where no plan at all can satisfy what the user fixed."""
+    if not 1 <= gpus <= MAX_GPUS:
+        raise ParsimError(
+            "the number of GPUs is out of range",
+            where="--gpus",
+            got=gpus,
+            expected=f"1 to {MAX_GPUS}",
+        )
+    for key in ("tp", "pp", "dp"):
+        sizes = getattr(constraints, key)
+        if sizes and all(gpus % size for size in sizes):
+            raise ParsimError(
+                f"{key}={', '.join(map(str, sizes))} does not divide {gpus} GPUs",
+                where=f"--{key}",
+                expected=f"a divisor of {gpus}",
+                hint=f"legal: {', '.join(map(str, divisors(gpus)[:16]))}",
+            )
+
+
+def enumerate_plans(job: Job, gpus: int, constraints: Constraints) -> Iterator[ParallelPlan]:
+    """Every split of `gpus` over dp, tp and pp, with every micro-batch, vpp, recompute and zero.
+
+    Illegal plans are part of the space: the search counts them by reason. Options without effect are
+    left out: ZeRO where dp = 1, chunks where pp = 1, micro-batches beyond the batch of a dp rank.
+    """
+    for tp in _allowed(divisors(gpus), constraints.tp):
+        for pp in _allowed(divisors(gpus // tp), constraints.pp):
+            dp = gpus // (tp * pp)
+            if constraints.dp and dp not in constraints.dp:
+                continue
+            yield from _splits(job, constraints, dp, tp, pp)
+
+
+def _allowed(values: list[int], wanted: tuple[int, ...]) -> list[int]:
+    return [v for v in values if v in wanted] if wanted else values
+
+
+def _splits(job: Job, constraints: Constraints, dp: int, tp: int, pp: int) -> Iterator[ParallelPlan]:
+    """Plans of one (dp, tp, pp)."""
+    experts = job.model.moe.experts if job.model.moe else 1
+    eps = [ep for ep in divisors(experts) if dp * tp % ep == 0]
+    micro_batches = constraints.micro_batch or divisors(max(1, job.global_batch // dp))
+    for ep in _allowed(eps, constraints.ep):
+        for schedule, vpp in _chunks(job, constraints, pp):
+            for recompute in constraints.recompute or RECOMPUTE_MODES:
+                for zero in _allowed([0, 1] if dp > 1 else [0], constraints.zero):
+                    base = ParallelPlan(
+                        dp=dp,
+                        tp=tp,
+                        pp=pp,
+                        ep=ep,
+                        vpp=vpp,
+                        schedule=schedule,
+                        zero=zero,
+                        sequence_parallel=tp > 1,
+                        recompute=recompute,  # type: ignore[arg-type]
+                    )
+                    for micro_batch in micro_batches:
+                        yield dataclasses.replace(base, micro_batch=micro_batch)
+
+
+def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
+    """(schedule, vpp) choices: one chunk a rank, or interleaved with chunks that are all equal.
+
+    Equal with embedding and head counted as a layer each or not, as frameworks ask for.
+    """
+    layers = job.model.layers
+    for schedule in constraints.schedule or ("1f1b", "interleaved"):
+        if schedule != "interleaved":
+            yield from ((schedule, vpp) for vpp in _allowed([1], constraints.vpp))
+        elif pp > 1:
+            even = [
+                v
+                for v in range(2, (layers + 2) // pp + 1)
+                if not layers % (pp * v) or not (layers + 2) % (pp * v)
+            ]
+            yield from ((schedule, vpp) for vpp in _allowed(even, constraints.vpp))
