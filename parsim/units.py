@@ -190,6 +190,8 @@ def format_duration(seconds: float) -> str:
 
     >>> format_duration(0.00125), format_duration(93.5), format_duration(1800), format_duration(7200)
     ('1.25 ms', '93.5 s', '30.0 min', '2.0 h')
+    >>> format_duration(14.0), format_duration(184e-6)
+    ('14.0 s', '184 µs')
     """
     if not math.isfinite(seconds):
         return str(seconds)
@@ -203,7 +205,7 @@ def format_duration(seconds: float) -> str:
     seconds = float(f"{seconds:.3g}")  # first, so that 999.9 ms becomes 1 s
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if abs(seconds) >= size:
-            return f"{seconds / size:.3g} {unit}"
+            return f"{seconds / size:#.3g} {unit}".replace(". ", " ")
     return f"{seconds * 1e9:.3g} ns" if seconds else "0 s"
 
 

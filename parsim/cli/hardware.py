@@ -1,0 +1,59 @@
+"""`parsim hardware`: the hardware profiles that parsim ships."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from parsim.cli.options import JsonOption
+from parsim.cli.output import document, print_json, print_table
+
+
+def hardware(
+    name: Annotated[str | None, typer.Argument(help="Show one: a name or a file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the shipped hardware profiles, or show one with the sources of its numbers.
+
+    \b
+    Examples:
+      parsim hardware
+      parsim hardware h100-sxm-80gb
+    """
+    from parsim.config import load_cluster, shipped, to_data
+    from parsim.hardware import Cluster, default_precision, describe
+    from parsim.units import format_bandwidth, format_bytes, format_rate
+
+    def data(cluster: Cluster) -> dict[str, Any]:
+        facts = to_data(cluster)
+        facts.pop("kernels", None)  # hundreds of fitted constants
+        return facts
+
+    names = [name] if name else list(shipped("hardware_profiles"))
+    clusters = [load_cluster(each) for each in names]
+    if as_json:
+        found = [data(cluster) for cluster in clusters]
+        print_json(document("hardware", {"name": name}, {"hardware": found}))
+        return
+    if name:
+        facts = [[fact.what, fact.value, fact.source] for fact in describe(clusters[0])]
+        print_table(["what", "value", "source"], facts, title=clusters[0].description)
+        return
+    rows = []
+    for cluster in clusters:
+        device = cluster.device
+        dtype = default_precision(device)
+        rows.append([
+            cluster.name,
+            f"{format_rate(device.peak_flops_per_s[dtype])} {dtype}",
+            format_bytes(device.memory_bytes),
+            format_bandwidth(device.memory_bandwidth_bytes_per_s),
+            f"{cluster.gpus_per_node} ({cluster.scale_up_domain})",
+            format_bandwidth(cluster.intra_node.bandwidth_bytes_per_s),
+            format_bandwidth(cluster.inter_node.bandwidth_bytes_per_s),
+            f"${cluster.price.usd_per_gpu_hour:.2f}" if cluster.price else "",
+        ])  # fmt: skip
+    headers = ["hardware", "peak", "memory", "bandwidth", "per node (domain)", "in node",
+               "between nodes", "GPU-hour"]  # fmt: skip
+    print_table(headers, rows)

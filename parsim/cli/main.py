@@ -1,0 +1,111 @@
+"""The `parsim` command: its subcommands, and what happens to errors.
+
+Answers go to stdout, everything else to stderr. Exit status: 0 fine, 1 answered with "no", 2 bad
+input or a defect, 130 interrupted. Modules behind a command are imported when it
+runs, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import click
+import typer
+
+from parsim import __version__
+from parsim.cli import (
+    calibrate,
+    doctor,
+    export,
+    hardware,
+    models,
+    plan,
+    quickstart,
+    run,
+    simulate,
+    validate,
+)
+from parsim.errors import ParsimError
+
+HELP = """Choose, simulate and run parallel plans for training large language models.
+
+\b
+Examples:
+  parsim plan --model llama-3.1-70b --hardware h100-sxm-80gb --gpus 64 --global-batch 512
+  parsim simulate --model gpt3-175b --hardware a100-sxm-80gb --plan dp=8,tp=8,pp=8 --chart step.png
+  parsim quickstart
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("plan")(plan.plan)
+app.command("simulate")(simulate.simulate)
+app.command("calibrate")(calibrate.calibrate)
+app.command("run")(run.run)
+app.command("validate")(validate.validate)
+app.command("export")(export.export)
+app.command("models")(models.models)
+app.command("hardware")(hardware.hardware)
+app.command("doctor")(doctor.doctor)
+app.command("quickstart")(quickstart.quickstart)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"parsim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Options of every command; --debug, anywhere, shows the traceback of an error."""
+
+
+def main() -> None:
+    """Run the command line and exit with its status."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    sys.exit(run_command([a for a in arguments if a != "--debug"], debug=debug))
+
+
+def run_command(arguments: list[str], *, debug: bool = False) -> int:
+    """Run one command and return its exit status; explains errors on stderr."""
+    try:
+        status = app(arguments, prog_name="parsim", standalone_mode=False)
+        sys.stdout.flush()
+    except ParsimError as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`parsim models | head`); say nothing more to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        typer.echo(
+            f"error: a defect in parsim, not in your input: {type(error).__name__}: {error}\n"
+            "  hint:     run again with --debug and report the traceback",
+            err=True,
+        )
+        return 2
+    return status if isinstance(status, int) else 0

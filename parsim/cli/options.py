@@ -1,0 +1,154 @@
+"""Options that several commands share, and how they become nouns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from parsim.cost.stage import CostModel
+    from parsim.hardware import Cluster
+    from parsim.plan import Job, ParallelPlan
+    from parsim.stack import Stack
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="A shipped name, a TOML file, or a Hugging Face config.json."),
+]
+HardwareOption = Annotated[
+    str | None, typer.Option("--hardware", help="A shipped profile, or a TOML file.")
+]
+GlobalBatchOption = Annotated[
+    int | None, typer.Option("--global-batch", help="Sequences in a step, over all GPUs.")
+]
+SeqLenOption = Annotated[
+    int | None, typer.Option("--seq-len", help="Tokens in a sequence [default: the model's own].")
+]
+StackOption = Annotated[
+    str | None, typer.Option("--stack", help="Training software [default: the hardware's own].")
+]
+PrecisionOption = Annotated[
+    str | None, typer.Option("--precision", help="dtype of the GEMMs [default: bf16 where there is].")
+]
+InterNodeOption = Annotated[
+    str | None,
+    typer.Option("--inter-node", help='Bandwidth between nodes per GPU and direction, "400Gb/s".'),
+]
+IntraNodeOption = Annotated[
+    str | None,
+    typer.Option("--intra-node", help='Bandwidth inside a node per GPU and direction, "450GB/s".'),
+]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help='Memory of one device, "80GB".')]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+PlanArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PLAN", help="A plan file (JSON), or the short form dp=2,tp=4,pp=2,micro_batch=1."
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a command works on."""
+
+    job: Job
+    cluster: Cluster
+    stack: Stack
+    hardware: str
+    """The profile's name or path, as given."""
+
+    def costs(self) -> CostModel:
+        """The cost model of this model, cluster and stack."""
+        from parsim.cost.stage import CostModel
+
+        return CostModel(self.job.model, self.cluster, self.stack)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """The flags that say what to work on, as given; None where the user left one out."""
+
+    model: str | None = None
+    hardware: str | None = None
+    global_batch: int | None = None
+    seq_len: int | None = None
+    stack: str | None = None
+    precision: str | None = None
+    inter_node: str | None = None
+    intra_node: str | None = None
+    memory: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The flags that were given, for the `inputs` of a JSON document."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def load_setup(flags: Flags) -> Setup:
+    """Nouns from names and numbers; raises ParsimError where one is missing or wrong."""
+    from parsim.config import load_model
+    from parsim.hardware import default_precision, peak_flops_per_s
+    from parsim.plan import Job
+
+    spec = load_model(_required(flags.model, "--model", "parsim models"))
+    cluster, stack = load_machine(flags)
+    if flags.global_batch is None:
+        raise _missing("--global-batch")
+    precision = flags.precision or default_precision(cluster.device)
+    peak_flops_per_s(cluster.device, precision)
+    job = Job(
+        model=spec,
+        seq_len=spec.max_seq_len if flags.seq_len is None else flags.seq_len,
+        global_batch=flags.global_batch,
+        precision=precision,
+    )
+    return Setup(job=job, cluster=cluster, stack=stack, hardware=str(flags.hardware))
+
+
+def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
+    """The cluster with what the flags say better, and the software on it."""
+    from parsim.config import load_cluster, load_stack
+    from parsim.hardware import with_overrides
+
+    cluster = load_cluster(_required(flags.hardware, "--hardware", "parsim hardware"))
+    cluster = with_overrides(
+        cluster, inter_node=flags.inter_node, intra_node=flags.intra_node, memory=flags.memory
+    )
+    return cluster, load_stack(flags.stack or cluster.default_stack)
+
+
+def load_plan(text: str, flags: Flags) -> tuple[Setup, ParallelPlan]:
+    """A plan with the job it is for: flags win over what the plan file says.
+
+    Without a global batch in either, each pipeline runs 2·pp micro-batches. The plan is legal.
+    """
+    from parsim.plan_file import read_plan
+    from parsim.schedule.check import check_plan
+
+    file = read_plan(text)
+    plan = file.plan
+    flags = replace(flags, hardware=flags.hardware or file.hardware, stack=flags.stack or file.stack)
+    if file.job is not None and flags.model is None:
+        cluster, stack = load_machine(flags)
+        given = {key: getattr(flags, key) for key in ("global_batch", "seq_len", "precision")}
+        job = replace(file.job, **{key: value for key, value in given.items() if value is not None})
+        setup = Setup(job=job, cluster=cluster, stack=stack, hardware=str(flags.hardware))
+    else:
+        usual = 2 * plan.pp * plan.dp * plan.micro_batch
+        setup = load_setup(replace(flags, global_batch=flags.global_batch or usual))
+    check_plan(setup.job, plan, setup.cluster)
+    return setup, plan
+
+
+def _required(value: str | None, flag: str, lister: str) -> str:
+    if value is None:
+        raise _missing(flag, hint=f"`{lister}` lists the shipped ones")
+    return value
+
+
+def _missing(flag: str, hint: str | None = None) -> Exception:
+    from parsim.errors import ParsimError
+
+    return ParsimError(f"{flag} is missing", where=flag, hint=hint)

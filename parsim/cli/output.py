@@ -1,0 +1,114 @@
+"""Printing answers: JSON documents, tables, and progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from parsim import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from parsim.simulate.prediction import Prediction
+
+
+def document(
+    command: str, inputs: dict[str, Any], answer: dict[str, Any], *, seed: int = 0
+) -> dict[str, Any]:
+    """The JSON document of a command's answer."""
+    head = {"schema_version": 1, "version": __version__, "command": command, "seed": seed}
+    return head | {"inputs": {k: v for k, v in inputs.items() if v is not None}} | answer
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    from parsim.config import dump_json
+
+    sys.stdout.write(dump_json(data))
+
+
+def say(text: str) -> None:
+    """A line for the reader on stderr, where answers do not go."""
+    sys.stderr.write(text + "\n")
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Lines of an answer on stdout."""
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
+    """A table on stdout: names left, figures right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for i, header in enumerate(headers):
+        numeric = all(row[i][:1].isdigit() or row[i][:1] in "-+–" for row in rows) and bool(rows)
+        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Piped into a file a table keeps its width instead of being folded to 80 columns.
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress on stderr: what is done, how far, of how much. A live line on a terminal, else a line
+    now and then.
+    """
+    if not sys.stderr.isatty():
+        yield _quiet_progress()
+        return
+    from rich.console import Console
+    from rich.status import Status
+
+    with Status("starting", console=Console(stderr=True)) as status:
+        yield lambda what, done, total: status.update(_progress_text(what, done, total))
+
+
+def _progress_text(what: str, done: int, total: int) -> str:
+    return f"{what}: {done}" + (f" of {total}" if total else "")
+
+
+def _quiet_progress(every_s: float = 5.0) -> Callable[[str, int, int], None]:
+    last_s = time.monotonic()
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= every_s:
+            last_s = time.monotonic()
+            say(_progress_text(what, done, total))
+
+    return show
+
+
+def print_prediction(prediction: Prediction) -> None:
+    """One simulated step, for reading."""
+    from parsim.units import format_bytes, format_duration
+
+    p = prediction
+    low, high = (format_duration(s) for s in p.interval_s)
+    lines = [
+        f"{p.job.model.name} on {p.plan.gpus} × {p.hardware}, {p.plan.short()}",
+        f"  step time     {format_duration(p.step_time_s)}   (90 % interval {low} to {high})",
+        f"  throughput    {p.job.tokens / p.step_time_s / p.plan.gpus:,.0f} tokens/s/GPU, "
+        f"{p.model_flops_per_s_per_gpu() / 1e12:.0f} model TFLOP/s/GPU, MFU {p.mfu:.1%}",
+        f"  fits          {'yes' if p.fits else 'NO'}: fullest rank {format_bytes(p.memory.peak)} + "
+        f"{format_bytes(p.context_bytes)} context of {format_bytes(p.device_memory_bytes)}",
+        "  where the step goes (mean over ranks)",
+    ]
+    for key, seconds in p.breakdown_s.items():
+        if seconds > 0:
+            lines.append(f"    {key:<12}{format_duration(seconds):>10}  {seconds / p.step_time_s:6.1%}")
+    lines.append("  memory of the fullest rank")
+    for key, num_bytes in p.memory.to_data(p.context_bytes).items():
+        if num_bytes > 0 and key != "peak":
+            lines.append(f"    {key:<12}{format_bytes(num_bytes):>10}")
+    print_lines(lines)

@@ -1,0 +1,180 @@
+"""`parsim plan`: which split is best, and how long a step takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parsim.cli.options import (
+    Flags,
+    GlobalBatchOption,
+    HardwareOption,
+    InterNodeOption,
+    IntraNodeOption,
+    JsonOption,
+    MemoryOption,
+    ModelOption,
+    PrecisionOption,
+    SeqLenOption,
+    StackOption,
+    load_setup,
+)
+from parsim.cli.output import document, print_json, print_lines, print_table, progress
+
+if TYPE_CHECKING:
+    from parsim.search.search import SearchResult
+    from parsim.search.space import Constraints
+
+
+def _choice(flag: str, what: str) -> Any:
+    return typer.Option(f"--{flag}", help=f"Allow only these {what}, separated by commas.")
+
+
+def plan(
+    gpus: Annotated[int, typer.Option("--gpus", help="GPUs to use, all of them.")],
+    model: ModelOption = None,
+    hardware: HardwareOption = None,
+    global_batch: GlobalBatchOption = None,
+    seq_len: SeqLenOption = None,
+    stack: StackOption = None,
+    precision: PrecisionOption = None,
+    inter_node: InterNodeOption = None,
+    intra_node: IntraNodeOption = None,
+    memory: MemoryOption = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Plans to print.")] = 10,
+    dp: Annotated[str, _choice("dp", "data-parallel sizes")] = "",
+    tp: Annotated[str, _choice("tp", "tensor-parallel sizes")] = "",
+    pp: Annotated[str, _choice("pp", "pipeline sizes")] = "",
+    ep: Annotated[str, _choice("ep", "expert-parallel sizes")] = "",
+    vpp: Annotated[str, _choice("vpp", "numbers of chunks a rank")] = "",
+    micro_batch: Annotated[str, _choice("micro-batch", "micro-batch sizes")] = "",
+    zero: Annotated[str, _choice("zero", "ZeRO stages (0 to 3)")] = "",
+    recompute: Annotated[str, _choice("recompute", "recompute modes")] = "",
+    schedule: Annotated[str, _choice("schedule", "schedules")] = "",
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", min=0, help="Stop proving after so many seconds.")
+    ] = 60.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Rank all splits of N GPUs over dp, tp and pp for a model.
+
+    \b
+    Examples:
+      parsim plan --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 16384 --global-batch 2048
+      parsim plan --model gpt3-175b --hardware a100-sxm-80gb --gpus 512 --global-batch 1536 --tp 4,8
+    """
+    from parsim.search.search import search
+
+    flags = Flags(
+        model=model,
+        hardware=hardware,
+        global_batch=global_batch,
+        seq_len=seq_len,
+        stack=stack,
+        precision=precision,
+        inter_node=inter_node,
+        intra_node=intra_node,
+        memory=memory,
+    )
+    setup = load_setup(flags)
+    given = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
+             "zero": zero, "recompute": recompute, "schedule": schedule}  # fmt: skip
+    constraints = read_constraints({key: text for key, text in given.items() if text})
+    with progress() as report:
+        result = search(
+            setup.job,
+            gpus,
+            setup.costs(),
+            constraints=constraints,
+            top=top,
+            budget_s=budget_s,
+            progress=report,
+        )
+    chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
+    inputs = flags.given() | chosen | {"constraints": {k: v for k, v in given.items() if v}}
+    if as_json:
+        print_json(document("plan", inputs, to_data(result, setup.hardware)))
+    else:
+        print_result(result, setup.job.model.name, setup.hardware, gpus)
+
+
+def read_constraints(given: dict[str, str]) -> Constraints:
+    """Constraints from comma-separated lists; raises ParsimError for a value that cannot be."""
+    from parsim.errors import ParsimError, did_you_mean
+    from parsim.schedule import SCHEDULES
+    from parsim.search.space import RECOMPUTE_MODES, Constraints
+
+    words = {"recompute": RECOMPUTE_MODES, "schedule": SCHEDULES}
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        parts = [part.strip() for part in text.split(",")]
+        flag = f"--{key.replace('_', '-')}"
+        if key in words:
+            for part in parts:
+                if part not in words[key]:
+                    raise ParsimError(
+                        f"unknown {key} {part!r}",
+                        where=flag,
+                        expected=", ".join(words[key]),
+                        hint=did_you_mean(part, words[key]),
+                    )
+            values[key] = tuple(parts)
+            continue
+        if not all(part.isdigit() and len(part) < 10 for part in parts):
+            raise ParsimError("this is a list of whole numbers", where=flag, got=text, expected="4,8")
+        least, most = (0, 3) if key == "zero" else (1, 10**9)
+        numbers = tuple(int(part) for part in parts)
+        if not all(least <= number <= most for number in numbers):
+            raise ParsimError("out of range", where=flag, got=text, expected=f"{least} to {most}")
+        values[key] = numbers
+    return Constraints(**values)
+
+
+def to_data(result: SearchResult, hardware: str) -> dict[str, Any]:
+    """The answer of `plan --json`."""
+    space = result.space
+    return {
+        "space": {
+            "enumerated": space.enumerated,
+            "legal": space.legal,
+            "fits": space.fits,
+            "rejected": space.rejected,
+        },
+        "optimal": result.optimal,
+        "replayed": result.replayed,
+        "search_s": result.search_s,
+        "plans": [p.to_item() | {"hardware": hardware} for p in result.plans],
+    }
+
+
+def print_result(result: SearchResult, model: str, hardware: str, gpus: int) -> None:
+    """The ranking as a table, and what became of the other plans."""
+    from parsim.units import format_bytes, format_duration
+
+    rows = []
+    for rank, p in enumerate(result.plans, start=1):
+        plan = p.plan
+        share = {key: seconds / p.step_time_s for key, seconds in p.breakdown_s.items()}
+        exposed = sum(part for key, part in share.items() if key.endswith("_exposed"))
+        sizes = (rank, plan.dp, plan.tp, plan.pp, plan.ep, plan.vpp, plan.micro_batch)
+        rows.append([
+            *map(str, sizes), plan.schedule, str(plan.zero), plan.recompute,
+            format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
+            format_bytes(p.memory.peak),
+        ])  # fmt: skip
+    headers = ["", "dp", "tp", "pp", "ep", "vpp", "mb", "schedule", "zero", "recompute",
+               "step", "MFU", "bubble", "comm", "memory"]  # fmt: skip
+    print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
+    space = result.space
+    lines = [
+        f"{space.enumerated:,} plans: {space.fits:,} fit, {space.enumerated - space.fits:,} rejected; "
+        f"{result.replayed} replayed in {result.search_s:.1f} s",
+        "proven: no other plan of this space is faster under this model"
+        if result.optimal
+        else "not proven: the search stopped before every plan was ruled out",
+    ]
+    lines += [f"  {count:>8,}  {reason}" for reason, count in space.rejected.items()]
+    low, high = (format_duration(s) for s in result.plans[0].interval_s)
+    lines.append(f"step time of the best plan: 90 % interval {low} to {high}")
+    print_lines(lines)

@@ -1,0 +1,5 @@
+"""`parsim quickstart`."""
+
+
+def quickstart() -> None:
+    """Placeholder."""

@@ -1,0 +1,143 @@
+"""`parsim simulate`: one plan, replayed; its timeline as chart, trace and figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from parsim.cli.options import (
+    Flags,
+    GlobalBatchOption,
+    HardwareOption,
+    InterNodeOption,
+    IntraNodeOption,
+    JsonOption,
+    MemoryOption,
+    ModelOption,
+    PrecisionOption,
+    SeqLenOption,
+    StackOption,
+    load_plan,
+)
+from parsim.cli.output import document, print_json, print_prediction, say
+
+if TYPE_CHECKING:
+    from parsim.plan import ParallelPlan
+    from parsim.schedule.action import Schedule
+
+
+def simulate(
+    plan: Annotated[
+        str, typer.Option("--plan", help="A plan file, or dp=8,tp=8,pp=8,micro_batch=1,schedule=1f1b.")
+    ],
+    model: ModelOption = None,
+    hardware: HardwareOption = None,
+    global_batch: GlobalBatchOption = None,
+    seq_len: SeqLenOption = None,
+    stack: StackOption = None,
+    precision: PrecisionOption = None,
+    inter_node: InterNodeOption = None,
+    intra_node: IntraNodeOption = None,
+    memory: MemoryOption = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Draw the schedule: .png, .svg or .pdf.")
+    ] = None,
+    memory_chart: Annotated[
+        Path | None, typer.Option("--memory-chart", help="Draw memory over time: .png, .svg or .pdf.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Write a Chrome trace, to open in Perfetto.")
+    ] = None,
+    schedule_csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--schedule-csv",
+            help="A schedule as torch.distributed.pipelining's CSV: a file that exists is replayed "
+            "instead of the plan's own schedule, a new one is written.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Replay one step of a plan: step time, breakdown, memory, timeline.
+
+    Exit status 1 where the plan does not fit in memory.
+
+    \b
+    Examples:
+      parsim simulate --model gpt3-175b --hardware a100-sxm-80gb --plan dp=8,tp=8,pp=8 --chart step.png
+      parsim simulate --plan best.json --trace step.json
+    """
+    from parsim.simulate.prediction import predict
+
+    flags = Flags(
+        model=model,
+        hardware=hardware,
+        global_batch=global_batch,
+        seq_len=seq_len,
+        stack=stack,
+        precision=precision,
+        inter_node=inter_node,
+        intra_node=intra_node,
+        memory=memory,
+    )
+    setup, parallel_plan = load_plan(plan, flags)
+    num_micro_batches = parallel_plan.num_micro_batches(setup.job)
+    schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
+    prediction, timeline = predict(setup.job, parallel_plan, setup.costs(), schedule)
+    written = []
+    if chart is not None:
+        from parsim.charts.gantt import draw_gantt
+
+        draw_gantt(timeline, chart)
+        written.append(chart)
+    if memory_chart is not None:
+        from parsim.charts.memory import draw_memory
+
+        capacity = prediction.device_memory_bytes - prediction.context_bytes
+        draw_memory(timeline, memory_chart, capacity_bytes=capacity)
+        written.append(memory_chart)
+    if trace is not None:
+        from parsim.export.chrome_trace import write_chrome_trace
+
+        write_chrome_trace(trace, [timeline])
+        written.append(trace)
+    item = prediction.to_item() | {"hardware": setup.hardware}
+    if as_json:
+        inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
+        print_json(document("simulate", inputs, item))
+    else:
+        print_prediction(prediction)
+    for path in written:
+        say(f"wrote {path}")
+    if not prediction.fits:
+        raise typer.Exit(1)
+
+
+def _schedule(path: Path | None, plan: ParallelPlan, num_micro_batches: int) -> Schedule:
+    """The schedule from an existing CSV file, or the plan's own, written to a new one."""
+    from parsim.config import read_text, write_file
+    from parsim.errors import ParsimError
+    from parsim.schedule import make_schedule
+    from parsim.schedule.check import check_schedule
+    from parsim.schedule.csv_file import schedule_from_csv, schedule_to_csv
+
+    if path is None or not path.exists():
+        schedule = make_schedule(plan, num_micro_batches)
+        if path is not None:
+            write_file(path, schedule_to_csv(schedule))
+            say(f"wrote {path}")
+        return schedule
+    schedule = schedule_from_csv(read_text(path), name=path.stem, where=str(path))
+    found = (schedule.pp, schedule.num_stages, schedule.num_micro_batches)
+    wanted = (plan.pp, plan.num_stages, num_micro_batches)
+    if found != wanted:
+        raise ParsimError(
+            "the schedule is for another plan",
+            where=str(path),
+            got="{} ranks, {} stages, {} micro-batches".format(*found),
+            expected="{} ranks, {} stages, {} micro-batches".format(*wanted),
+        )
+    check_schedule(schedule)
+    return schedule

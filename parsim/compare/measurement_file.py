@@ -1,0 +1,48 @@
+"""MEASUREMENT.json: what `parsim run` found, with what was predicted for it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from parsim.timeline import breakdown_s
+
+if TYPE_CHECKING:
+    from parsim.execute.measurement import Measurement, Verification
+
+
+def measurement_data(
+    measurement: Measurement, *, predicted_s: float | None, verification: Verification | None
+) -> dict[str, Any]:
+    """The answer of `run --json`."""
+    plan = asdict(measurement.plan)
+    job = asdict(measurement.job)
+    data = {
+        "model": {k: v for k, v in job.pop("model").items() if v is not None},
+        "job": job,
+        "plan": plan | {"stage_split": list(plan["stage_split"])},
+        "world_size": measurement.world_size,
+        "step_time_s": measurement.step_time_s,
+        "steps_s": list(measurement.steps_s),
+        "disturbed": list(measurement.disturbed),
+        "spread": measurement.spread,
+        "warmup": measurement.warmup,
+        "loss": list(measurement.loss),
+        "predicted_s": predicted_s,
+        "error": None if predicted_s is None else predicted_s / measurement.step_time_s - 1,
+        "breakdown_s": breakdown_s(measurement.timeline),
+        "peak_memory_bytes": list(measurement.peak_memory_bytes),
+        "device": measurement.device,
+        "dtype": measurement.dtype,
+        "machine": measurement.machine,
+        "torch": measurement.torch_version,
+    }
+    if verification is not None:
+        data["verify"] = {
+            "equal": verification.equal,
+            "max_gradient_error": verification.max_gradient_error,
+            "max_loss_error": verification.max_loss_error,
+            "steps": verification.steps,
+            "worst_parameter": verification.parameter,
+        }
+    return data

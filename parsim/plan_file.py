@@ -1,0 +1,84 @@
+"""Plan files: an ITEM of `parsim plan --json` (or of `simulate --json`) read back into nouns.
+
+A plan file holds model, hardware, stack, job and plan, so that it can be simulated and run elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from parsim.config import parse_json, read_text, validate
+from parsim.errors import ParsimError
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan, parse_plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFile:
+    """What a plan file or a short form says; None where it leaves something to the command's flags."""
+
+    plan: ParallelPlan
+    job: Job | None = None
+    hardware: str | None = None
+    stack: str | None = None
+
+
+def read_plan(text: str) -> PlanFile:
+    """A plan from a JSON file, or from the short form "dp=2,tp=4,pp=2".
+
+    Raises ParsimError for a missing or truncated file, unknown keys and values of the wrong type.
+    """
+    if "=" in text and not Path(text).is_file():
+        return PlanFile(plan=parse_plan(text))
+    path = Path(text)
+    if not path.is_file():
+        raise ParsimError(
+            "no such plan file",
+            where=text,
+            hint="a plan is a JSON file, or key=value pairs such as dp=2,tp=4,pp=2,micro_batch=1",
+        )
+    return plan_from_data(parse_json(read_text(path), where=text), where=text)
+
+
+def plan_from_data(data: Any, *, where: str) -> PlanFile:
+    """A plan from the parsed JSON of an ITEM; of a whole `plan --json` document, its best plan."""
+    if isinstance(data, Mapping) and isinstance(data.get("plans"), list):
+        if not data["plans"]:
+            raise ParsimError("this document holds no plan", where=f"{where}: plans")
+        data, where = data["plans"][0], f"{where}: plans[0]"
+    if not isinstance(data, Mapping) or not isinstance(data.get("plan"), Mapping):
+        raise ParsimError(
+            "this is no plan file",
+            where=where,
+            expected='an object with a "plan", as `parsim plan --json` writes',
+        )
+    plan = validate(ParallelPlan, data["plan"], where=f"{where}: plan")
+    job = None
+    if "job" in data or "model" in data:
+        job = _job(data, where)
+    for key in ("hardware", "stack"):
+        if not isinstance(data.get(key), str | None):
+            raise ParsimError(f"{key} is a name or a path", where=f"{where}: {key}", got=data[key])
+    return PlanFile(plan=plan, job=job, hardware=data.get("hardware"), stack=data.get("stack"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _JobTable:
+    """The `job` table of a plan file; the model stands beside it."""
+
+    seq_len: int
+    global_batch: int
+    precision: str = "bf16"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+def _job(data: Mapping[str, Any], where: str) -> Job:
+    for key in ("job", "model"):
+        if not isinstance(data.get(key), Mapping):
+            raise ParsimError(f"the plan file lacks its {key}", where=f"{where}: {key}")
+    model = validate(ModelSpec, data["model"], where=f"{where}: model")
+    table = validate(_JobTable, data["job"], where=f"{where}: job")
+    return Job(model=model, **asdict(table))
