@@ -1,0 +1,141 @@
+"""The calls that `parsim calibrate` times on one device: one function a family of kernels.
+
+Operands rotate through a buffer larger than the caches, as the weights and activations of a training
+step do; results are allocated anew by every call, as torch does in training. Torch and standard library.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parsim.execute.calibrate_points import Point
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ARENA_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Two to ten times the last-level cache of the devices at hand."""
+MOST_SETS = 64
+ALIGNMENT = 64
+"""Operands start on a cache line."""
+
+Call = Callable[[], object]
+
+
+class Arena:
+    """Random numbers that operands are cut from, one after another and round again."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.size: int = ARENA_BYTES[device] // dtype.itemsize
+        generator = torch.Generator(device=device).manual_seed(0)
+        values = torch.empty(self.size, device=device, dtype=torch.float32)
+        self.values = values.normal_(generator=generator).to(dtype)
+        self.at = 0
+
+    def take(self, *shape: int) -> Tensor:
+        """The next operand. Operands overlap once the arena is used up: they are only read."""
+        count = 1
+        for side in shape:
+            count *= side
+        if count > self.size:
+            return torch.empty(shape, device=self.values.device, dtype=self.values.dtype).normal_()
+        if self.at + count > self.size:
+            self.at = 0
+        piece = self.values[self.at : self.at + count].view(shape)
+        self.at += -(-count // ALIGNMENT) * ALIGNMENT
+        return piece
+
+    def sets(self, values_each: int) -> int:
+        """Sets of operands, of so many values each, that fill the arena."""
+        return max(1, min(MOST_SETS, self.size // values_each))
+
+
+def kernel_call(point: Point, arena: Arena) -> Call:
+    """The call to time for a point of any family but collectives."""
+    families = {
+        "gemm": _gemm,
+        "attention": _attention,
+        "memory_bound": _memory_bound,
+        "optimizer": _optimizer,
+        "host": _host,
+    }
+    return families[point.family](point, arena)
+
+
+def _rotating(calls: list[Call]) -> Call:
+    turns: Iterator[Call] = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def _gemm(point: Point, arena: Arena) -> Call:
+    """C[m,n] = A[m,k] B[k,n] with operands stored as a linear layer's passes find them."""
+    m, n, k = point.size
+
+    def one() -> Call:
+        if point.variant == "TN":
+            x, weight = arena.take(m, k), arena.take(n, k)
+            return lambda: functional.linear(x, weight)
+        if point.variant == "NN":
+            gradient, weight = arena.take(m, k), arena.take(k, n)
+            return lambda: gradient.mm(weight)
+        gradient, x = arena.take(k, m), arena.take(k, n)
+        return lambda: gradient.t().mm(x)
+
+    return _rotating([one() for _ in range(arena.sets(m * k + k * n))])
+
+
+def _attention(point: Point, arena: Arena) -> Call:
+    """Fused causal attention; the backward goes through autograd as in training."""
+    batch, seq_len, heads, kv_heads, head_dim = point.size
+    backward = point.variant == "backward"
+
+    def operand(count: int) -> Tensor:
+        # Stored as (batch, seq, heads, dim), which is how the projections leave it.
+        return arena.take(batch, seq_len, count, head_dim).transpose(1, 2).requires_grad_(backward)
+
+    def one() -> Call:
+        q, k, v = operand(heads), operand(kv_heads), operand(kv_heads)
+        grouped = kv_heads != heads
+        if not backward:
+            return lambda: functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=grouped
+            )
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        gradient = arena.take(*out.shape)
+        return lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
+
+    values = batch * seq_len * (heads + 2 * kv_heads) * head_dim
+    return _rotating([one() for _ in range(min(16, arena.sets(values)))])
+
+
+def _memory_bound(point: Point, arena: Arena) -> Call:
+    """A residual addition c = a + b: two reads and one write."""
+    count = point.size[0] // (3 * arena.values.dtype.itemsize)
+
+    def one() -> Call:
+        a, b = arena.take(count), arena.take(count)
+        return lambda: torch.add(a, b)
+
+    return _rotating([one() for _ in range(arena.sets(2 * count))])
+
+
+def _optimizer(point: Point, arena: Arena) -> Call:
+    """One AdamW step over sixteen equal tensors, about as many as two layers have."""
+    (count,) = point.size
+    parameters = [arena.take(count // 16).clone().requires_grad_() for _ in range(16)]
+    for parameter in parameters:
+        parameter.grad = arena.take(*parameter.shape).clone()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    return lambda: optimizer.step()
+
+
+def _host(point: Point, arena: Arena) -> Call:
+    """An operation on one number: what remains is what torch itself costs on the host."""
+    a = arena.take(1)
+    if point.variant == "op":
+        return lambda: torch.add(a, a)
+    b = a.clone().requires_grad_()
+    return lambda: torch.autograd.grad(torch.add(b, b), b)
