@@ -1,0 +1,1 @@
+"""What parsim knows, written for other programs."""

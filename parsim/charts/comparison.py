@@ -1,0 +1,179 @@
+"""Timelines one above the other: predicted and measured, or one schedule and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from parsim.charts.gantt import PLOT_IN, SHADES, bubble_share, draw_panels
+from parsim.charts.lanes import (
+    Row,
+    chunks_per_rank,
+    draw_rows,
+    finish_axes,
+    legend_entries,
+    require_spans,
+    row_height_in,
+    spans_by_rank,
+)
+from parsim.charts.style import (
+    LEFT_IN,
+    TEXT_COLOR,
+    counted,
+    file_format,
+    grow,
+    header,
+    new_figure,
+    percent,
+    save,
+    style,
+    time_unit,
+)
+from parsim.errors import ParsimError
+from parsim.timeline import Timeline
+from parsim.units import format_duration
+
+_LABEL_IN = 0.6
+"""Room that the words "predicted" and "measured" need beside the ranks' names."""
+_PAIR_GAP = 0.35
+"""Space between the pairs of two ranks, in rows."""
+_PANEL_GAP_IN = 0.42
+
+
+def draw_comparison(predicted: Timeline, measured: Timeline, path: Path) -> None:
+    """Write predicted above measured, rank by rank on one time axis, to a .png, .svg or .pdf file.
+
+    Ranks that only one of the two has are left out, and the chart says so. Raises ParsimError for
+    another suffix, a timeline without spans, or two timelines without a common rank.
+    """
+    file_format(path)
+    save(comparison_figure(predicted, measured), path)
+
+
+def comparison_figure(predicted: Timeline, measured: Timeline) -> Figure:
+    """Predicted above measured, rank by rank, as a figure."""
+    for timeline in (predicted, measured):
+        require_spans(timeline)
+    both = [spans_by_rank(predicted), spans_by_rank(measured)]
+    ranks = sorted(both[0].keys() & both[1].keys())
+    if not ranks:
+        raise ParsimError(
+            "the two timelines have no rank in common",
+            got=f"predicted {_listed(both[0])}, measured {_listed(both[1])}",
+        )
+    rows = [
+        Row(label=label, top=place * (2 + _PAIR_GAP) + half, spans=spans[rank])
+        for place, rank in enumerate(ranks)
+        for half, (label, spans) in enumerate(
+            ((f"rank {rank} predicted", both[0]), ("measured", both[1]))
+        )
+    ]
+    num_rows = rows[-1].top + 1
+    end_s = max(predicted.end_s, measured.end_s)
+    shown_s = 1.01 * end_s  # so that the line at the end is seen
+    unit = time_unit(end_s)
+    row_in = row_height_in([predicted, measured], len(rows))
+    with style():
+        figure = new_figure()
+        left_out = len(both[0].keys() | both[1].keys()) - len(ranks)
+        header_in = header(
+            figure,
+            _comparison_title(predicted, measured),
+            _comparison_subtitle(predicted, measured, left_out),
+            legend_entries([predicted, measured]),
+        )
+        (axes,) = grow(figure, header_in, [row_in * num_rows], 0.0, left_in=LEFT_IN + _LABEL_IN)
+        draw_rows(axes, rows, end_s=shown_s, unit_s=unit[1], width_in=PLOT_IN - _LABEL_IN, row_in=row_in)
+        finish_axes(axes, num_rows=num_rows, end_s=shown_s, unit=unit, bottom=True)
+        for timeline, line in ((predicted, (0, (5, 3))), (measured, "solid")):
+            axes.axvline(
+                timeline.end_s / unit[1], color=TEXT_COLOR, linewidth=1.2, linestyle=line, zorder=1.5
+            )
+    return figure
+
+
+def _listed(ranks: Mapping[int, object]) -> str:
+    return f"{counted(len(ranks), 'rank')} from {min(ranks)} to {max(ranks)}"
+
+
+def _comparison_title(predicted: Timeline, measured: Timeline) -> str:
+    error = predicted.end_s / measured.end_s - 1
+    verdict = f"{percent(abs(error))} too {'long' if error > 0 else 'short'}"
+    if abs(error) < 0.0005:
+        verdict = "the same"
+    name = measured.title or predicted.title
+    return (
+        f"{name + ': ' if name else ''}predicted {format_duration(predicted.end_s)}, "
+        f"measured {format_duration(measured.end_s)}, {verdict}"
+    )
+
+
+def _comparison_subtitle(predicted: Timeline, measured: Timeline, left_out: int) -> str:
+    parts = [
+        f"bubble: {percent(bubble_share(predicted))} predicted, "
+        f"{percent(bubble_share(measured))} measured",
+        "end of the step: predicted dashed, measured solid",
+    ]
+    if max(chunks_per_rank(predicted), chunks_per_rank(measured)) > 1:
+        parts.append(SHADES)
+    if left_out:
+        parts.append(f"{counted(left_out, 'rank')} that only one of them has left out")
+    return "; ".join(parts)
+
+
+def draw_schedules(timelines: Sequence[Timeline], path: Path) -> None:
+    """Write several timelines one above the other on one time axis to a .png, .svg or .pdf file.
+
+    Raises ParsimError for another suffix, no timeline at all, or one without spans.
+    """
+    file_format(path)
+    save(schedules_figure(timelines), path)
+
+
+def schedules_figure(timelines: Sequence[Timeline]) -> Figure:
+    """Several timelines one above the other as a figure."""
+    if not timelines:
+        raise ParsimError("there is no timeline to draw", expected="one or more")
+    for timeline in timelines:
+        require_spans(timeline)
+    with style():
+        figure = new_figure()
+        note = "bubble: time in which nothing runs on a rank, mean over ranks"
+        if max(map(chunks_per_rank, timelines)) > 1:
+            note += f"; {SHADES}"
+        header_in = header(figure, _schedules_title(timelines), note, legend_entries(timelines))
+        header_in += _PANEL_GAP_IN - 0.1  # for the name of the first panel
+        panels = draw_panels(figure, timelines, header_in=header_in, gap_in=_PANEL_GAP_IN)
+        for axes, timeline in zip(panels, timelines, strict=True):
+            _name_panel(axes, timeline)
+    return figure
+
+
+def _schedules_title(timelines: Sequence[Timeline]) -> str:
+    best = min(timelines, key=lambda t: t.end_s)
+    worst = max(timelines, key=lambda t: t.end_s)
+    title = f"{_name(best)} is fastest, {format_duration(best.end_s)} a step"
+    if worst.end_s > best.end_s:
+        title += f", {percent(1 - best.end_s / worst.end_s)} less than {_name(worst)}"
+    return title
+
+
+def _name(timeline: Timeline) -> str:
+    return timeline.title or timeline.source
+
+
+def _name_panel(axes: Axes, timeline: Timeline) -> None:
+    axes.annotate(
+        f"{_name(timeline)}: step {format_duration(timeline.end_s)}, "
+        f"bubble {percent(bubble_share(timeline))}",
+        (0.0, 1.0),
+        xycoords="axes fraction",
+        xytext=(0, 3),
+        textcoords="offset points",
+        va="bottom",
+        weight="bold",
+        annotation_clip=False,
+    )
