@@ -1,16 +1,193 @@
 """Constants of the kernel models: what a device really reaches, beyond its data sheet.
 
-Two kinds of each kernel stand side by side. A *fit* is a compact physical form with constants fitted to
-published measurements (see docs/kernels.md); a *measured* table holds what `parsim calibrate` timed on
-one machine and is interpolated. Where both are given the machine's own table wins; where neither is,
-parsim.cost falls back to a roofline with a stated efficiency. Standard library only.
+Two kinds of each kernel stand side by side. A *fit* is a compact physical form whose constants were
+fitted to published measurements (docs/kernels.md); a *measured* table holds what `parsim calibrate`
+timed on one machine and is interpolated. Where both are given the machine's own table wins; where
+neither is, parsim.cost falls back to a roofline with a stated efficiency. Efficiencies are shares of the
+data sheet's figures, so that a fit holds for a relative of the device it was made for. Standard library
+only.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from parsim.errors import ParsimError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residuals:
+    """What a fitted form leaves over at the shapes that were measured: the library's own choices.
+
+    Near a measured (row, column) the form's time is multiplied by 1 + percent/100, read between the
+    knots over the log of the third size; away from them it is left alone.
+    """
+
+    rows: tuple[int, ...]
+    """m of a GEMM, query heads of attention; ascending."""
+    columns: tuple[int, ...]
+    """n of a GEMM, key/value heads of attention; ascending."""
+    knots: tuple[int, ...]
+    """k of a GEMM, sequence length of attention; ascending."""
+    percent: tuple[tuple[tuple[int, ...], ...], ...]
+    """[row][column][knot], each between -60 and 150."""
+
+    def __post_init__(self) -> None:
+        for key in ("rows", "columns", "knots"):
+            sizes = getattr(self, key)
+            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+                raise ParsimError("sizes must ascend from 1 or more", where=key, got=sizes)
+        expected = (len(self.rows), len(self.columns), len(self.knots))
+        found = {(len(self.percent), len(row), len(cell)) for row in self.percent for cell in row}
+        if found != {expected}:
+            raise ParsimError(
+                "the table's shape is wrong", where="percent", got=found, expected=f"{expected}"
+            )
+        if not all(-60 <= p <= 150 for row in self.percent for cell in row for p in cell):
+            raise ParsimError("a residual lies between -60 and 150 percent", where="percent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GemmFit:
+    """Constants of parsim.cost.gemm for one dtype of one device."""
+
+    dtype: str
+    tiles: tuple[tuple[int, int, float], ...]
+    """(rows, columns, share of an SM's peak) of the library's tile shapes; both ways round."""
+    launch_s: float
+    """Time of the smallest GEMM: launch, prologue and epilogue."""
+    ramp_k: float
+    """Each tile costs as much as this many more steps of k: filling the pipeline, storing the tile."""
+    split_k: float
+    """The same where a tile's k is shared among SMs: the partial sums' way through L2."""
+    wave_quantisation: float
+    """1: the last wave of tiles costs a full wave; 0: only its share, as over a mix of tile shapes."""
+    memory_efficiency: float
+    """Share of the memory bandwidth that tiles stream at."""
+    overlap_exponent: float
+    """p of (compute^p + memory^p)^(1/p): large where one hides behind the other."""
+    droop: float
+    """A kernel of many seconds runs slower by this share: the clock yields to the power limit."""
+    droop_s: float
+    """Length of a kernel that sees half of it."""
+    quantize_bytes: float = 0.0
+    """Memory traffic, bytes per value of A, of casting A to this dtype before the product."""
+    quantize_unaligned: float = 0.0
+    """This share more of it where m is no multiple of 16 and A is padded first."""
+    layout_slowdown: dict[str, float] = field(default_factory=dict)
+    """Time by layout over the same product in layout TN: NN, and NT that adds to an fp32 result."""
+    residuals: Residuals | None = None
+    source: str
+    date: str
+    fitted_to: str
+    """Rows that the constants were fitted to, and the error on rows that were not used."""
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "wave_quantisation", "memory_efficiency")
+        _check_not_negative(
+            self,
+            "launch_s",
+            "ramp_k",
+            "split_k",
+            "droop",
+            "droop_s",
+            "quantize_bytes",
+            "quantize_unaligned",
+        )
+        if self.overlap_exponent < 1:
+            raise ParsimError(
+                "below 1 both would take longer than one after the other",
+                where="overlap_exponent",
+                got=self.overlap_exponent,
+            )
+        for tile in self.tiles:
+            if tile[0] < 1 or tile[1] < 1 or not 0 < tile[2] <= 1:
+                raise ParsimError(
+                    "a tile has two sizes and a share of the peak", where="tiles", got=tile
+                )
+        if not self.tiles:
+            raise ParsimError("a GEMM needs at least one tile shape", where="tiles")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionFit:
+    """Constants of parsim.cost.attention for one head dimension of one device."""
+
+    dtype: str
+    head_dim: int
+    flash: bool = True
+    """False: the frameworks fall back to a slower kernel here, which training would not use."""
+    launch_s: float
+    efficiency: float
+    """Share of the peak that full tiles reach."""
+    tail: float
+    """Share of the longest block's time that is not covered by other blocks."""
+    query_traffic: float
+    """Memory traffic of the serving op over the bytes of queries and output: RoPE and copies added."""
+    kv_traffic: float
+    """The same over the bytes of keys and values: the KV cache's writes and reads added."""
+    residuals: Residuals | None = None
+    source: str
+    date: str
+    fitted_to: str
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "efficiency")
+        _check_not_negative(self, "launch_s", "tail", "query_traffic", "kv_traffic")
+        if self.head_dim < 1:
+            raise ParsimError("a size must be positive", where="head_dim", got=self.head_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBoundFit:
+    """A kernel that moves bytes through device memory: launch_s + bytes / (efficiency · bandwidth)."""
+
+    launch_s: float
+    efficiency: float
+    source: str
+    date: str
+    fitted_to: str
+
+    def __post_init__(self) -> None:
+        _check_shares(self, "efficiency")
+        _check_not_negative(self, "launch_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """One way a library moves a message: (latency^p + (bytes on the wire / bandwidth)^p)^(1/p)."""
+
+    latency_s: float
+    bus_efficiency: float
+    """Bus bandwidth of long messages over the link's; above 1 where the switch does the adding."""
+    exponent: float
+    """p: 1 is the α-β model, 1/2 a pipeline whose chunks are cut best, above 1 latency is hidden."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "latency_s")
+        for key in ("bus_efficiency", "exponent"):
+            if not 0 < getattr(self, key) <= 10:
+                raise ParsimError("this lies above 0 and up to 10", where=key, got=getattr(self, key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveFit:
+    """Constants of parsim.cost.collective for one kind and group size inside a scale-up domain."""
+
+    kind: str
+    gpus: int
+    switch_bytes: float = 0.0
+    """The library takes `short` below and `long` from here on."""
+    short: Protocol | None = None
+    long: Protocol
+    source: str
+    date: str
+    fitted_to: str
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, "switch_bytes")
+        if self.gpus < 2:
+            raise ParsimError("a collective needs two ranks", where="gpus", got=self.gpus)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +203,7 @@ class MeasuredGemm:
     date: str = ""
 
     def __post_init__(self) -> None:
-        _need_points(self.points)
+        _check_points(self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +219,7 @@ class MeasuredAttention:
     date: str = ""
 
     def __post_init__(self) -> None:
-        _need_points(self.points)
+        _check_points(self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +232,7 @@ class MeasuredMemoryBound:
     date: str = ""
 
     def __post_init__(self) -> None:
-        _need_points(self.points)
+        _check_points(self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,20 +249,38 @@ class MeasuredCollective:
     date: str = ""
 
     def __post_init__(self) -> None:
-        _need_points(self.points)
+        _check_points(self.points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """Fitted or measured behaviour of one device's kernels and collectives."""
 
+    relative: str = ""
+    """The profile that these constants were taken over from, where this device was not measured."""
+    gemm: tuple[GemmFit, ...] = ()
+    attention: tuple[AttentionFit, ...] = ()
+    memory_bound: MemoryBoundFit | None = None
+    collective: tuple[CollectiveFit, ...] = ()
     measured_gemm: tuple[MeasuredGemm, ...] = ()
     measured_attention: tuple[MeasuredAttention, ...] = ()
     measured_memory_bound: MeasuredMemoryBound | None = None
     measured_collective: tuple[MeasuredCollective, ...] = ()
 
 
-def _need_points(points: tuple[tuple[float, ...], ...]) -> None:
+def _check_shares(owner: object, *keys: str) -> None:
+    for key in keys:
+        if not 0 <= getattr(owner, key) <= 1:
+            raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(owner, key))
+
+
+def _check_not_negative(owner: object, *keys: str) -> None:
+    for key in keys:
+        if getattr(owner, key) < 0:
+            raise ParsimError("this cannot be negative", where=key, got=getattr(owner, key))
+
+
+def _check_points(points: tuple[tuple[float, ...], ...]) -> None:
     if not points:
         raise ParsimError("a measured table needs at least one point", where="points")
     for point in points:

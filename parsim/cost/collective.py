@@ -1,18 +1,34 @@
-"""Time of one collective over one group of ranks."""
+"""Time of one collective over one group of ranks.
+
+Inside a scale-up domain: constants fitted to nccl-tests, or a table measured on this machine. Across
+domains: closed forms of the ring and the double binary tree, in which every device injects through its
+own network interface, so that a group with `local` ranks in a domain has `local` of them. Sources:
+Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", JPDC 69, 2009; Sanders, Speck and Träff,
+"Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009;
+NCCL's tuning.cc for what each algorithm's latency is made of.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parsim.cost.interpolation import along_line
 from parsim.errors import ParsimError, did_you_mean
-from parsim.hardware import Cluster
-from parsim.kernels import MeasuredCollective
+from parsim.hardware import Cluster, Link
+from parsim.kernels import CollectiveFit, MeasuredCollective, Protocol
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
 DEFAULT_LINK_EFFICIENCY = 0.8
 """Share of a link's bandwidth that a large message reaches where nothing was measured."""
+NETWORK_EFFICIENCY = 0.93
+"""The same of network interfaces: all_reduce of 16 GiB reaches 0.985 of 8 x 400 Gb/s on four B200 nodes,
+0.93 on sixteen H200 nodes, 0.84 of 4 x 100 Gb/s on two A100 nodes (see docs/kernels.md)."""
+NETWORK_HOP_S = 5e-6
+"""What the host's proxy adds to each hop: 32 KiB over four A100 nodes in 68 us, 26 us of it inside."""
+NETWORK_EXPONENT = 0.8
+"""Between a network's latency and its transfer time: chunks in flight hide neither wholly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +52,14 @@ class Group:
 
 def group_of(cluster: Cluster, *, size: int, stride: int) -> Group:
     """The group of `size` ranks that lie `stride` global ranks apart."""
-    domain = cluster.scale_up_domain
-    return Group(size, max(1, min(size, domain // stride)))
+    return Group(size, cluster.domain_ranks(size=size, stride=stride))
 
 
 def wire_factor(kind: str, size: int) -> float:
     """Bytes each rank sends, over the bytes of the full buffer, with the best algorithm on a ring.
 
-    2(n−1)/n for all_reduce, (n−1)/n for the others, 1 for broadcast. Source: Patarasuk and Yuan,
-    "Bandwidth optimal all-reduce algorithms", JPDC 2009; nccl-tests doc/PERFORMANCE.md.
+    2(n−1)/n for all_reduce, (n−1)/n for the others, 1 for broadcast. Sources: Patarasuk and Yuan 2009;
+    nccl-tests, doc/PERFORMANCE.md.
 
     >>> wire_factor("all_reduce", 4), wire_factor("all_gather", 4), wire_factor("broadcast", 4)
     (1.5, 0.75, 1.0)
@@ -66,14 +81,169 @@ def collective_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) ->
     tables = [t for t in cluster.kernels.measured_collective if t.kind == kind]
     if tables:
         return _from_tables(tables, kind, num_bytes, group.size)
-    steps = 2 if kind == "all_reduce" else 1
-    intra, inter = cluster.intra_node, cluster.inter_node
-    bandwidth = intra.bandwidth_bytes_per_s
-    latency = steps * (group.local - 1) * intra.latency_s
-    if group.domains > 1:
-        bandwidth = min(bandwidth, group.local * inter.bandwidth_bytes_per_s)
-        latency += steps * (group.domains - 1) * inter.latency_s
-    return latency + wire * num_bytes / (DEFAULT_LINK_EFFICIENCY * bandwidth)
+    if group.domains == 1:
+        fit = collective_fit(cluster, kind, group.size)
+        return fitted_s(fit, cluster.intra_node, num_bytes, wire * num_bytes)
+    if kind == "all_reduce":
+        return min(_tree_s(cluster, num_bytes, group), _ring_s(cluster, kind, num_bytes, group))
+    if kind == "all_to_all":
+        return _exchange_s(cluster, num_bytes, group)
+    return _ring_s(cluster, kind, num_bytes, group)
+
+
+def send_recv_s(cluster: Cluster, num_bytes: float, *, local: bool) -> float:
+    """Seconds of a point-to-point message inside (`local`) or between scale-up domains.
+
+    Inside it is half of an all_to_all between two ranks, which send each other half of their buffers.
+    """
+    if num_bytes <= 0:
+        return 0.0
+    for table in cluster.kernels.measured_collective:
+        if table.kind == "send_recv":
+            return along_line(table.points, num_bytes)
+    if not local:
+        network = cluster.inter_node
+        return _hop_s(network) + num_bytes / (NETWORK_EFFICIENCY * network.bandwidth_bytes_per_s)
+    fit = collective_fit(cluster, "all_to_all", 2)
+    return fitted_s(fit, cluster.intra_node, 2 * num_bytes, num_bytes)
+
+
+def fitted_s(fit: CollectiveFit, link: Link, num_bytes: float, wire_bytes: float) -> float:
+    """Seconds by a fit; never less for more bytes, also where the library switches protocol."""
+    if fit.short is None or num_bytes >= fit.switch_bytes:
+        return protocol_s(fit.long, link, wire_bytes)
+    at_switch_s = protocol_s(fit.long, link, wire_bytes * fit.switch_bytes / num_bytes)
+    return min(protocol_s(fit.short, link, wire_bytes), at_switch_s)
+
+
+def protocol_s(protocol: Protocol, link: Link, wire_bytes: float) -> float:
+    """(latency^p + (bytes on the wire / bandwidth)^p)^(1/p)."""
+    wire_s = wire_bytes / (protocol.bus_efficiency * link.bandwidth_bytes_per_s)
+    return _joined(protocol.latency_s, wire_s, protocol.exponent)
+
+
+def collective_fit(cluster: Cluster, kind: str, size: int) -> CollectiveFit:
+    """The fit for a kind and group size; between and beyond fitted sizes straight lines over log size.
+
+    Beyond the largest size the latency goes on growing, the rest stays. Without a fit: every step of the
+    ring costs the link's latency, and the link gives DEFAULT_LINK_EFFICIENCY.
+    """
+    for known in (kind, "all_gather" if kind == "broadcast" else kind):
+        fits = sorted((f for f in cluster.kernels.collective if f.kind == known), key=lambda f: f.gpus)
+        if fits:
+            break
+    else:
+        steps = (2 if kind == "all_reduce" else 1) * (size - 1)
+        default = Protocol(
+            latency_s=steps * cluster.intra_node.latency_s,
+            bus_efficiency=DEFAULT_LINK_EFFICIENCY,
+            exponent=1.0,
+        )
+        return CollectiveFit(kind=kind, gpus=size, long=default, source="", date="", fitted_to="")
+    above = [f for f in fits if f.gpus >= size]
+    if len(fits) == 1 or (above and above[0] is fits[0]):
+        return fits[0]
+    if above:
+        low, high = fits[fits.index(above[0]) - 1], above[0]
+    else:
+        low, high = fits[-2], fits[-1]
+    return _between(low, high, size)
+
+
+def _between(low: CollectiveFit, high: CollectiveFit, size: int) -> CollectiveFit:
+    share = math.log(size / low.gpus) / math.log(high.gpus / low.gpus)
+
+    def line(a: float, b: float, *, onwards: bool = False) -> float:
+        return a + (b - a) * (share if onwards else min(share, 1.0))
+
+    def mixed(a: Protocol, b: Protocol) -> Protocol:
+        return Protocol(
+            latency_s=max(
+                b.latency_s if share > 1 else 0.0, line(a.latency_s, b.latency_s, onwards=True)
+            ),
+            bus_efficiency=line(a.bus_efficiency, b.bus_efficiency),
+            exponent=line(a.exponent, b.exponent),
+        )
+
+    both = low.short is not None and high.short is not None
+    return CollectiveFit(
+        kind=high.kind,
+        gpus=size,
+        switch_bytes=line(low.switch_bytes, high.switch_bytes) if both else 0.0,
+        short=mixed(low.short, high.short) if low.short and high.short else None,
+        long=mixed(low.long, high.long),
+        source=high.source,
+        date=high.date,
+        fitted_to=high.fitted_to,
+    )
+
+
+def _inside(cluster: Cluster, kind: str, num_bytes: float, size: int) -> tuple[float, float]:
+    """(latency of a small message, bus bandwidth of long ones) among `size` ranks of one domain."""
+    bandwidth = cluster.intra_node.bandwidth_bytes_per_s
+    if size == 1:
+        return 0.0, bandwidth
+    fit = collective_fit(cluster, kind, size)
+    used = fit.short if fit.short is not None and num_bytes < fit.switch_bytes else fit.long
+    return used.latency_s, fit.long.bus_efficiency * bandwidth
+
+
+def _hop_s(network: Link) -> float:
+    return network.latency_s + NETWORK_HOP_S
+
+
+def _ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> float:
+    """One ring through all ranks, cut into `local` rings that cross the network on different devices.
+
+    Each link carries wire_factor(n) · bytes at min(bus bandwidth, local · network interface); the first
+    byte passes every rank, and every border between domains.
+    """
+    latency_s, bus = _inside(cluster, kind, num_bytes, group.local)
+    passes = 2 if kind == "all_reduce" else 1
+    latency_s = group.domains * latency_s + passes * (group.domains - 1) * _hop_s(cluster.inter_node)
+    wire_bytes = wire_factor(kind, group.size) * num_bytes
+    transfer_s = _slower(wire_bytes / bus, wire_bytes / _network_bytes_per_s(cluster, group.local))
+    return _joined(latency_s, transfer_s, NETWORK_EXPONENT)
+
+
+def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
+    """all_reduce inside each domain, and over a double binary tree of the domains.
+
+    Up and down the tree every domain sends its data twice, with two domains once; the latency is
+    2 · log2(domains) hops.
+    """
+    latency_s, bus = _inside(cluster, "all_reduce", num_bytes, group.local)
+    latency_s += 2 * math.ceil(math.log2(group.domains)) * _hop_s(cluster.inter_node)
+    inside_s = wire_factor("all_reduce", group.local) * num_bytes / bus
+    sent = 1 if group.domains == 2 else 2
+    network_s = sent * num_bytes / _network_bytes_per_s(cluster, group.local)
+    return _joined(latency_s, _slower(inside_s, network_s), NETWORK_EXPONENT)
+
+
+def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
+    """all_to_all: each rank sends 1/n of its buffer to every other, through its own interface."""
+    latency_s, bus = _inside(cluster, "all_to_all", num_bytes, group.local)
+    each = num_bytes / group.size
+    network_s = (group.size - group.local) * each / _network_bytes_per_s(cluster, 1)
+    transfer_s = _slower((group.local - 1) * each / bus, network_s)
+    return _joined(latency_s + _hop_s(cluster.inter_node), transfer_s, NETWORK_EXPONENT)
+
+
+def _network_bytes_per_s(cluster: Cluster, interfaces: int) -> float:
+    return NETWORK_EFFICIENCY * interfaces * cluster.inter_node.bandwidth_bytes_per_s
+
+
+def _slower(one_s: float, other_s: float) -> float:
+    """Two stages of one pipeline: the slower one's time, a little more where they are alike."""
+    return _joined(one_s, other_s, 4.0)
+
+
+def _joined(a: float, b: float, p: float) -> float:
+    """(a^p + b^p)^(1/p), without overflow."""
+    greater = max(a, b)
+    if greater == 0:
+        return 0.0
+    return float(greater * ((a / greater) ** p + (b / greater) ** p) ** (1 / p))
 
 
 def _from_tables(tables: list[MeasuredCollective], kind: str, num_bytes: float, size: int) -> float:
@@ -83,14 +253,3 @@ def _from_tables(tables: list[MeasuredCollective], kind: str, num_bytes: float, 
         gpus, time = times[0]
         return time * wire_factor(kind, size) / wire_factor(kind, gpus)
     return along_line([(float(gpus), time) for gpus, time in times], float(size))
-
-
-def send_recv_s(cluster: Cluster, num_bytes: float, *, local: bool) -> float:
-    """Seconds of a point-to-point message inside (`local`) or between scale-up domains."""
-    if num_bytes <= 0:
-        return 0.0
-    for table in cluster.kernels.measured_collective:
-        if table.kind == "send_recv":
-            return along_line(table.points, num_bytes)
-    link = cluster.intra_node if local else cluster.inter_node
-    return link.latency_s + num_bytes / (DEFAULT_LINK_EFFICIENCY * link.bandwidth_bytes_per_s)

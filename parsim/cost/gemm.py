@@ -1,37 +1,51 @@
-"""Time of one bare GEMM on one device."""
+"""Time of one bare GEMM on one device.
+
+Tiles of the result are dealt out to the SMs in waves; the library picks the tile shape, and whether SMs
+share a tile's k, by what is fastest. Compute and memory traffic overlap, and a long kernel slows its
+clock down. Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tile and wave
+quantisation); Osama et al., "Stream-K", PPoPP 2023, arXiv 2301.03598 (work shared evenly over SMs).
+"""
 
 from __future__ import annotations
 
-from parsim.cost.interpolation import among_points
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from parsim.cost.interpolation import among_points, residual_factor
 from parsim.errors import ParsimError
-from parsim.hardware import DTYPE_BYTES, Cluster, Device
-from parsim.kernels import MeasuredGemm
+from parsim.hardware import DTYPE_BYTES, Cluster, Device, peak_flops_per_s
+from parsim.kernels import GemmFit, MeasuredGemm
 
 LAYOUTS = ("TN", "NN", "NT")
-"""Forward, gradient of the input, gradient of the weight."""
+"""Forward, gradient of the input, gradient of the weight (added to a result kept in fp32)."""
 
 DEFAULT_GEMM_EFFICIENCY = 0.7
 """Share of the data sheet's peak that a large GEMM reaches where nothing was measured."""
 DEFAULT_MEMORY_EFFICIENCY = 0.8
 """The same for memory bandwidth."""
 
-_SAME_RATE = {"fp16": "bf16", "bf16": "fp16", "mxfp8": "fp8", "fp8": "mxfp8", "tf32": "fp32"}
+ALIGNED_BYTES = 16
+"""Rows that tensor cores read at full speed start at multiples of this."""
+UNALIGNED_SLOWDOWN = 2.0
+"""Of a GEMM whose rows do not: padding nanoGPT's vocabulary from 50257 to 50304 columns, with a quarter
+of the FLOPs in the head, made its whole step 25 % faster (A. Karpathy, 3 February 2023)."""
+UNALIGNED_BATCHED_SLOWDOWN = 8.0
+"""Of a batched one, which then leaves the tensor cores: BLOOM's trials with head_dim 150 ran 22 % slower
+than those with 224, and attention's products are 2.4 % of their FLOPs (bigscience-workshop)."""
+
+_SAME_KERNELS = {"fp16": "bf16", "mxfp8": "fp8"}
 
 
-def peak_flops_per_s(device: Device, dtype: str) -> float:
-    """The data sheet's dense rate for a dtype; fp16 and bf16 stand in for each other, as do fp8 kinds.
+class Arithmetic(NamedTuple):
+    """What the formulas need beyond operators: of numbers, or of arrays when a table is fitted."""
 
-    Raises ParsimError where the device has no matrix unit for the dtype.
-    """
-    for name in (dtype, _SAME_RATE.get(dtype, dtype)):
-        if name in device.peak_flops_per_s:
-            return device.peak_flops_per_s[name]
-    raise ParsimError(
-        f"{device.name} has no {dtype} matrix rate",
-        where="precision",
-        got=dtype,
-        expected=", ".join(device.peak_flops_per_s),
-    )
+    ceil: Callable[[Any], Any]
+    greater: Callable[[Any, Any], Any]
+    lesser: Callable[[Any, Any], Any]
+
+
+SCALAR = Arithmetic(math.ceil, max, min)
 
 
 def gemm_s(
@@ -43,15 +57,115 @@ def gemm_s(
     """
     if layout not in LAYOUTS:
         raise ParsimError("unknown layout", got=layout, expected=", ".join(LAYOUTS))
+    flops = 2.0 * batch * m * n * k
+    if flops == 0:
+        return 0.0
     table = _measured(cluster, dtype, layout)
     if table is not None:
         rates = [((m_, n_, k_), 2.0 * m_ * n_ * k_ / s) for m_, n_, k_, s in table.points]
-        return 2.0 * batch * m * n * k / among_points(rates, (m * batch, n, k))
-    return _roofline_s(cluster, m, n, k, dtype=dtype, batch=batch)
+        return flops / among_points(rates, (m * batch, n, k))
+    floor_s = flops / peak_flops_per_s(cluster.device, dtype)
+    seconds = _aligned_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=batch)
+    return max(floor_s, seconds * _unaligned_slowdown(n, k, dtype, batch))
+
+
+def gemm_fit(cluster: Cluster, dtype: str) -> GemmFit | None:
+    """The fit for a dtype, or for the one that runs on the same kernels at the same rate."""
+    for wanted in (dtype, _SAME_KERNELS.get(dtype)):
+        for fit in cluster.kernels.gemm:
+            if fit.dtype == wanted:
+                return fit
+    return None
+
+
+def fitted_gemm_s(
+    fit: GemmFit,
+    device: Device,
+    m: Any,
+    n: Any,
+    k: Any,
+    *,
+    batch: int = 1,
+    layout: str = "TN",
+    of: Arithmetic = SCALAR,
+) -> Any:
+    """Seconds by the fitted form alone, without residuals and layout factor.
+
+    launch + (compute^p + memory^p)^(1/p), stretched by the droop of the clock, for the best tile shape;
+    p and every other constant as parsim.kernels.GemmFit says. Sizes are numbers, or arrays with `of`.
+    """
+    best: Any = math.inf
+    for rows, columns, efficiency in fit.tiles:
+        sm_flops_per_s = efficiency * peak_flops_per_s(device, fit.dtype) / device.num_sms
+        tile_s = 2.0 * rows * columns / sm_flops_per_s
+        for high, wide in {(rows, columns), (columns, rows)}:
+            down, across = of.ceil(m / high), of.ceil(n / wide)
+            compute_s = tile_s * _steps_of_k(fit, batch * down * across / device.num_sms, k, of)
+            wave = (max(1.0, device.num_sms / batch), down, across, high, wide)
+            traffic = _traffic_bytes(fit, m, n, k, wave, layout, of) * batch
+            memory_s = traffic / (fit.memory_efficiency * device.memory_bandwidth_bytes_per_s)
+            p = fit.overlap_exponent
+            best = of.lesser(best, (compute_s**p + memory_s**p) ** (1 / p))
+    if fit.droop:
+        best = best * (1 + fit.droop * best / (best + fit.droop_s))
+    cast_s = 0.0
+    if fit.quantize_bytes:  # of A, padded first where m is no multiple of 16
+        padded = 1 + fit.quantize_unaligned * (m % 16 != 0)
+        cast_s = batch * m * k * fit.quantize_bytes * padded / device.memory_bandwidth_bytes_per_s
+    return fit.launch_s + best + cast_s
+
+
+def _steps_of_k(fit: GemmFit, waves: Any, k: Any, of: Arithmetic) -> Any:
+    """Steps of k on the busiest SM: whole tiles in waves, or k shared evenly, whatever is less."""
+    q = fit.wave_quantisation
+    whole = (q * of.ceil(waves) + (1 - q) * of.greater(waves, 1.0)) * (k + fit.ramp_k)
+    return of.lesser(whole, waves * k + fit.split_k)
+
+
+def _traffic_bytes(
+    fit: GemmFit, m: Any, n: Any, k: Any, wave: tuple[Any, ...], layout: str, of: Arithmetic
+) -> Any:
+    """Bytes through device memory.
+
+    Every wave, as square as it can be, reads its rows of A and columns of B once; L2 serves the repeats
+    within a wave, nothing survives to the next. The result is written, or read, added to and written.
+    """
+    num_sms, down, across, high, wide = wave
+    tiles = down * across
+    in_wave = of.lesser(num_sms, tiles)
+    side = of.lesser(across, of.greater(1.0, (in_wave * high / wide) ** 0.5))
+    other = of.lesser(down, in_wave / side)
+    side = of.lesser(across, in_wave / other)
+    read = of.greater(tiles / in_wave * (other * high + side * wide), m + n) * k
+    value_bytes = DTYPE_BYTES[fit.dtype]
+    result_bytes = 8 if layout == "NT" else max(2, value_bytes)
+    return read * value_bytes + m * n * result_bytes
+
+
+def _aligned_s(
+    cluster: Cluster, m: int, n: int, k: int, *, dtype: str, layout: str, batch: int
+) -> float:
+    fit = gemm_fit(cluster, dtype)
+    if fit is None:
+        return _roofline_s(cluster.device, m, n, k, dtype=dtype, batch=batch)
+    seconds: float = fitted_gemm_s(fit, cluster.device, m, n, k, batch=batch, layout=layout)
+    if batch == 1:
+        seconds *= residual_factor(fit.residuals, m, n, k)
+    return seconds * fit.layout_slowdown.get(layout, 1.0)
+
+
+def _unaligned_slowdown(n: int, k: int, dtype: str, batch: int) -> float:
+    """Factor for 16-bit and 8-bit matrices whose rows are no multiple of 16 bytes."""
+    value_bytes = DTYPE_BYTES[dtype]
+    if value_bytes not in (1, 2):
+        return 1.0
+    if n * value_bytes % ALIGNED_BYTES == 0 and k * value_bytes % ALIGNED_BYTES == 0:
+        return 1.0
+    return UNALIGNED_SLOWDOWN if batch == 1 else UNALIGNED_BATCHED_SLOWDOWN
 
 
 def _measured(cluster: Cluster, dtype: str, layout: str) -> MeasuredGemm | None:
-    """This machine's table for a layout, or its forward table where the layout was not timed."""
+    """The machine's own table for a layout, or its forward table where the layout was not timed."""
     tables = [t for t in cluster.kernels.measured_gemm if t.dtype == dtype]
     for wanted in (layout, "TN"):
         for table in tables:
@@ -60,9 +174,7 @@ def _measured(cluster: Cluster, dtype: str, layout: str) -> MeasuredGemm | None:
     return None
 
 
-def _roofline_s(cluster: Cluster, m: int, n: int, k: int, *, dtype: str, batch: int) -> float:
-    device = cluster.device
+def _roofline_s(device: Device, m: int, n: int, k: int, *, dtype: str, batch: int) -> float:
     compute_s = 2.0 * batch * m * n * k / (DEFAULT_GEMM_EFFICIENCY * peak_flops_per_s(device, dtype))
     moved = batch * (m * k + k * n + m * n) * DTYPE_BYTES[dtype]
-    memory_s = moved / (DEFAULT_MEMORY_EFFICIENCY * device.memory_bandwidth_bytes_per_s)
-    return max(compute_s, memory_s)
+    return max(compute_s, moved / (DEFAULT_MEMORY_EFFICIENCY * device.memory_bandwidth_bytes_per_s))

@@ -9,10 +9,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 
-LINE_POINTS = Sequence[tuple[float, float]]
+from parsim.kernels import Residuals
+
+NEAR = 0.1
+"""A residual fades out over this distance, in the log of a size (10 %)."""
 
 
-def along_line(points: LINE_POINTS, x: float) -> float:
+def along_line(points: Sequence[tuple[float, float]], x: float) -> float:
     """Time at size x from (size, time) points: straight lines over log size.
 
     Past the last point the time grows linearly with the size at the slope of the last two; below the
@@ -44,7 +47,7 @@ def along_line(points: LINE_POINTS, x: float) -> float:
 
 
 def among_points(points: Sequence[tuple[tuple[float, ...], float]], at: tuple[float, ...]) -> float:
-    """Value at a place among scattered points, by inverse distance in log space (Shepard 1968).
+    """Value at a place among scattered points, by inverse distance in log space.
 
     The mean of log value with weights 1/d⁴, so near points decide and the far field is the nearest
     point's. Source: D. Shepard, "A two-dimensional interpolation function for irregularly-spaced
@@ -63,3 +66,50 @@ def among_points(points: Sequence[tuple[tuple[float, ...], float]], at: tuple[fl
         total += weight
         weighted += weight * math.log(value)
     return math.exp(weighted / total)
+
+
+def residual_factor(table: Residuals | None, row: float, column: float, knot: float) -> float:
+    """Factor on a fitted form's time from its table of residuals; 1 away from what was measured.
+
+    >>> table = Residuals(rows=(8,), columns=(64, 128), knots=(16, 256), percent=(((10, 30), (0, 0)),))
+    >>> round(residual_factor(table, 8, 64, 64), 12), residual_factor(table, 12, 64, 64)
+    (1.2, 1.0)
+    """
+    if table is None:
+        return 1.0
+    rows, columns = _near(table.rows, row), _near(table.columns, column)
+    if not rows or not columns:
+        return 1.0
+    (low, low_weight), (high, high_weight) = _between(table.knots, knot)
+    percent = 0.0
+    for r, row_weight in rows:
+        for c, column_weight in columns:
+            cell = table.percent[r][c]
+            percent += row_weight * column_weight * (low_weight * cell[low] + high_weight * cell[high])
+    return 1.0 + percent / 100.0
+
+
+def _near(sizes: tuple[int, ...], x: float) -> list[tuple[int, float]]:
+    """Indices of the sizes on both sides of x with weights that fade out; a size itself has it all."""
+    at = bisect_left(sizes, x)
+    if at < len(sizes) and sizes[at] == x:
+        return [(at, 1.0)]
+    found = []
+    for i in (at - 1, at):
+        if 0 <= i < len(sizes):
+            weight = 1.0 - abs(math.log(x / sizes[i])) / NEAR
+            if weight > 0:
+                found.append((i, weight))
+    total = max(1.0, sum(weight for _, weight in found))
+    return [(i, weight / total) for i, weight in found]
+
+
+def _between(knots: tuple[int, ...], x: float) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The two knots around x with weights linear in log x; past the ends the end knot alone."""
+    at = bisect_left(knots, x)
+    if at == 0:
+        return (0, 1.0), (0, 0.0)
+    if at == len(knots):
+        return (at - 1, 1.0), (at - 1, 0.0)
+    share = math.log(x / knots[at - 1]) / math.log(knots[at] / knots[at - 1])
+    return (at - 1, 1.0 - share), (at, share)

@@ -14,4 +14,6 @@ def memory_bound_s(cluster: Cluster, num_bytes: float) -> float:
     table = cluster.kernels.measured_memory_bound
     if table is not None:
         return along_line(table.points, num_bytes)
-    return num_bytes / (DEFAULT_MEMORY_EFFICIENCY * cluster.device.memory_bandwidth_bytes_per_s)
+    fit = cluster.kernels.memory_bound
+    launch_s, efficiency = (fit.launch_s, fit.efficiency) if fit else (0.0, DEFAULT_MEMORY_EFFICIENCY)
+    return launch_s + num_bytes / (efficiency * cluster.device.memory_bandwidth_bytes_per_s)
