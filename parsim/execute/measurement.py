@@ -1,0 +1,116 @@
+"""What a run on real ranks found: Measurement and Verification."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parsim.execute.request import Case
+from parsim.execute.steps import StepRecord, clean_steps
+from parsim.plan import Job, ParallelPlan
+from parsim.timeline import STREAMS, Span, Timeline
+
+TOLERANCE = 1e-10
+"""Relative error in float64 up to which two trainings count as equal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Timed steps of a plan on real ranks."""
+
+    job: Job
+    plan: ParallelPlan
+    step_time_s: float
+    """Median of the steps that nothing disturbed, without warm-up."""
+    steps_s: tuple[float, ...]
+    """Every step after the warm-up: from the first rank's start to the last one's end."""
+    loss: tuple[float, ...]
+    """Mean over the global batch, of the same steps."""
+    disturbed: tuple[bool, ...]
+    """Steps during which other processes used this machine's cores."""
+    foreign_cpu_s: tuple[float, ...]
+    """CPU time they used, of all cores."""
+    spread: float
+    """(slowest − fastest) / median of the undisturbed steps."""
+    timeline: Timeline
+    """Of the step nearest to the median; rank is the global rank."""
+    peak_memory_bytes: tuple[int, ...]
+    """The CUDA allocator's peak on each rank; empty on a CPU."""
+    world_size: int
+    warmup: int
+    seed: int
+    dtype: str
+    device: str
+    """cpu or cuda."""
+    machine: str
+    torch_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """A plan against single-process training, in float64."""
+
+    max_gradient_error: float
+    """max |Δg| / max |g| of the worst parameter in any step."""
+    parameter: str
+    """Which parameter that was."""
+    max_loss_error: float
+    """|Δloss| / loss of the worst step."""
+    steps: int
+
+    @property
+    def equal(self) -> bool:
+        """Whether both trainings are the same, but for rounding."""
+        return max(self.max_gradient_error, self.max_loss_error) <= TOLERANCE
+
+
+def measurement_of(case: Case, ranks: Sequence[dict[str, Any]], device: str) -> Measurement:
+    """The Measurement of a case, from what each rank left."""
+    first = ranks[0]
+    steps = [StepRecord(**step) for step in first["steps"]]
+    clean = [steps[i].time_s for i in clean_steps(steps)]
+    middle = statistics.median(clean)
+    return Measurement(
+        job=case.job,
+        plan=case.plan,
+        step_time_s=middle,
+        steps_s=tuple(step.time_s for step in steps),
+        loss=tuple(step.loss for step in steps),
+        disturbed=tuple(step.disturbed for step in steps),
+        foreign_cpu_s=tuple(step.foreign_cpu_s for step in steps),
+        spread=(max(clean) - min(clean)) / middle,
+        timeline=_timeline(ranks, case),
+        peak_memory_bytes=tuple(r["peak_bytes"] for r in ranks if r["peak_bytes"] is not None),
+        world_size=len(ranks),
+        warmup=case.warmup,
+        seed=case.seed,
+        dtype=case.dtype,
+        device=device,
+        machine=f"{first['device']}, {os.cpu_count()} cores",
+        torch_version=first["torch"],
+    )
+
+
+def _timeline(ranks: Sequence[dict[str, Any]], case: Case) -> Timeline:
+    """The median step of all ranks."""
+    spans = [
+        Span(rank, stream, name, start_s, end_s, kind, stage, micro_batch)
+        for rank, found in enumerate(ranks)
+        for stream, name, kind, stage, micro_batch, start_s, end_s in found["spans"]
+    ]
+    spans.sort(key=lambda span: (span.rank, STREAMS.index(span.stream), span.start_s, span.end_s))
+    return Timeline(spans=tuple(spans), source="measured", title=case.plan.short())
+
+
+def verification_of(ranks: Sequence[dict[str, Any]]) -> Verification:
+    """The Verification of a case, from what each rank left."""
+    worst = max(ranks, key=lambda found: found["max_gradient_error"])
+    return Verification(
+        max_gradient_error=worst["max_gradient_error"],
+        parameter=worst["parameter"],
+        max_loss_error=max(found["max_loss_error"] for found in ranks),
+        steps=worst["steps"],
+    )

@@ -1,0 +1,201 @@
+"""What the torch executor runs, and what it refuses and why. Standard library only.
+
+A plan is refused where torch lacks a part of it or computes it wrong; nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from parsim.errors import ParsimError
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule
+
+DTYPES = ("fp64", "fp32", "bf16")
+STALE_WEIGHTS = ("pipedream", "pipedream-2bw")
+"""Schedules whose backwards use weights of another step than their forwards."""
+
+
+def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: str) -> None:
+    """Raise ParsimError, with the reason, for what the executor does not run."""
+    if dtype not in DTYPES:
+        raise ParsimError(
+            "the executor does not compute in this dtype",
+            where="precision",
+            got=dtype,
+            expected=", ".join(DTYPES),
+            hint="fp16 would need loss scaling, fp8 kernels that torch does not choose by itself",
+        )
+    _check_model(job.model, plan)
+    _check_sizes(job, plan)
+    _check_plan(plan, schedule)
+    _check_schedule(job, plan, schedule)
+
+
+def _refuse(part: str, where: str, got: object, hint: str | None = None) -> ParsimError:
+    return ParsimError(f"the executor does not run {part}", where=where, got=got, hint=hint)
+
+
+def _check_model(model: ModelSpec, plan: ParallelPlan) -> None:
+    if model.moe is not None:
+        raise _refuse("mixtures of experts", "model.moe", f"{model.moe.experts} experts")
+    if model.mla is not None:
+        raise _refuse("multi-head latent attention", "model.mla", "MLA")
+    if model.window:
+        raise _refuse("sliding-window attention", "model.window", model.window)
+    if model.attention_sinks:
+        raise _refuse("attention sinks", "model.attention_sinks", True)
+    if model.position == "alibi":
+        raise _refuse("ALiBi positions", "model.position", model.position)
+    if model.norms_per_layer != 2:
+        raise _refuse("layers without exactly two norms", "model.norms_per_layer", model.norms_per_layer)
+    if model.position == "rope" and model.head_dim % 2:
+        raise _refuse("rotary positions on heads of odd width", "model.head_dim", model.head_dim)
+    if model.tied_embeddings and plan.num_stages > 1:
+        raise _refuse(
+            "tied embeddings in a pipeline",
+            "model.tied_embeddings",
+            f"pp {plan.pp}",
+            "embedding and head lie on different ranks; use pp=1",
+        )
+
+
+def _check_sizes(job: Job, plan: ParallelPlan) -> None:
+    model = job.model
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_hidden": model.ffn_hidden}
+    sizes["vocab"] = model.vocab
+    if plan.sequence_parallel:
+        sizes["seq_len"] = job.seq_len
+    if model.position == "learned":
+        sizes["max_seq_len"] = model.max_seq_len
+        if job.seq_len > model.max_seq_len:
+            raise ParsimError(
+                "the model has no positions for sequences this long",
+                where="seq_len",
+                got=job.seq_len,
+                expected=f"at most {model.max_seq_len}",
+            )
+    for key, size in sizes.items():
+        if size % plan.tp:
+            raise ParsimError(
+                f"tp must divide {key}",
+                where="tp",
+                got=f"tp {plan.tp}, {key} {size}",
+                hint=f"legal for {key}: {_divisors(size)}",
+            )
+    if job.global_batch % (plan.dp * plan.micro_batch):
+        raise ParsimError(
+            "dp·micro_batch must divide the global batch",
+            where="global_batch",
+            got=job.global_batch,
+            expected=f"a multiple of {plan.dp * plan.micro_batch}",
+        )
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+
+
+def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
+    if plan.cp > 1:
+        raise _refuse("context parallelism", "cp", plan.cp)
+    if plan.ep > 1:
+        raise _refuse("expert parallelism", "ep", plan.ep)
+    if plan.tp_overlap:
+        raise _refuse("overlapped tensor parallelism", "tp_overlap", True)
+    if plan.shard_group not in (1, plan.dp):
+        raise _refuse("ZeRO in groups smaller than dp", "zero_group", plan.zero_group)
+    if plan.pp == 1 and plan.vpp > 1:
+        raise _refuse("several model chunks without a pipeline", "vpp", plan.vpp)
+    if plan.schedule in STALE_WEIGHTS:
+        raise _refuse("schedules with several versions of the weights", "schedule", plan.schedule)
+    splits = any(a.kind == INPUT_GRAD for a in schedule.actions())
+    if splits and plan.pp == 1:
+        raise _refuse("split backwards without a pipeline", "schedule", plan.schedule)
+    if splits and plan.zero == 3 and plan.dp > 1:
+        raise ParsimError(
+            "torch leaves gradients out under ZeRO 3 with backwards split into I and W",
+            where="zero",
+            got=f"zero {plan.zero}, schedule {schedule.name}",
+            hint="use zero=2: parameters stay whole between forward and backward",
+        )
+
+
+def _check_schedule(job: Job, plan: ParallelPlan, schedule: Schedule) -> None:
+    layers = stage_layers(job.model, plan)
+    if sum(layers) != job.model.layers or min(layers) < 0:
+        raise ParsimError(
+            "the stages must hold every layer once",
+            where="stage_split",
+            got=f"{len(layers)} stages with {sum(layers)} layers",
+            expected=f"{job.model.layers} layers",
+        )
+    micro_batches = plan.num_micro_batches(job)
+    for key, got, expected in (
+        ("pipeline ranks", schedule.pp, plan.pp),
+        ("stages", schedule.num_stages, plan.num_stages),
+        ("micro-batches", schedule.num_micro_batches, micro_batches),
+    ):
+        if got != expected:
+            raise ParsimError(
+                f"the schedule has another number of {key} than the plan",
+                where=f"schedule {schedule.name}",
+                got=got,
+                expected=str(expected),
+            )
+    _check_complete(schedule, plan, micro_batches)
+
+
+def _check_complete(schedule: Schedule, plan: ParallelPlan, micro_batches: int) -> None:
+    """Every micro-batch goes once forward and once backward through each stage, on one rank."""
+    counts = Counter(schedule.actions())
+    for stage in range(plan.num_stages):
+        for i in range(micro_batches):
+            forward, whole, part, weight = (
+                counts[Action(stage, kind, i)] for kind in (FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD)
+            )
+            if forward != 1 or whole + part != 1 or part != weight:
+                raise ParsimError(
+                    "each stage takes each micro-batch forward once, and backward once (B, or I and W)",
+                    where=f"schedule {schedule.name}, stage {stage}, micro-batch {i}",
+                    got=f"F {forward}, B {whole}, I {part}, W {weight} times",
+                )
+    homes = {(a.stage, rank) for rank, row in enumerate(schedule.ranks) for a in row}
+    if len(homes) > plan.num_stages:
+        doubled = next(s for s, n in Counter(stage for stage, _ in homes).items() if n > 1)
+        raise _refuse(
+            "schedules that hold a stage on several ranks",
+            f"schedule {schedule.name}",
+            f"stage {doubled}",
+        )
+
+
+def shrunken(job: Job, plan: ParallelPlan) -> Job:
+    """A job with the same structure, small enough to verify: fewer layers, narrower, shorter.
+
+    The plan runs it as it runs the original: the same divisions and remainders, the same number of
+    micro-batches and the same kinds of layers.
+    """
+    model = job.model
+    each_kv = min(model.heads // model.kv_heads, 2)
+    kv_heads = model.kv_heads if model.kv_heads < plan.tp else plan.tp
+    heads = kv_heads * each_kv
+    head_dim = min(model.head_dim, 8)
+    layers = model.layers
+    if not plan.stage_split:
+        layers = min(layers, plan.num_stages + layers % plan.num_stages)
+    seq_len = min(job.seq_len, 16 * plan.tp)
+    small = dataclasses.replace(
+        model,
+        layers=layers,
+        hidden=heads * head_dim,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_hidden=plan.tp * 24,
+        vocab=plan.tp * 48,
+        max_seq_len=seq_len,
+    )
+    return dataclasses.replace(job, model=small, seq_len=seq_len)
