@@ -73,6 +73,11 @@ class Stack:
     master_weights: bool = True
     """The optimizer keeps fp32 weights beside 16-bit ones."""
 
+    # What a run does where its source does not say
+    default_recompute: Literal["none", "selective", "full"] = "none"
+    default_tp_overlap: bool = False
+    default_zero: int = 0
+
     # Memory beyond the model's tensors
     context_bytes: float = 1.2e9
     """CUDA context, NCCL buffers and allocator slack on each device."""

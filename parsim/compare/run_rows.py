@@ -1,0 +1,354 @@
+"""One row of a table of measured runs as nouns: job, plan, cluster, stack and what was measured.
+
+What a row leaves out is taken by default and said in `Run.assumed`; a row that contradicts itself or
+asks for what parsim does not model is an error that says why.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from parsim.compare.csv_table import Row
+from parsim.compare.run_models import Shape, model_of
+from parsim.config import load_cluster, load_stack, shipped
+from parsim.errors import ParsimError
+from parsim.hardware import Cluster, with_overrides
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan
+from parsim.schedule.check import check_plan
+from parsim.stack import Stack
+
+REQUIRED_COLUMNS = (
+    *("id", "framework", "hardware", "gpus", "layers", "hidden", "heads", "ffn_hidden", "gated_mlp"),
+    *("vocab", "seq_len", "global_batch", "micro_batch", "tp", "pp", "precision", "recompute"),
+    "iter_time_s",
+)
+OPTIONAL_COLUMNS = (
+    *("source", "gpus_per_node", "inter_node_gbit_per_gpu", "model_name", "kv_heads", "experts"),
+    *("top_k", "vpp", "cp", "ep", "dp", "zero_or_fsdp", "sequence_parallel", "schedule", "compile"),
+    *("tp_overlap", "peak_memory_gib", "strict", "notes", "year", "interconnect", "params_b"),
+    *("tflops_per_gpu", "mfu", "tokens_per_s_per_gpu"),
+)
+
+NEAREST_STACK = {
+    "megatron-bridge": "megatron-core-2025",
+    "megatron-lm": "megatron-core-2025",
+    "gcp-recipes": "nemo",  # the recipes of AI-Hypercomputer/gpu-recipes run NeMo
+    "paxml": "fsdp1",  # JAX: everything compiled, fully sharded
+    "deepspeed": "megatron-deepspeed",
+    "fms-fsdp": "fsdp1",
+    "fsdp2": "torchtitan",
+    "mosaic": "llm-foundry",
+}
+"""Stands in for frameworks that have no Stack of their own."""
+
+MAX_ACTIONS = 2_000_000
+"""Forwards of all stages in a step; more is a slip of the pen, and would run for hours."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A measured run."""
+
+    job: Job
+    plan: ParallelPlan
+    cluster: Cluster
+    cluster_key: tuple[str, int, float]
+    """Name and overrides of the cluster: the same key, the same cluster."""
+    stack: Stack
+    assumed: tuple[str, ...]
+    """Settings that the row does not state, with the value they were given."""
+
+
+@dataclass(slots=True)
+class Library:
+    """Shipped models, clusters and stacks, each read once."""
+
+    models: tuple[ModelSpec, ...]
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    """By framework name; what is put here before the first row replaces the shipped file."""
+    clusters: dict[tuple[str, int, float], Cluster] = field(default_factory=dict)
+
+    def stack(self, framework: str) -> Stack:
+        if framework not in self.stacks:
+            self.stacks[framework] = load_stack(framework)
+        return self.stacks[framework]
+
+    def cluster(self, key: tuple[str, int, float]) -> Cluster:
+        """The cluster of a hardware name, GPUs a node and bytes/s between nodes (0: the profile's)."""
+        if key not in self.clusters:
+            name, gpus_per_node, inter_node_bytes_per_s = key
+            self.clusters[key] = with_overrides(
+                load_cluster(name),
+                gpus_per_node=gpus_per_node or None,
+                inter_node=inter_node_bytes_per_s or None,
+            )
+        return self.clusters[key]
+
+
+@dataclass(slots=True)
+class _Cells:
+    """The cells of a row, read by type; every error names its column."""
+
+    row: Row
+    assumed: list[str] = field(default_factory=list)
+
+    def text(self, key: str) -> str:
+        return self.row.get(key, "").strip()
+
+    def number(self, key: str) -> float | None:
+        text = self.text(key)
+        if not text:
+            return None
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ParsimError("this cell is no number", where=key, got=text)
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number from 1, such as 48 or 48.0; an empty cell is the default or an error."""
+        value = self.number(key)
+        if value is None:
+            if default is None:
+                raise ParsimError("this cell is empty", where=key, expected="a whole number")
+            return default
+        if value != int(value) or not 1 <= value < 2**31:
+            raise ParsimError("this cell is no whole number from 1", where=key, got=self.text(key))
+        return int(value)
+
+    def flag(self, key: str) -> bool | None:
+        value = self.number(key)
+        if value not in (None, 0, 1):
+            raise ParsimError("this cell is yes (1) or no (0)", where=key, got=self.text(key))
+        return None if value is None else bool(value)
+
+
+def measured_s(row: Row) -> float:
+    """Measured seconds of a step."""
+    seconds = _Cells(row).number("iter_time_s")
+    if seconds is None or not seconds > 0:
+        raise ParsimError(
+            "a measured time is greater than zero", where="iter_time_s", got=row.get("iter_time_s", "")
+        )
+    return seconds
+
+
+def peak_memory_bytes(row: Row) -> float | None:
+    """Measured peak of a device's memory, or None where it is not stated."""
+    gib = _Cells(row).number("peak_memory_gib")
+    return None if gib is None or not gib > 0 else gib * 2**30
+
+
+def run_of(row: Row, library: Library) -> Run:
+    """The nouns of a row.
+
+    Raises ParsimError, naming the column, where a cell cannot be read, the row contradicts itself, or
+    parsim does not model what it asks for.
+    """
+    if "" in row:
+        raise ParsimError("this row has more cells than the header has columns")
+    cells = _Cells(row)
+    stack = _stack(cells, library)
+    key, cluster = _cluster(cells, library)
+    plan = _plan(cells, cluster, stack)
+    model = _model(cells, library.models)
+    job = _job(cells, model, plan)
+    check_plan(job, plan, cluster)
+    actions = plan.num_stages * plan.num_micro_batches(job)
+    if actions > MAX_ACTIONS:
+        raise ParsimError("this step is too long to simulate", got=f"{actions} forwards of stages")
+    return Run(
+        job=job,
+        plan=plan,
+        cluster=cluster,
+        cluster_key=key,
+        stack=stack,
+        assumed=tuple(cells.assumed),
+    )
+
+
+def _stack(cells: _Cells, library: Library) -> Stack:
+    framework = cells.text("framework")
+    known = shipped("hardware_profiles/stacks")
+    name = framework
+    if framework not in known and framework not in library.stacks:
+        name = NEAREST_STACK.get(framework, "megatron-core-2025")
+        cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
+    stack = library.stack(name)
+    compiled = cells.flag("compile")
+    if compiled is not None and compiled != stack.fused_elementwise:
+        stack = replace(stack, fused_elementwise=compiled)
+    return stack
+
+
+def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], Cluster]:
+    gbit_per_s = cells.number("inter_node_gbit_per_gpu")
+    node = 0 if cells.number("gpus_per_node") is None else cells.whole("gpus_per_node")
+    if gbit_per_s is not None and not gbit_per_s > 0:
+        raise ParsimError(
+            "a bandwidth is greater than zero", where="inter_node_gbit_per_gpu", got=gbit_per_s
+        )
+    key = (cells.text("hardware"), node, (gbit_per_s or 0.0) * 1e9 / 8)
+    cluster = library.cluster(key)
+    if gbit_per_s is None and cells.whole("gpus") > cluster.scale_up_domain:
+        gbit = cluster.inter_node.bandwidth_bytes_per_s * 8 / 1e9
+        cells.assumed.append(f"inter_node_gbit_per_gpu not stated: {gbit:g}, as in {cluster.name}")
+    return key, cluster
+
+
+def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
+    gpus, tp, pp, cp = cells.whole("gpus"), cells.whole("tp"), cells.whole("pp"), cells.whole("cp", 1)
+    dp = cells.whole("dp", max(1, gpus // (tp * pp * cp)))
+    if dp * tp * pp * cp != gpus:
+        raise ParsimError(
+            "this row contradicts itself: gpus is not dp·tp·pp·cp",
+            where="gpus",
+            got=f"{gpus} GPUs, dp {dp}, tp {tp}, pp {pp}, cp {cp}",
+        )
+    zero, zero_group = _zero(cells, stack, dp=dp, cp=cp, node_ranks=max(1, cluster.gpus_per_node // tp))
+    schedule, vpp = _schedule(cells, pp)
+    recompute = cells.text("recompute")
+    if not recompute:
+        recompute = stack.default_recompute
+        cells.assumed.append(f"recompute not stated: {stack.name} default {recompute}")
+    tp_overlap = cells.flag("tp_overlap")
+    if tp_overlap is None:
+        tp_overlap = stack.default_tp_overlap and tp > 1
+        if tp > 1:
+            state = "on" if tp_overlap else "off"
+            cells.assumed.append(f"tp_overlap not stated: {stack.name} default {state}")
+    return ParallelPlan(
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=cells.whole("ep", 1),
+        vpp=vpp,
+        micro_batch=cells.whole("micro_batch"),
+        schedule=schedule,
+        zero=zero,
+        zero_group=zero_group,
+        sequence_parallel=_sequence_parallel(cells, tp),
+        recompute=recompute,  # type: ignore[arg-type]  # ParallelPlan refuses other words
+        tp_overlap=tp_overlap,
+    )
+
+
+def _zero(cells: _Cells, stack: Stack, *, dp: int, cp: int, node_ranks: int) -> tuple[int, int]:
+    """ZeRO stage and the ranks that share the shards (0: all), from texts such as "zero1 within 8"."""
+    text = cells.text("zero_or_fsdp").lower()
+    stated = re.search(r"zero-?([0-3])", text)
+    hybrid = "hybrid" in text or "hsdp" in text
+    if stated is not None:
+        zero = int(stated[1])
+    elif hybrid or "fsdp" in text:
+        zero = 3
+    elif text in ("none", "ddp", "no", "0"):
+        zero = 0
+    elif text:
+        raise ParsimError("cannot tell the ZeRO stage", where="zero_or_fsdp", got=text)
+    else:
+        zero = stack.default_zero
+        if dp * cp > 1:
+            cells.assumed.append(f"zero_or_fsdp not stated: {stack.name} default zero {zero}")
+    if zero == 0:
+        return 0, 0
+    within = re.search(r"(?:within|group)\s+(\d+)", text)
+    group = int(within[1]) if within else (node_ranks if hybrid else 0)
+    return zero, 0 if group >= dp * cp else group
+
+
+def _schedule(cells: _Cells, pp: int) -> tuple[str, int]:
+    """Schedule and model chunks a rank; a pipeline of one has neither."""
+    text = re.sub(r"\(.*\)", "", cells.text("schedule")).strip().lower()
+    vpp = cells.whole("vpp", 1)
+    if pp == 1:
+        if vpp > 1:
+            cells.assumed.append(f"vpp {vpp} without a pipeline: 1")
+        return "1f1b", 1
+    name = {"interleaved-1f1b": "interleaved", "none": "", "1f1b": "", "interleaved": ""}.get(text, text)
+    if name in ("", "interleaved"):
+        name = "interleaved" if vpp > 1 else "1f1b"
+        if text in ("", "none"):
+            cells.assumed.append(f"schedule not stated: {name}")
+    return name, vpp
+
+
+def _sequence_parallel(cells: _Cells, tp: int) -> bool:
+    stated = cells.flag("sequence_parallel")
+    if tp == 1:
+        return False
+    if stated is None:
+        cells.assumed.append("sequence_parallel not stated: on, as tp > 1")
+        return True
+    return stated
+
+
+def _model(cells: _Cells, models: Sequence[ModelSpec]) -> ModelSpec:
+    experts = cells.whole("experts", 0)
+    shape = Shape(
+        name=cells.text("model_name") or "the model",
+        layers=cells.whole("layers"),
+        hidden=cells.whole("hidden"),
+        heads=cells.whole("heads"),
+        kv_heads=cells.whole("kv_heads", 0),
+        ffn_hidden=cells.whole("ffn_hidden"),
+        gated_mlp=bool(cells.flag("gated_mlp")),
+        vocab=cells.whole("vocab"),
+        experts=experts,
+        top_k=cells.whole("top_k") if experts else 0,
+    )
+    if not cells.text("gated_mlp"):
+        cells.assumed.append("gated_mlp not stated: no")
+    model, assumed = model_of(shape, cells.whole("seq_len"), models)
+    cells.assumed.extend(assumed)
+    return model
+
+
+def _job(cells: _Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
+    stated = cells.whole("global_batch")
+    pass_size = plan.dp * plan.micro_batch
+    global_batch = stated // pass_size * pass_size
+    if global_batch == 0:
+        raise ParsimError(
+            "this row contradicts itself: the global batch is smaller than dp·micro_batch",
+            where="global_batch",
+            got=f"{stated}, dp {plan.dp}, micro_batch {plan.micro_batch}",
+        )
+    if global_batch != stated:
+        cells.assumed.append(
+            f"global_batch {stated} is no multiple of dp·micro_batch {pass_size}: {global_batch}"
+        )
+    return Job(
+        model=model,
+        seq_len=cells.whole("seq_len"),
+        global_batch=global_batch,
+        precision=_precision(cells),
+    )
+
+
+def _precision(cells: _Cells) -> str:
+    """The GEMMs' dtype by its prefix; what follows names a scaling recipe."""
+    text = cells.text("precision").lower()
+    if not text:
+        cells.assumed.append("precision not stated: bf16")
+        return "bf16"
+    for prefix, precision in (
+        ("fp8-mx", "mxfp8"),
+        ("mxfp8", "mxfp8"),
+        ("nvfp4", "nvfp4"),
+        ("fp8", "fp8"),
+        ("bf16", "bf16"),
+        ("fp16", "fp16"),
+        ("fp32", "fp32"),
+        ("fp64", "fp64"),
+    ):
+        if text.startswith(prefix):
+            return precision
+    raise ParsimError("unknown precision", where="precision", got=text, expected="bf16, fp16, fp8 …")
