@@ -149,7 +149,8 @@ def validate(cls: type[T], data: object, *, where: str) -> T:
     problems: dict[str, str] = {}
     clean = _with_si_units(cls, data, "", problems)
     try:
-        noun = TypeAdapter(cls).validate_python(clean)
+        # JSON mode is strict about numbers, words and truth values, and still reads arrays as tuples.
+        noun = TypeAdapter(cls).validate_json(json.dumps(clean, default=str), strict=True)
         if not problems:
             return noun
     except ValidationError as error:

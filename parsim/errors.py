@@ -49,9 +49,7 @@ class ParsimError(ValueError):
     def at(self, where: str) -> ParsimError:
         """The same error with the place it came from put before the place it already names."""
         place = where if self.where is None else f"{where}: {self.where}"
-        return type(self)(
-            self.what, where=place, got=self.got, expected=self.expected, hint=self.hint
-        )
+        return type(self)(self.what, where=place, got=self.got, expected=self.expected, hint=self.hint)
 
 
 class NothingFits(ParsimError):
@@ -63,10 +61,11 @@ class NothingFits(ParsimError):
 def shorten(value: object, limit: int = 120) -> str:
     """A value as one line of at most `limit` characters, for messages.
 
-    >>> shorten("x" * 9, limit=5)
-    "'xxx…"
+    >>> shorten("x" * 9, limit=5), shorten("")
+    ('xxxx…', "''")
     """
-    text = repr(value)
+    plain = isinstance(value, str) and value.isprintable() and value and value == value.strip()
+    text = str(value) if plain else repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

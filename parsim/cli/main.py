@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
-import click
 import typer
 
 from parsim import __version__
@@ -56,6 +56,14 @@ app.command("hardware")(hardware.hardware)
 app.command("doctor")(doctor.doctor)
 app.command("quickstart")(quickstart.quickstart)
 
+# typer carries a copy of click in some releases and depends on it in others: BadParameter, UsageError,
+# ClickException is the line of bases in both.
+CLICK_ERROR: Any = typer.BadParameter.__bases__[0].__bases__[0]
+
+# typer carries a copy of click in some releases and depends on it in others: BadParameter, UsageError,
+# ClickException is the line of bases in both.
+CLICK_ERROR: Any = typer.BadParameter.__bases__[0].__bases__[0]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -89,10 +97,10 @@ def run_command(arguments: list[str], *, debug: bool = False) -> int:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
         return error.exit_code
-    except click.ClickException as error:
+    except CLICK_ERROR as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return 130
     except BrokenPipeError:

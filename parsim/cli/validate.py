@@ -45,14 +45,15 @@ def validate(
     if chosen != 1 or (prediction is None) != (measurement is None):
         raise ParsimError(
             "validate compares one thing",
-            expected="PREDICTION.json MEASUREMENT.json, or --runs F.csv, or --kernels F.csv --hardware H",
+            expected="PREDICTION.json MEASUREMENT.json, or --runs F, or --kernels F --hardware H",
         )
     if runs is not None:
         error = _runs(runs, as_json)
     elif kernels is not None:
         error = _kernels(kernels, hardware, as_json)
     else:
-        assert prediction is not None and measurement is not None
+        assert prediction is not None
+        assert measurement is not None
         error = _step(prediction, measurement, as_json)
     if tolerance is not None and abs(error) > tolerance:
         raise typer.Exit(1)
@@ -67,9 +68,8 @@ def _step(prediction: Path, measurement: Path, as_json: bool) -> float:
     where = (str(prediction), str(measurement))
     found = compare_documents(read_json(prediction), read_json(measurement), where=where)
     if as_json:
-        print_json(
-            document("validate", {"prediction": where[0], "measurement": where[1]}, found.to_data())
-        )
+        inputs = {"prediction": where[0], "measurement": where[1]}
+        print_json(document("validate", inputs, found.to_data()))
         return found.error
     rows = [
         [part.what, format_duration(part.predicted_s), format_duration(part.measured_s),

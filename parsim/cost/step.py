@@ -67,8 +67,7 @@ def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float
     whole = cell.tokens * job.model.hidden * cell.activation_bytes
     cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
     ranks = [plan.rank(Coordinate(pp=pp, dp=0, cp=0, tp=0)) for pp in (source, target)]
-    local = ranks[0] // cluster.scale_up_domain == ranks[1] // cluster.scale_up_domain
-    seconds = send_recv_s(cluster, whole / cut, local=local)
+    seconds = send_recv_s(cluster, whole / cut, local=cluster.same_domain(*ranks))
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
         seconds += collective_s(cluster, "all_gather", whole, group_of(cluster, size=plan.tp, stride=1))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from parsim.cost.gemm import peak_flops_per_s
 from parsim.errors import ParsimError
-from parsim.hardware import Cluster
+from parsim.hardware import Cluster, peak_flops_per_s
 from parsim.plan import V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.schedule import SCHEDULES, unknown_schedule
 from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule

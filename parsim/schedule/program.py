@@ -46,58 +46,59 @@ class Program:
         return range(1 + max((task.rank for task in self.tasks), default=-1))
 
 
-def end_times(program: Program) -> list[float]:
-    """When each task ends, in seconds: the longest path to it.
+class TaskTimes(NamedTuple):
+    """When each task of a program starts and ends, in seconds, by its index."""
+
+    start_s: list[float]
+    end_s: list[float]
+
+
+def task_times(program: Program) -> TaskTimes:
+    """When each task runs: its end is the longest path to it.
 
     The same model as the discrete-event replay, evaluated in one pass because tasks stand in order.
     """
-    ends: list[float] = []
+    times = TaskTimes([], [])
     stream_free: dict[tuple[int, str], float] = {}
     for task in program.tasks:
         stream = (task.rank, task.stream)
         start = stream_free.get(stream, 0.0)
         for i in task.after:
-            if ends[i] > start:
-                start = ends[i]
+            if times.end_s[i] > start:
+                start = times.end_s[i]
         end = start + task.duration_s
-        ends.append(end)
+        times.start_s.append(start)
+        times.end_s.append(end)
         stream_free[stream] = end
-    return ends
+    return times
 
 
 def step_time_s(program: Program) -> float:
     """The end of the last task."""
-    return max(end_times(program), default=0.0)
+    return max(task_times(program).end_s, default=0.0)
 
 
-def timeline_of(program: Program, ends: list[float], *, title: str = "") -> Timeline:
-    """The Timeline of a program whose tasks end at `ends`."""
+def timeline_of(program: Program, times: TaskTimes) -> Timeline:
+    """The Timeline of a program whose tasks run at `times`."""
     spans = []
-    for task, end in zip(program.tasks, ends, strict=True):
+    for task, start, end in zip(program.tasks, times.start_s, times.end_s, strict=True):
         span = Span(
-            task.rank,
-            task.stream,
-            task.name,
-            end - task.duration_s,
-            end,
-            task.kind,
-            task.stage,
-            task.micro_batch,
+            task.rank, task.stream, task.name, start, end, task.kind, task.stage, task.micro_batch
         )
         spans.append(span)
         if task.receiver is not None:
             rank, stream = task.receiver
             spans.append(span._replace(rank=rank, stream=stream))
     spans.sort(key=lambda span: (span.rank, span.stream, span.start_s, span.end_s))
-    return Timeline(spans=tuple(spans), memory=_memory(program, ends), title=title or program.title)
+    return Timeline(spans=tuple(spans), memory=_memory(program, times), title=program.title)
 
 
-def _memory(program: Program, ends: list[float]) -> tuple[MemorySample, ...]:
-    """Bytes each rank holds, whenever they change."""
+def _memory(program: Program, times: TaskTimes) -> tuple[MemorySample, ...]:
+    """Bytes each rank holds, whenever they change; what is freed at an instant goes first."""
     changes: dict[int, list[tuple[float, int, float]]] = {rank: [] for rank in program.ranks}
-    for task, end in zip(program.tasks, ends, strict=True):
+    for task, start, end in zip(program.tasks, times.start_s, times.end_s, strict=True):
         if task.allocated_bytes:
-            changes[task.rank].append((end - task.duration_s, 1, task.allocated_bytes))
+            changes[task.rank].append((start, 1, task.allocated_bytes))
         if task.freed_bytes:
             changes[task.rank].append((end, 0, -task.freed_bytes))
     samples = []

@@ -129,11 +129,12 @@ def _bounded(
         candidates.append((lower_bound_s(step_cost(job, plan, costs), job, plan, costs.stack), plan))
     if not candidates and least is not None:
         raise NothingFits(
-            f"no plan fits: of {enumerated} plans {legal} are legal, and none fits in "
-            f"{format_bytes(costs.cluster.device.memory_bytes)} of {costs.cluster.device.name}",
-            got=f"the least that any plan needs is {format_bytes(least[0])} on a device, with "
-            f"{least[1].short()}",
-            hint="more GPUs, a smaller global batch or sequence, or --zero 3",
+            f"no plan fits: of {enumerated} plans {legal} are legal; the least that one of them needs "
+            f"is {format_bytes(least[0])} on a device",
+            where=least[1].short(),
+            expected=f"at most {format_bytes(costs.cluster.device.memory_bytes)}, the memory of "
+            f"{costs.cluster.device.name}",
+            hint="more GPUs, a smaller sequence, or --zero 3",
         )
     candidates.sort(key=lambda candidate: candidate[0])
     space = SpaceCount(

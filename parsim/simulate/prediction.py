@@ -7,16 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from parsim.cost.flops import model_flops
-from parsim.cost.gemm import peak_flops_per_s
 from parsim.cost.memory import MemoryUse, rank_memory
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import StepCost, step_cost
+from parsim.hardware import peak_flops_per_s
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
 from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
-from parsim.schedule.program import Program, end_times, timeline_of
+from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
 from parsim.timeline import Timeline, breakdown_s
 
@@ -124,7 +124,7 @@ def predict(
 def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
     """The same prediction from the longest path through the Program, without a discrete-event replay."""
     program, memory = program_of(job, plan, costs)
-    return prediction_of(job, plan, costs, timeline_of(program, end_times(program)), memory)
+    return prediction_of(job, plan, costs, timeline_of(program, task_times(program)), memory)
 
 
 def prediction_of(

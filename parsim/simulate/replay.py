@@ -9,7 +9,7 @@ from collections.abc import Generator
 
 import simpy
 
-from parsim.schedule.program import Program, Task, timeline_of
+from parsim.schedule.program import Program, Task, TaskTimes, timeline_of
 from parsim.timeline import Timeline
 
 
@@ -21,14 +21,14 @@ def replay(program: Program) -> Timeline:
     """
     env = simpy.Environment()
     done = [env.event() for _ in program.tasks]
-    ends = [0.0] * len(program.tasks)
+    times = TaskTimes([0.0] * len(program.tasks), [0.0] * len(program.tasks))
     streams: dict[tuple[int, str], list[int]] = {}
     for index, task in enumerate(program.tasks):
         streams.setdefault((task.rank, task.stream), []).append(index)
     for indices in streams.values():
-        env.process(_stream(env, program.tasks, indices, done, ends))
+        env.process(_stream(env, program.tasks, indices, done, times))
     env.run()
-    return timeline_of(program, ends)
+    return timeline_of(program, times)
 
 
 def _stream(
@@ -36,7 +36,7 @@ def _stream(
     tasks: tuple[Task, ...],
     indices: list[int],
     done: list[simpy.Event],
-    ends: list[float],
+    times: TaskTimes,
 ) -> Generator[simpy.Event, None, None]:
     """One stream: its tasks one after the other."""
     for index in indices:
@@ -44,6 +44,7 @@ def _stream(
         for needed in task.after:
             if not done[needed].processed:
                 yield done[needed]
+        times.start_s[index] = env.now
         yield env.timeout(task.duration_s)
-        ends[index] = env.now
+        times.end_s[index] = env.now
         done[index].succeed()

@@ -69,14 +69,13 @@ def test_an_optional_table_may_be_left_out(load_edited: Callable[..., Cluster]) 
             '"989 TB/s"',
             ["device.peak_flops_per_s.bf16: unknown unit of compute rate"],
         ),
-        ("bf16 =", "bf17 =", ["device.peak_flops_per_s: unknown dtype, got 'bf17'", "did you mean"]),
+        ("bf16 =", "bf17 =", ["device.peak_flops_per_s: unknown dtype, got bf17", "did you mean"]),
         ("scale_up_domain = 8", "scale_up_domain = 12", ["scale_up_domain: the scale-up domain holds"]),
         (
             "[inter_node]",
             "[internode]",
             ["internode: unknown key; did you mean", "inter_node: field req"],
         ),
-        ('date = "2023"', "date = 2023-01-01", ["date: input should be a valid string"]),
     ],
 )
 def test_a_problem_is_told_with_its_place(

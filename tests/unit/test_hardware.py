@@ -302,7 +302,7 @@ def test_a_description_shows_every_number_with_its_source() -> None:
     facts = {fact.what: fact for fact in describe(load_cluster("b200-sxm-180gb"))}
     assert facts["peak bf16"].value == "2.25 PFLOP/s (292 FLOPs a byte)"
     assert facts["memory"].value == "178.4 GiB (191.5 GB) at 7.70 TB/s"
-    assert facts["between"].value == "50.0 GB/s, 5 µs"
+    assert facts["between"].value == "50.0 GB/s, 5.00 µs"
     assert facts["devices"].value == "8 a node, 8 a scale-up domain"
     assert facts["price"].value == "6.69 USD a GPU-hour"
     assert all(fact.source for fact in facts.values())

@@ -1,0 +1,133 @@
+"""The cost of layers and steps against closed forms."""
+
+import pytest
+
+from parsim.cost.cell import cell_of
+from parsim.cost.flops import model_flops, model_flops_per_token
+from parsim.cost.layer import layer_operations
+from parsim.cost.operation import Elementwise, Gemm, Transfer, forward_flops
+from parsim.cost.stage import CostModel
+from parsim.cost.step import step_cost
+from parsim.model import ModelSpec, num_parameters
+from parsim.plan import Job, ParallelPlan
+from parsim.simulate.prediction import predict
+from tests.builders import plain_stack, round_cluster, small_model
+
+GPT = ModelSpec(
+    name="gpt", layers=24, hidden=2048, heads=16, ffn_hidden=8192, gated_mlp=False, vocab=51200,
+    max_seq_len=2048, norm="layernorm", position="learned", linear_bias=True,
+)  # fmt: skip
+
+
+def layer_flops(plan: ParallelPlan, model: ModelSpec = GPT) -> float:
+    job = Job(model=model, seq_len=2048, global_batch=plan.dp * plan.micro_batch)
+    return forward_flops(layer_operations(model, 0, cell_of(job, plan), plain_stack()))
+
+
+def test_forward_flops_of_a_layer() -> None:
+    # Narayanan et al. 2021, arXiv 2104.04473, appendix: 24·B·s·h² + 4·B·s²·h a layer and forward
+    b, s, h = 4, 2048, 2048
+    expected = 24 * b * s * h**2 + 4 * b * s**2 * h
+    assert layer_flops(ParallelPlan(micro_batch=b)) == pytest.approx(expected)
+
+
+def test_parallelism_shares_the_flops_of_a_layer() -> None:
+    whole = layer_flops(ParallelPlan(micro_batch=4))
+    assert layer_flops(ParallelPlan(micro_batch=4, tp=4)) == pytest.approx(whole / 4)
+    assert layer_flops(ParallelPlan(micro_batch=4, cp=4)) == pytest.approx(whole / 4)
+
+
+def test_model_flops_of_palm() -> None:
+    # Chowdhery et al. 2022, appendix B: 6N + 12·L·H·Q·T
+    model = small_model()
+    n = num_parameters(model)
+    assert model_flops_per_token(model, 256) == 6 * n + 12 * 8 * 8 * 64 * 256
+    assert model_flops_per_token(model, 256, causal=True) == 6 * n + 6 * 8 * 8 * 64 * 256
+    assert model_flops(Job(model=model, seq_len=256, global_batch=3)) == 3 * 256 * model_flops_per_token(
+        model, 256
+    )
+
+
+def transfers(plan: ParallelPlan) -> dict[tuple[str, str], float]:
+    job = Job(model=GPT, seq_len=2048, global_batch=plan.micro_batch)
+    found: dict[tuple[str, str], float] = {}
+    for op in layer_operations(GPT, 0, cell_of(job, plan), plain_stack()):
+        if isinstance(op, Transfer):
+            key = (op.when, op.kind)
+            found[key] = found.get(key, 0.0) + op.num_bytes
+    return found
+
+
+def test_tensor_parallel_communication() -> None:
+    # Shoeybi et al. 2019, section 3: two all-reduces of b·s·h each way. Korthikanti et al. 2022, section
+    # 4.2.2: sequence parallelism makes each an all-gather and a reduce-scatter of the same bytes.
+    bsh = 2 * 2048 * 2048 * 2
+    assert transfers(ParallelPlan(tp=2, micro_batch=2)) == {
+        ("forward", "all_reduce"): 2 * bsh,
+        ("backward", "all_reduce"): 2 * bsh,
+    }
+    assert transfers(ParallelPlan(tp=2, micro_batch=2, sequence_parallel=True)) == {
+        (when, kind): 2 * bsh
+        for when in ("forward", "backward")
+        for kind in ("all_gather", "reduce_scatter")
+    }
+    assert transfers(ParallelPlan()) == {}
+
+
+def test_backward_and_recomputation() -> None:
+    costs = CostModel(GPT, round_cluster(), plain_stack())
+    job = Job(model=GPT, seq_len=2048, global_batch=1)
+    times = {
+        mode: costs.layer(cell_of(job, ParallelPlan(recompute=mode)), 0).time  # type: ignore[arg-type]
+        for mode in ("none", "selective", "full")
+    }
+    none, selective, full = (times[mode] for mode in ("none", "selective", "full"))
+    assert none.recompute.total_s == 0
+    assert full.recompute == full.forward
+    assert 0 < selective.recompute.total_s < full.recompute.total_s
+    # Each of the two gradients of a GEMM has its forward's FLOPs.
+    assert none.backward.total_s > 1.5 * none.forward.total_s
+
+
+def test_fp8_gemms_read_half_the_bytes_and_cast() -> None:
+    model = small_model()
+    plan, job = ParallelPlan(), Job(model=model, seq_len=256, global_batch=1, precision="fp8")
+    operations = layer_operations(model, 0, cell_of(job, plan), plain_stack())
+    gemms = [op for op in operations if isinstance(op, Gemm)]
+    assert all(op.low_precision for op in gemms)
+    casts = [op for op in operations if isinstance(op, Elementwise) and "cast" in op.name]
+    assert len(casts) == len(gemms)
+
+
+def test_a_network_ten_times_slower_makes_gradients_ten_times_dearer() -> None:
+    fast = round_cluster()
+    job = Job(model=GPT, seq_len=2048, global_batch=16)
+    plan = ParallelPlan(dp=16, tp=8)  # one rank of a data-parallel group in each node
+    slow = round_cluster(inter_node=fast.inter_node.__class__(
+        latency_s=0.0, bandwidth_bytes_per_s=1e9, source="", date=""))  # fmt: skip
+    reduce_s = [
+        step_cost(job, plan, CostModel(GPT, cluster, plain_stack())).syncs[0].reduce_s
+        for cluster in (fast, slow)
+    ]
+    assert reduce_s[1] == pytest.approx(10 * reduce_s[0])
+
+
+def test_a_host_that_cannot_keep_up_sets_the_pace() -> None:
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=4)
+    busy = CostModel(model, round_cluster(), plain_stack(layer_host_s=1.0))
+    prediction, _ = predict(job, ParallelPlan(), busy)
+    # 8 layers × 4 micro-batches × (forward + backward) of one host second each, and little else
+    assert prediction.step_time_s == pytest.approx(64, rel=0.01)
+
+
+def test_idle_time_of_the_ideal_pipeline() -> None:
+    # DESIGN: ideal 1F1B gives a bubble of (p − 1)/(m + p − 1); here stages differ by embedding and head.
+    model = small_model(layers=64, vocab=8)
+    job = Job(model=model, seq_len=256, global_batch=8)
+    costs = CostModel(model, round_cluster(), plain_stack())
+    prediction, _ = predict(job, ParallelPlan(pp=4), costs)
+    parts = prediction.breakdown_s
+    idle_s = parts["bubble"] + parts["pp_exposed"]
+    pipeline_s = prediction.step_time_s - parts["optimizer"]
+    assert idle_s / pipeline_s == pytest.approx(3 / 11, rel=0.02)

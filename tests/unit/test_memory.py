@@ -1,0 +1,113 @@
+"""Memory against the papers that derive it."""
+
+import pytest
+
+from parsim.cost.cell import Cell, cell_of
+from parsim.cost.memory import optimizer_bytes, rank_memory
+from parsim.cost.stage import CostModel
+from parsim.model import ModelSpec, num_parameters
+from parsim.plan import Job, ParallelPlan
+from parsim.search.search import fullest_rank
+from parsim.stack import Stack
+from tests.builders import plain_stack, round_cluster, small_model
+
+GPT3 = ModelSpec(
+    name="gpt3", layers=96, hidden=12288, heads=96, ffn_hidden=4 * 12288, gated_mlp=False, vocab=51200,
+    max_seq_len=2048, norm="layernorm", position="learned", linear_bias=True,
+)  # fmt: skip
+KORTHIKANTI = plain_stack(attention="fused_softmax", dropout=True)
+
+
+def layer_bytes(
+    tp: int, *, sequence_parallel: bool, recompute: str, stack: Stack = KORTHIKANTI
+) -> float:
+    cell = Cell(
+        seq_len=2048, micro_batch=1, tp=tp, cp=1, ep=1, sequence_parallel=sequence_parallel,
+        recompute=recompute, precision="bf16", tp_overlap=False,
+    )  # fmt: skip
+    return CostModel(GPT3, round_cluster(), stack).layer(cell, 0).saved_bytes
+
+
+@pytest.mark.parametrize(
+    ("tp", "sequence_parallel", "recompute", "per_sbh"),
+    [
+        # Korthikanti et al. 2022, arXiv 2205.05198, table 2, in units of s·b·h; a·s/h = 16 for GPT-3
+        (1, False, "none", 34 + 5 * 16),
+        (8, False, "none", 10 + 24 / 8 + 5 * 16 / 8),
+        (8, True, "none", 34 / 8 + 5 * 16 / 8),
+        (8, False, "selective", 10 + 24 / 8),
+        (8, True, "selective", 34 / 8),
+        (8, False, "full", 2),
+        (8, True, "full", 2 / 8),
+    ],
+)
+def test_activations_of_a_layer(
+    tp: int, sequence_parallel: bool, recompute: str, per_sbh: float
+) -> None:
+    sbh = 2048 * 12288
+    found = layer_bytes(tp, sequence_parallel=sequence_parallel, recompute=recompute)
+    assert found == pytest.approx(per_sbh * sbh, rel=0.005)
+
+
+def test_flash_attention_keeps_no_scores() -> None:
+    flash = plain_stack(attention="flash", dropout=False)
+    found = layer_bytes(1, sequence_parallel=False, recompute="none", stack=flash)
+    # 34 less two dropout masks of one byte each; of 5·a·s/h only a logarithm a query and head is left.
+    assert found / (2048 * 12288) == pytest.approx(32 + 4 * 96 / 12288, rel=0.005)
+
+
+def test_a_replica_of_7_5_billion_parameters_needs_120_gb() -> None:
+    # Rajbhandari et al. 2020 (ZeRO), arXiv 1910.02054, figure 1: 2 + 2 + 12 bytes a parameter
+    model = small_model(
+        layers=36, hidden=4096, heads=32, kv_heads=32, ffn_hidden=16384, gated_mlp=False, vocab=51200
+    )
+    job = Job(model=model, seq_len=256, global_batch=64)
+    stack = plain_stack(gradient_dtype="bf16")
+    static = {}
+    for zero in range(4):
+        plan = ParallelPlan(dp=64, zero=zero)
+        stages = CostModel(model, round_cluster(), stack).stages(cell_of(job, plan), (36,))
+        static[zero] = rank_memory(stages, (1,), job, plan, stack).static / num_parameters(model)
+    assert static[0] == pytest.approx(16)
+    assert static[1] == pytest.approx(4 + 12 / 64)
+    assert static[2] == pytest.approx(2 + 14 / 64)
+    assert static[3] == pytest.approx(16 / 64)
+
+
+def test_optimizer_states() -> None:
+    model = small_model()
+    sizes = {
+        precision: optimizer_bytes(
+            Job(model=model, seq_len=8, global_batch=1, precision=precision), plain_stack()
+        )
+        for precision in ("bf16", "fp8", "fp32", "fp64")
+    }
+    assert sizes == {"bf16": 12, "fp8": 12, "fp32": 8, "fp64": 16}
+
+
+def test_more_ranks_never_need_more_memory() -> None:
+    model = small_model()
+    costs = CostModel(model, round_cluster(), plain_stack())
+    job = Job(model=model, seq_len=256, global_batch=64)
+
+    def peak(**sizes: int) -> float:
+        return fullest_rank(job, ParallelPlan(**sizes), costs).peak  # type: ignore[arg-type]
+
+    assert peak(tp=2, sequence_parallel=True) < peak(tp=1)
+    assert peak(dp=4, zero=3) < peak(dp=4, zero=2) < peak(dp=4, zero=1) < peak(dp=4)
+    assert peak(dp=8, zero=1) < peak(dp=4, zero=1)
+
+
+def test_experts_are_shared_by_ep_and_dense_parts_are_not() -> None:
+    from parsim.model import MoeSpec
+
+    model = small_model(moe=MoeSpec(experts=8, top_k=2, ffn_hidden=1024))
+    costs = CostModel(model, round_cluster(), plain_stack())
+
+    def stage(ep: int):  # type: ignore[no-untyped-def]
+        plan = ParallelPlan(dp=8, ep=ep)
+        return costs.stages(cell_of(Job(model=model, seq_len=256, global_batch=8), plan), (8,))[0]
+
+    assert stage(1).parameters == num_parameters(model)
+    assert stage(4).expert_parameters == stage(1).expert_parameters // 4
+    assert stage(4).dense_parameters == stage(1).dense_parameters
