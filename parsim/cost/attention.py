@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from parsim.cost.gemm import DEFAULT_MEMORY_EFFICIENCY
+from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.interpolation import among_points, residual_factor
 from parsim.hardware import DTYPE_BYTES, Cluster, Device, peak_flops_per_s
 from parsim.kernels import AttentionFit, MeasuredAttention
@@ -214,7 +214,7 @@ def _roofline_s(work: AttentionWork, backward: bool) -> float:
     memory_s = (work.query_s + work.kv_s) / DEFAULT_MEMORY_EFFICIENCY
     if backward:
         compute_s, memory_s = compute_s * BACKWARD_FLOPS_RATIO, memory_s * 2
-    return max(compute_s, memory_s)
+    return DEFAULT_LAUNCH_S + max(compute_s, memory_s)
 
 
 def _padded(head_dim: int) -> int:

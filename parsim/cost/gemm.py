@@ -24,6 +24,8 @@ DEFAULT_GEMM_EFFICIENCY = 0.7
 """Share of the data sheet's peak that a large GEMM reaches where nothing was measured."""
 DEFAULT_MEMORY_EFFICIENCY = 0.8
 """The same for memory bandwidth."""
+DEFAULT_LAUNCH_S = 3e-6
+"""Time of a kernel that does next to nothing, where nothing was measured."""
 
 ALIGNED_BYTES = 16
 """Rows that tensor cores read at full speed start at multiples of this."""
@@ -177,4 +179,5 @@ def _measured(cluster: Cluster, dtype: str, layout: str) -> MeasuredGemm | None:
 def _roofline_s(device: Device, m: int, n: int, k: int, *, dtype: str, batch: int) -> float:
     compute_s = 2.0 * batch * m * n * k / (DEFAULT_GEMM_EFFICIENCY * peak_flops_per_s(device, dtype))
     moved = batch * (m * k + k * n + m * n) * DTYPE_BYTES[dtype]
-    return max(compute_s, moved / (DEFAULT_MEMORY_EFFICIENCY * device.memory_bandwidth_bytes_per_s))
+    memory_s = moved / (DEFAULT_MEMORY_EFFICIENCY * device.memory_bandwidth_bytes_per_s)
+    return DEFAULT_LAUNCH_S + max(compute_s, memory_s)

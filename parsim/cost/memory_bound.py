@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parsim.cost.gemm import DEFAULT_MEMORY_EFFICIENCY
+from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.interpolation import along_line
 from parsim.hardware import Cluster
 
@@ -15,5 +15,6 @@ def memory_bound_s(cluster: Cluster, num_bytes: float) -> float:
     if table is not None:
         return along_line(table.points, num_bytes)
     fit = cluster.kernels.memory_bound
-    launch_s, efficiency = (fit.launch_s, fit.efficiency) if fit else (0.0, DEFAULT_MEMORY_EFFICIENCY)
+    launch_s = fit.launch_s if fit else DEFAULT_LAUNCH_S
+    efficiency = fit.efficiency if fit else DEFAULT_MEMORY_EFFICIENCY
     return launch_s + num_bytes / (efficiency * cluster.device.memory_bandwidth_bytes_per_s)
