@@ -21,6 +21,7 @@ from parsim.charts.lanes import (
 )
 from parsim.charts.style import (
     LEFT_IN,
+    SMALL_PT,
     TEXT_COLOR,
     counted,
     file_format,
@@ -31,6 +32,7 @@ from parsim.charts.style import (
     save,
     style,
     time_unit,
+    wrapped,
 )
 from parsim.errors import ParsimError
 from parsim.timeline import Timeline
@@ -40,6 +42,8 @@ _LABEL_IN = 0.6
 """Room that the words "predicted" and "measured" need beside the ranks' names."""
 _PAIR_GAP = 0.35
 """Space between the pairs of two ranks, in rows."""
+_FIGURES_IN = 2.6
+"""Room that step time and bubble need after the name of a panel."""
 _PANEL_GAP_IN = 0.42
 
 
@@ -148,16 +152,16 @@ def schedules_figure(timelines: Sequence[Timeline]) -> Figure:
         header_in += _PANEL_GAP_IN - 0.1  # for the name of the first panel
         panels = draw_panels(figure, timelines, header_in=header_in, gap_in=_PANEL_GAP_IN)
         for axes, timeline in zip(panels, timelines, strict=True):
-            _name_panel(axes, timeline)
+            _name_panel(figure, axes, timeline)
     return figure
 
 
 def _schedules_title(timelines: Sequence[Timeline]) -> str:
     best = min(timelines, key=lambda t: t.end_s)
-    worst = max(timelines, key=lambda t: t.end_s)
+    saved = 1 - best.end_s / max(t.end_s for t in timelines)
     title = f"{_name(best)} is fastest, {format_duration(best.end_s)} a step"
-    if worst.end_s > best.end_s:
-        title += f", {percent(1 - best.end_s / worst.end_s)} less than {_name(worst)}"
+    if saved >= 0.0005:
+        title += f", {percent(saved)} less than the slowest"
     return title
 
 
@@ -165,15 +169,18 @@ def _name(timeline: Timeline) -> str:
     return timeline.title or timeline.source
 
 
-def _name_panel(axes: Axes, timeline: Timeline) -> None:
+def _name_panel(figure: Figure, axes: Axes, timeline: Timeline) -> None:
+    """Name, step time and bubble above a panel; a name that is too long is cut."""
+    name, *rest = wrapped(figure, _name(timeline), SMALL_PT, "bold", PLOT_IN - _FIGURES_IN)
     axes.annotate(
-        f"{_name(timeline)}: step {format_duration(timeline.end_s)}, "
+        f"{name}{' …' if rest else ''}: step {format_duration(timeline.end_s)}, "
         f"bubble {percent(bubble_share(timeline))}",
         (0.0, 1.0),
         xycoords="axes fraction",
         xytext=(0, 3),
         textcoords="offset points",
         va="bottom",
+        size=SMALL_PT,
         weight="bold",
         annotation_clip=False,
     )

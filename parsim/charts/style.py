@@ -204,7 +204,7 @@ def header(figure: Figure, title: str, subtitle: str, entries: Sequence[Entry] =
         (title, TITLE_PT, "bold", TEXT_COLOR),
         (subtitle, SMALL_PT + 0.5, "normal", MUTED_COLOR),
     ):
-        for line in _wrapped(figure, text, size_pt, weight, width_in):
+        for line in wrapped(figure, text, size_pt, weight, width_in):
             figure.text(
                 0.2,
                 -used_in,
@@ -222,7 +222,7 @@ def header(figure: Figure, title: str, subtitle: str, entries: Sequence[Entry] =
     return used_in + 0.12
 
 
-def _wrapped(figure: Figure, text: str, size_pt: float, weight: str, width_in: float) -> list[str]:
+def wrapped(figure: Figure, text: str, size_pt: float, weight: str, width_in: float) -> list[str]:
     """Lines of a text, none wider than `width_in`."""
     probe = figure.text(0, 0, "", size=size_pt, weight=weight)
 
