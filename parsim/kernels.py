@@ -253,6 +253,40 @@ class MeasuredCollective:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredOptimizer:
+    """Times of one optimizer step of parsim's executor, timed on this machine."""
+
+    optimizer: str
+    """adamw."""
+    points: tuple[tuple[float, float], ...]
+    """(parameters of a rank, seconds)."""
+    source: str = ""
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        _check_points(self.points)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredHost:
+    """Time that eager PyTorch itself takes on this machine's host, at sizes where kernels take none.
+
+    On a GPU it runs beside the kernels; where the device is a core of the host it adds to them.
+    """
+
+    op_s: float
+    """One operation without autograd."""
+    layer_forward_s: float
+    """One layer of parsim's executor (RMSNorm, rotary positions, SwiGLU)."""
+    layer_backward_s: float
+    source: str = ""
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        _check_points(((self.op_s, self.layer_forward_s, self.layer_backward_s),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
     """Fitted or measured behaviour of one device's kernels and collectives."""
 
@@ -266,6 +300,8 @@ class Kernels:
     measured_attention: tuple[MeasuredAttention, ...] = ()
     measured_memory_bound: MeasuredMemoryBound | None = None
     measured_collective: tuple[MeasuredCollective, ...] = ()
+    measured_optimizer: MeasuredOptimizer | None = None
+    measured_host: MeasuredHost | None = None
 
 
 def _check_shares(owner: object, *keys: str) -> None:

@@ -1,7 +1,8 @@
 """The calls that `parsim calibrate` times on one device: one function a family of kernels.
 
 Operands rotate through a buffer larger than the caches, as the weights and activations of a training
-step do; results are allocated anew by every call, as torch does in training. Torch and standard library.
+step do; results are allocated anew by every call, as torch does in training. Optimizer and layer are
+those of parsim's executor.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from parsim.execute.calibrate_points import Point
+from parsim.execute.trainer import make_optimizer
+from parsim.execute.transformer import Block, rope_angles
+from parsim.model import ModelSpec
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARENA_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
@@ -123,19 +127,30 @@ def _memory_bound(point: Point, arena: Arena) -> Call:
 
 
 def _optimizer(point: Point, arena: Arena) -> Call:
-    """One AdamW step over sixteen equal tensors, about as many as two layers have."""
+    """One optimizer step as parsim's executor makes it, over one flat bucket of parameters."""
     (count,) = point.size
-    parameters = [arena.take(count // 16).clone().requires_grad_() for _ in range(16)]
-    for parameter in parameters:
-        parameter.grad = arena.take(*parameter.shape).clone()
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=True)
+    bucket = arena.take(count).clone().requires_grad_()
+    bucket.grad = arena.take(count).clone()
+    optimizer = make_optimizer(point.variant, [bucket])
     return lambda: optimizer.step()
 
 
 def _host(point: Point, arena: Arena) -> Call:
-    """An operation on one number: what remains is what torch itself costs on the host."""
-    a = arena.take(1)
+    """An operation on one number, or a layer so small that only torch's own work remains."""
+    number = arena.take(1)
     if point.variant == "op":
-        return lambda: torch.add(a, a)
-    b = a.clone().requires_grad_()
-    return lambda: torch.autograd.grad(torch.add(b, b), b)
+        return lambda: torch.add(number, number)
+    spec = ModelSpec(
+        name="host", layers=1, hidden=8, heads=2, ffn_hidden=8, gated_mlp=True, vocab=8, max_seq_len=2
+    )
+    with torch.device(number.device):
+        layer = Block(spec, "none")
+        angles = rope_angles(2, spec.head_dim).float()
+    cos, sin = angles.cos(), angles.sin()
+    x = arena.take(1, 2, spec.hidden).float().clone().requires_grad_()
+    if point.variant == "forward":
+        return lambda: layer(x, cos, sin)
+    out = layer(x, cos, sin)
+    inputs = [x, *layer.parameters()]
+    gradient = torch.ones_like(out)
+    return lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True)

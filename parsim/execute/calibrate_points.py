@@ -26,10 +26,11 @@ class Point(NamedTuple):
     """gemm, attention, memory_bound, optimizer, host or collective."""
     dtype: str
     variant: str
-    """gemm: layout; attention: forward or backward; collective: kind; optimizer: implementation."""
+    """gemm: layout; attention: forward or backward; host: op, forward or backward; collective: kind;
+    optimizer: its name."""
     size: tuple[int, ...]
     """gemm: (m, n, k); attention: (batch, seq_len, heads, kv_heads, head_dim); memory_bound: bytes
-    moved; optimizer: parameters; host: operations; collective: (bytes of the full buffer, ranks)."""
+    moved; optimizer: parameters; host: how many; collective: (bytes of the full buffer, ranks)."""
 
 
 def points(device: str, ranks: int, dtypes: tuple[str, ...]) -> tuple[Point, ...]:
@@ -40,7 +41,7 @@ def points(device: str, ranks: int, dtypes: tuple[str, ...]) -> tuple[Point, ...
         *_attentions(device, main),
         *_memory_bound(device, main),
         *_optimizers(device, main),
-        *(Point(0, "host", main, variant, (1,)) for variant in ("op", "autograd_op")),
+        *(Point(0, "host", main, variant, (1,)) for variant in ("op", "forward", "backward")),
         *_collectives(device, ranks),
     ]
     return _interleaved(found)
@@ -124,7 +125,7 @@ def _memory_bound(device: str, dtype: str) -> Iterator[Point]:
 
 
 def _optimizers(device: str, dtype: str) -> Iterator[Point]:
-    for level, power in ((0, 20), (1, 22), (1, 17)):
+    for level, power in ((0, 20), (1, 23), (1, 17)):
         count = 2 ** (power + (7 if device == "cuda" else 0))
         yield Point(level, "optimizer", dtype, "adamw", (count,))
 

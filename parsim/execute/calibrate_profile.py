@@ -23,7 +23,9 @@ from parsim.kernels import (
     MeasuredAttention,
     MeasuredCollective,
     MeasuredGemm,
+    MeasuredHost,
     MeasuredMemoryBound,
+    MeasuredOptimizer,
 )
 
 CPU_CORE_W = 10.0
@@ -87,7 +89,29 @@ def cluster_of(
 ) -> Cluster:
     """The hardware profile that timed points make: one node of `ranks` devices."""
     tables = _Tables(timed, facts["name"], torch_version)
-    kernels = Kernels(
+    kernels = _kernels(tables, date)
+    link = _link(tables, kernels, date)
+    return Cluster(
+        name=f"local-{device}-" + re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-"),
+        device=_device(device, facts, kernels, tables.source(timed), date),
+        gpus_per_node=ranks,
+        scale_up_domain=ranks,
+        intra_node=link,
+        inter_node=dataclasses.replace(
+            link, source=f"no second node: the same as inside; {link.source}"
+        ),
+        kernels=kernels,
+        default_stack="parsim-executor",
+        description=_description(device, ranks),
+    )
+
+
+def _kernels(tables: _Tables, date: str) -> Kernels:
+    """Every table of a profile."""
+    (_, moved), *_ = tables.of("memory_bound")
+    ((_, optimizer), updated), *_ = tables.of("optimizer")
+    host = {variant: rows for (_, variant), rows in tables.of("host")}
+    return Kernels(
         measured_gemm=tuple(
             MeasuredGemm(
                 dtype=dtype,
@@ -108,30 +132,29 @@ def cluster_of(
             )
             for (dtype, variant), rows in tables.of("attention")
         ),
-        measured_memory_bound=next(
-            MeasuredMemoryBound(points=_by_size(rows), source=tables.source(rows), date=date)
-            for _, rows in tables.of("memory_bound")
+        measured_memory_bound=MeasuredMemoryBound(
+            points=_by_size(moved), source=tables.source(moved), date=date
         ),
         measured_collective=tuple(
             MeasuredCollective(
-                kind=kind, gpus=int(gpus), points=_by_size(rows), source=tables.source(rows), date=date
+                kind=kind,
+                gpus=int(gpus),
+                points=_by_size(rows),
+                source=tables.source(rows),
+                date=date,
             )
             for (_, kind, gpus), rows in tables.of("collective")
         ),
-    )
-    link = _link(tables, kernels, date)
-    return Cluster(
-        name=f"local-{device}-" + re.sub(r"[^a-z0-9]+", "-", facts["name"].lower()).strip("-"),
-        device=_device(device, facts, kernels, tables.source(timed), date),
-        gpus_per_node=ranks,
-        scale_up_domain=ranks,
-        intra_node=link,
-        inter_node=dataclasses.replace(
-            link, source=f"no second node: the same as inside; {link.source}"
+        measured_optimizer=MeasuredOptimizer(
+            optimizer=optimizer, points=_by_size(updated), source=tables.source(updated), date=date
         ),
-        kernels=kernels,
-        default_stack="parsim-executor",
-        description=_description(device, ranks),
+        measured_host=MeasuredHost(
+            op_s=host["op"][0].seconds,
+            layer_forward_s=host["forward"][0].seconds,
+            layer_backward_s=host["backward"][0].seconds,
+            source=tables.source([rows[0] for rows in host.values()]),
+            date=date,
+        ),
     )
 
 
