@@ -85,9 +85,10 @@ def comparison_figure(predicted: Timeline, measured: Timeline) -> Figure:
         left_out = len(both[0].keys() | both[1].keys()) - len(ranks)
         header_in = header(
             figure,
-            _comparison_title(predicted, measured),
-            _comparison_subtitle(predicted, measured, left_out),
+            _comparison_finding(predicted, measured),
+            _comparison_note(predicted, measured, left_out),
             legend_entries([predicted, measured]),
+            name=measured.title or predicted.title,
         )
         (axes,) = grow(figure, header_in, [row_in * num_rows], 0.0, left_in=LEFT_IN + _LABEL_IN)
         draw_rows(axes, rows, end_s=shown_s, unit_s=unit[1], width_in=PLOT_IN - _LABEL_IN, row_in=row_in)
@@ -103,19 +104,18 @@ def _listed(ranks: Mapping[int, object]) -> str:
     return f"{counted(len(ranks), 'rank')} from {min(ranks)} to {max(ranks)}"
 
 
-def _comparison_title(predicted: Timeline, measured: Timeline) -> str:
+def _comparison_finding(predicted: Timeline, measured: Timeline) -> str:
     error = predicted.end_s / measured.end_s - 1
     verdict = f"{percent(abs(error))} too {'long' if error > 0 else 'short'}"
     if abs(error) < 0.0005:
         verdict = "the same"
-    name = measured.title or predicted.title
     return (
-        f"{name + ': ' if name else ''}predicted {format_duration(predicted.end_s)}, "
+        f"predicted {format_duration(predicted.end_s)}, "
         f"measured {format_duration(measured.end_s)}, {verdict}"
     )
 
 
-def _comparison_subtitle(predicted: Timeline, measured: Timeline, left_out: int) -> str:
+def _comparison_note(predicted: Timeline, measured: Timeline, left_out: int) -> str:
     parts = [
         f"bubble: {percent(bubble_share(predicted))} predicted, "
         f"{percent(bubble_share(measured))} measured",

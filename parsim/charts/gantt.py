@@ -56,9 +56,10 @@ def gantt_figure(timeline: Timeline, *, title: str | None = None) -> Figure:
         figure = new_figure()
         header_in = header(
             figure,
-            finding(timeline) if title is None else title,
-            subtitle(timeline),
+            _finding(timeline) if title is None else title,
+            _note(timeline),
             legend_entries([timeline]),
+            name=_name(timeline) if title is None else "",
         )
         draw_panels(figure, [timeline], header_in=header_in, gap_in=0.0)
     return figure
@@ -88,16 +89,17 @@ def bubble_share(timeline: Timeline) -> float:
     return breakdown_s(timeline)["bubble"] / timeline.end_s
 
 
-def finding(timeline: Timeline) -> str:
-    """What the chart shows, in one line."""
+def _name(timeline: Timeline) -> str:
     batches = {s.micro_batch for s in timeline.spans if s.stream == COMPUTE and s.micro_batch >= 0}
-    name = timeline.title or f"A {timeline.source} step"
-    if batches:
-        name += f", {counted(len(batches), 'micro-batch', 'es')}"
-    return f"{name}: {percent(bubble_share(timeline))} of the step is bubble"
+    name = timeline.title or f"a {timeline.source} step"
+    return f"{name}, {counted(len(batches), 'micro-batch', 'es')}" if batches else name
 
 
-def subtitle(timeline: Timeline) -> str:
+def _finding(timeline: Timeline) -> str:
+    return f"{percent(bubble_share(timeline))} of the step is bubble"
+
+
+def _note(timeline: Timeline) -> str:
     """Where the step comes from, and how to read the chart."""
     ranks = counted(len(timeline.ranks), "rank")
     text = (

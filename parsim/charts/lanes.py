@@ -179,7 +179,7 @@ def _merged_where_small(boxes: list[Box], end_s: float, columns: int) -> list[Bo
     """One lane's boxes, or one box a pixel column where most would be narrower than four pixels.
 
     Such a box has the mean colour by time, and as opacity the share of its time that is busy (at
-    least 0.4, to be seen at all). Equal neighbours are one box.
+    least a half, to be seen at all). Equal neighbours are one box.
     """
     column_s = end_s / columns
     if float(np.median([box.right_s - box.left_s for box in boxes])) >= 4 * column_s:
@@ -194,7 +194,7 @@ def _merged_where_small(boxes: list[Box], end_s: float, columns: int) -> list[Bo
     share = np.stack(covered) / column_s  # (color, column)
     busy = share.sum(axis=0)
     mean = np.array(colors).T @ share / np.where(busy > 0, busy, 1.0)
-    opacity = np.where(busy > 1e-9, np.clip(busy, 0.4, 1.0), 0.0)
+    opacity = np.where(busy > 1e-9, np.clip(busy, 0.5, 1.0), 0.0)
     looks = np.round(np.vstack([mean, opacity]).T * 255) / 255  # (column, rgba)
     starts = np.flatnonzero(np.any(np.diff(looks, axis=0, prepend=-1.0) != 0, axis=1))
     ends = np.append(starts[1:], columns)
@@ -249,7 +249,7 @@ def draw_rows(
         boxes,
         gid="spans",
         unit_s=unit_s,
-        facecolors=[b.color for b in boxes],
+        facecolors=np.array([(*b.color, 1.0)[:4] for b in boxes]),
         edgecolors="white",
         linewidths=parted,
         zorder=2,

@@ -61,9 +61,10 @@ def memory_figure(timeline: Timeline, *, capacity_bytes: float | None = None) ->
     colors = _rank_colors(sorted(by_rank))
     with style():
         figure = new_figure()
-        title = f"{timeline.title}: {_finding(peak, capacity_bytes)}".removeprefix(": ")
-        subtitle = f"{timeline.source}, step {format_duration(timeline.end_s)}"
-        header_in = header(figure, title, subtitle, _legend(colors, peak.rank))
+        note = f"{timeline.source}, step {format_duration(timeline.end_s)}"
+        finding = _finding(peak, capacity_bytes)
+        legend = _legend(colors, peak.rank)
+        header_in = header(figure, finding, note, legend, name=timeline.title)
         (axes,) = grow(figure, header_in, [_PANEL_IN], 0.0)
         unit, unit_bytes = _byte_unit(max(peak.num_bytes, capacity_bytes or 0.0))
         time_name, unit_s = time_unit(end_s)

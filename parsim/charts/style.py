@@ -190,19 +190,25 @@ def new_figure(width_in: float = WIDTH_IN) -> Figure:
     return figure
 
 
-def header(figure: Figure, title: str, subtitle: str, entries: Sequence[Entry] = ()) -> float:
+def header(
+    figure: Figure, finding: str, note: str, entries: Sequence[Entry] = (), *, name: str = ""
+) -> float:
     """Title, subtitle and legend at the top left of a figure; returns the inches they take.
 
-    Everything is wrapped to the figure's width, so that nothing is ever clipped.
+    The title is "name: finding", or the finding alone, with the name below, where that is too long for
+    a line. Everything is wrapped to the figure's width, so that nothing is ever clipped.
     """
     width_in = figure.get_figwidth() - 0.4
+    title, details = f"{name}: {finding}" if name else finding, [note]
+    if name and len(wrapped(figure, title, TITLE_PT, "bold", width_in)) > 1:
+        title, details = finding[:1].upper() + finding[1:], [name, note]
     # Inches from the top left corner, which stays where it is when the figure grows downward.
     top_left = ScaledTranslation(0, 1, cast(Affine2DBase, figure.transFigure))
     from_top = figure.dpi_scale_trans + top_left
     used_in = 0.18
     for text, size_pt, weight, color in (
         (title, TITLE_PT, "bold", TEXT_COLOR),
-        (subtitle, SMALL_PT + 0.5, "normal", MUTED_COLOR),
+        *((detail, SMALL_PT + 0.5, "normal", MUTED_COLOR) for detail in details),
     ):
         for line in wrapped(figure, text, size_pt, weight, width_in):
             figure.text(
