@@ -14,6 +14,7 @@ from typing import Literal
 from parsim.errors import ParsimError
 
 AttentionKernel = Literal["flash", "fused_softmax", "unfused"]
+SelectiveRecompute = Literal["attention_core", "every_other_gemm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,15 @@ class Stack:
     # Host
     layer_host_s: float = 0.0
     """Host time to launch one layer's forward; a layer takes max(host, device). Backward: twice."""
+    action_host_s: float = 0.0
+    """Host time of every pipeline action beyond its kernels: the schedule's loop, posting transfers."""
     step_overhead_s: float = 0.0
     """Host time once a step: data, logging, gradient norm, zeroing."""
+
+    # Recomputation
+    selective_recompute: SelectiveRecompute = "attention_core"
+    """What recompute = selective runs again: attention_core, softmax(QKᵀ)V (Megatron-LM); or
+    every_other_gemm, all but each second matrix product and the attention (torchtitan)."""
 
     # Communication
     collective_overhead_s: float = 0.0
@@ -68,8 +76,9 @@ class Stack:
     """Pipeline sends carry 1/tp of the tensor even without sequence parallelism."""
 
     # Numbers kept per parameter
-    gradient_dtype: Literal["fp32", "bf16", "fp16", "same"] = "fp32"
-    """dtype gradients are accumulated and reduced in; same: that of the parameters."""
+    gradient_dtype: Literal["fp32", "bf16", "fp16", "same", "fp32_for_bf16"] = "fp32"
+    """dtype gradients are accumulated and reduced in; same: that of the parameters; fp32_for_bf16: fp32
+    where they are bf16, else the same (DeepSpeed)."""
     master_weights: bool = True
     """The optimizer keeps fp32 weights beside 16-bit ones."""
 

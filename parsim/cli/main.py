@@ -60,10 +60,6 @@ app.command("quickstart")(quickstart.quickstart)
 # ClickException is the line of bases in both.
 CLICK_ERROR: Any = typer.BadParameter.__bases__[0].__bases__[0]
 
-# typer carries a copy of click in some releases and depends on it in others: BadParameter, UsageError,
-# ClickException is the line of bases in both.
-CLICK_ERROR: Any = typer.BadParameter.__bases__[0].__bases__[0]
-
 
 def _version(wanted: bool) -> None:
     if wanted:

@@ -25,6 +25,7 @@ from parsim.cli.output import document, print_json, print_lines, print_table, pr
 if TYPE_CHECKING:
     from parsim.search.search import SearchResult
     from parsim.search.space import Constraints
+    from parsim.simulate.prediction import Prediction
 
 
 def _choice(flag: str, what: str) -> Any:
@@ -148,12 +149,14 @@ def to_data(result: SearchResult, hardware: str) -> dict[str, Any]:
     }
 
 
-def print_result(result: SearchResult, model: str, hardware: str, gpus: int) -> None:
-    """The ranking as a table, and what became of the other plans."""
+def print_result(
+    result: SearchResult, model: str, hardware: str, gpus: int, *, show: int | None = None
+) -> None:
+    """The ranking as a table (its first `show` plans), and what became of the other plans."""
     from parsim.units import format_bytes, format_duration
 
     rows = []
-    for rank, p in enumerate(result.plans, start=1):
+    for rank, p in enumerate(result.plans[:show], start=1):
         plan = p.plan
         share = {key: seconds / p.step_time_s for key, seconds in p.breakdown_s.items()}
         exposed = sum(part for key, part in share.items() if key.endswith("_exposed"))
@@ -161,10 +164,10 @@ def print_result(result: SearchResult, model: str, hardware: str, gpus: int) -> 
         rows.append([
             *map(str, sizes), plan.schedule, str(plan.zero), plan.recompute,
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
-            format_bytes(p.memory.peak),
+            format_bytes(p.memory.peak), _why_slower(p, result.plans[0]),
         ])  # fmt: skip
     headers = ["", "dp", "tp", "pp", "ep", "vpp", "mb", "schedule", "zero", "recompute",
-               "step", "MFU", "bubble", "comm", "memory"]  # fmt: skip
+               "step", "MFU", "bubble", "comm", "memory", "why not first"]  # fmt: skip
     print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
     space = result.space
     lines = [
@@ -178,3 +181,14 @@ def print_result(result: SearchResult, model: str, hardware: str, gpus: int) -> 
     low, high = (format_duration(s) for s in result.plans[0].interval_s)
     lines.append(f"step time of the best plan: 90 % interval {low} to {high}")
     print_lines(lines)
+
+
+def _why_slower(prediction: Prediction, best: Prediction) -> str:
+    """The part of the step that costs a plan most against the best one."""
+    from parsim.units import format_duration
+
+    if prediction is best:
+        return ""
+    more = {key: s - best.breakdown_s.get(key, 0.0) for key, s in prediction.breakdown_s.items()}
+    key = max(more, key=lambda k: more[k])
+    return f"{key} +{format_duration(more[key])}" if more[key] > 0 else ""

@@ -198,7 +198,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         found = data["verify"]
         lines.append(
             f"verified   {'equal to' if found['equal'] else 'DIFFERENT from'} single-process training "
-            f"in float64 over {found['steps']} steps: gradients within {found['max_gradient_error']:.1e}, "
-            f"loss within {found['max_loss_error']:.1e}"
+            f"in float64 over {found['steps']} steps: gradients within "
+            f"{found['max_gradient_error']:.1e}, loss within {found['max_loss_error']:.1e}"
         )
     return lines

@@ -47,6 +47,7 @@ def validate(
             "validate compares one thing",
             expected="PREDICTION.json MEASUREMENT.json, or --runs F, or --kernels F --hardware H",
         )
+    error: float | None
     if runs is not None:
         error = _runs(runs, as_json)
     elif kernels is not None:
@@ -55,7 +56,7 @@ def validate(
         assert prediction is not None
         assert measurement is not None
         error = _step(prediction, measurement, as_json)
-    if tolerance is not None and abs(error) > tolerance:
+    if tolerance is not None and (error is None or abs(error) > tolerance):
         raise typer.Exit(1)
 
 
@@ -85,8 +86,8 @@ def _step(prediction: Path, measurement: Path, as_json: bool) -> float:
     return found.error
 
 
-def _runs(path: Path, as_json: bool) -> float:
-    """A table of runs; returns the mean absolute error."""
+def _runs(path: Path, as_json: bool) -> float | None:
+    """A table of runs; returns the mean absolute error, None where no row could be predicted."""
     from parsim.compare.runs import validate_runs
 
     with progress() as report:
@@ -98,8 +99,8 @@ def _runs(path: Path, as_json: bool) -> float:
     return found.summary.mape
 
 
-def _kernels(path: Path, hardware: str | None, as_json: bool) -> float:
-    """A table of kernels; returns the mean absolute error."""
+def _kernels(path: Path, hardware: str | None, as_json: bool) -> float | None:
+    """A table of kernels; returns the mean absolute error, None where no row could be predicted."""
     from parsim.compare.kernels import validate_kernels
 
     cluster, _ = load_machine(Flags(hardware=hardware))

@@ -140,7 +140,7 @@ class _Lowering:
         self.times = {
             (stage, kind): time
             for stage, cost in enumerate(self.cost.stages)
-            for kind, time in _times(cost.time).items()
+            for kind, time in _times(cost.time, self._action_s()).items()
         }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
@@ -149,6 +149,10 @@ class _Lowering:
         if self.plan.zero in (1, 2) and self.stack.dp_overlap:
             for stage, rank in self.rank_of.items():
                 self._gather_before_step(rank, stage)
+
+    def _action_s(self) -> float:
+        """Host time of an action; a rank without a pipeline just runs its forwards and backwards."""
+        return self.stack.action_host_s if self.schedule.pp > 1 else 0.0
 
     def _add(self, task: Task) -> int:
         self.tasks.append(task)
@@ -304,11 +308,12 @@ class _Lowering:
             self._add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))
 
 
-def _times(time: PartTime) -> dict[str, PassTime]:
+def _times(time: PartTime, action_s: float) -> dict[str, PassTime]:
     """What each kind of action takes; the input gradient of a split backward recomputes first."""
+    host = PassTime(action_s)
     return {
-        FORWARD: time.forward,
-        BACKWARD: time.backward,
-        INPUT_GRAD: time.recompute.plus(time.input_grad),
-        WEIGHT_GRAD: time.weight_grad,
+        FORWARD: time.forward.plus(host),
+        BACKWARD: time.backward.plus(host),
+        INPUT_GRAD: time.recompute.plus(time.input_grad).plus(host),
+        WEIGHT_GRAD: time.weight_grad.plus(host),
     }

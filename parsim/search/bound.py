@@ -18,8 +18,9 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
     2021, section 2.2.1.) The slowest optimizer and the host come on top, for all ranks wait for all
     gradients.
     """
-    forward = [stage.time.forward.total_s for stage in cost.stages]
-    backward = [stage.time.backward.total_s for stage in cost.stages]
+    host_s = stack.action_host_s if plan.pp > 1 else 0.0
+    forward = [stage.time.forward.total_s + host_s for stage in cost.stages]
+    backward = [stage.time.backward.total_s + host_s for stage in cost.stages]
     there = [f + send for f, send in zip(forward, cost.send_s, strict=False)]
     back = [b + send for b, send in zip(backward[:-1], cost.send_s, strict=True)]
     head = [0.0, *accumulate(there)]

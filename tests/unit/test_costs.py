@@ -109,7 +109,7 @@ def test_a_network_ten_times_slower_makes_gradients_ten_times_dearer() -> None:
         step_cost(job, plan, CostModel(GPT, cluster, plain_stack())).syncs[0].reduce_s
         for cluster in (fast, slow)
     ]
-    assert reduce_s[1] == pytest.approx(10 * reduce_s[0])
+    assert reduce_s[1] == pytest.approx(10 * reduce_s[0], rel=0.01)  # but for latency
 
 
 def test_a_host_that_cannot_keep_up_sets_the_pace() -> None:

@@ -1,0 +1,199 @@
+"""The command line as a user types it: contracts, exit statuses, messages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parsim.cli.main import run_command
+
+ITEM_KEYS = {
+    "plan", "step_time_s", "interval_s", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "mfu",
+    "bubble_fraction", "memory_bytes", "breakdown_s", "fits", "model", "hardware", "job",
+}  # fmt: skip
+PLAN_KEYS = {
+    "dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch", "schedule", "zero", "sequence_parallel",
+    "recompute",
+}  # fmt: skip
+EIGHT_B = "--model llama-3.1-8b --hardware h100-sxm-80gb"
+PLAN_8B = f"plan {EIGHT_B} --gpus 8 --global-batch 32".split()
+SIMULATE = "simulate --model gpt3-175b --hardware a100-sxm-80gb --plan".split()
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> dict:  # type: ignore[type-arg]
+    assert run_command([*arguments, "--json"]) == status
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema_version"] == 1
+    assert {"version", "inputs", "seed"} <= set(document)
+    return document
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: str, status: int = 2) -> str:
+    assert run_command(command.split()) == status
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    document = answer(capsys, *PLAN_8B, "--top", "3")
+    space = document["space"]
+    assert space["enumerated"] == space["fits"] + sum(space["rejected"].values())
+    assert document["optimal"] is True
+    assert len(document["plans"]) == 3
+    times = [item["step_time_s"] for item in document["plans"]]
+    assert times == sorted(times)
+    for item in document["plans"]:
+        assert set(item) >= ITEM_KEYS
+        assert set(item["plan"]) >= PLAN_KEYS
+        plan = item["plan"]
+        assert plan["dp"] * plan["tp"] * plan["pp"] * plan["cp"] == 8
+        low, high = item["interval_s"]
+        assert low < item["step_time_s"] < high
+        assert sum(item["breakdown_s"].values()) == pytest.approx(item["step_time_s"])
+        parts = {k: v for k, v in item["memory_bytes"].items() if k not in ("peak", "context")}
+        assert sum(parts.values()) == pytest.approx(item["memory_bytes"]["peak"])
+        assert item["memory_bytes"]["peak"] < 80e9
+
+
+def test_plan_twice_gives_the_same_bytes_but_for_the_clock(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = (answer(capsys, *PLAN_8B, "--tp", "2") for _ in range(2))
+    assert first | {"search_s": 0} == second | {"search_s": 0}
+
+
+def test_a_plan_from_plan_can_be_simulated_and_exported(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    document = answer(capsys, *PLAN_8B, "--top", "2", "--pp", "2")
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(document["plans"][1]))
+    item = answer(capsys, "simulate", "--plan", str(path))
+    assert item["step_time_s"] == pytest.approx(document["plans"][1]["step_time_s"], rel=1e-9)
+    csv = tmp_path / "schedule.csv"
+    assert run_command(["export", str(path), "--to", "schedule-csv", "-o", str(csv)]) == 0
+    assert len(csv.read_text().splitlines()) == 2
+    replayed = answer(capsys, "simulate", "--plan", str(path), "--schedule-csv", str(csv))
+    assert replayed["step_time_s"] == pytest.approx(item["step_time_s"], rel=1e-12)
+
+
+def test_simulate_writes_chart_trace_and_schedule(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = {
+        "--chart": "step.png", "--memory-chart": "memory.svg", "--trace": "step.json",
+        "--schedule-csv": "schedule.csv",
+    }  # fmt: skip
+    flags = [text for flag, name in files.items() for text in (flag, str(tmp_path / name))]
+    item = answer(capsys, *SIMULATE, "dp=8,tp=8,pp=4,zero=1", *flags)
+    assert item["fits"] is True
+    assert all((tmp_path / name).stat().st_size > 100 for name in files.values())
+    assert json.loads((tmp_path / "step.json").read_text())["traceEvents"]
+
+
+def test_default_batch_of_simulate(capsys: pytest.CaptureFixture[str]) -> None:
+    item = answer(capsys, *SIMULATE, "dp=8,tp=8,pp=8,micro_batch=2")
+    assert item["job"]["global_batch"] == 2 * 8 * 8 * 2
+
+
+def test_a_plan_that_does_not_fit_is_answered_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    item = answer(capsys, *SIMULATE, "dp=8", status=1)
+    assert item["fits"] is False
+
+
+def test_half_the_network_makes_the_step_longer(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = "dp=16,tp=8,pp=4,zero=1"
+    usual = answer(capsys, *SIMULATE, plan)
+    slow = answer(capsys, *SIMULATE, plan, "--inter-node", "100Gb/s")
+    assert slow["step_time_s"] > usual["step_time_s"]
+    assert slow["breakdown_s"]["dp_exposed"] > usual["breakdown_s"]["dp_exposed"]
+
+
+def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    models = {m["name"]: m for m in answer(capsys, "models")["models"]}
+    assert {"gpt3-175b", "llama-3.1-8b", "llama-3.1-70b", "llama-3.1-405b"} <= set(models)
+    tiny = [m for name, m in models.items() if "tiny" in name]
+    assert tiny
+    assert all(m["layers"] >= 8 and m["kv_heads"] % 4 == 0 for m in tiny)
+    hardware = {h["name"] for h in answer(capsys, "hardware")["hardware"]}
+    assert {"local-cpu", "h100-sxm-80gb", "a100-sxm-80gb", "gb200-nvl72"} <= hardware
+    assert answer(capsys, "doctor")["checks"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("plan --model llama-3.1-7b --hardware h100-sxm-80gb --gpus 8 --global-batch 8", "did you mean"),
+        ("plan --model llama-3.1-8b --hardware h100 --gpus 8 --global-batch 8", "unknown hardware"),
+        (f"plan {EIGHT_B} --gpus 7 --tp 2 --global-batch 8", "does not divide 7"),
+        (f"plan {EIGHT_B} --gpus 0 --global-batch 8", "out of range"),
+        (f"plan {EIGHT_B} --gpus 8", "--global-batch is missing"),
+        (f"plan {EIGHT_B} --global-batch 8", "--gpus"),
+        (f"simulate {EIGHT_B} --plan tp=16", "KV heads"),
+        (f"simulate {EIGHT_B} --plan dp=3 --global-batch 8", "global batch"),
+        (f"simulate {EIGHT_B} --plan dp=2 --precision int8", "int8"),
+        (f"simulate {EIGHT_B} --plan missing.json", "no such plan file"),
+        (f"simulate {EIGHT_B} --plan dp=8 --chart x.bmp", "bmp"),
+        ("plan --model no/such.toml --hardware h100-sxm-80gb --gpus 8 --global-batch 8", "no such model file"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --schedule 1f1", "1f1b"),
+        ("validate", "compares one thing"),
+        ("frobnicate", "No such command"),
+    ],
+)  # fmt: skip
+def test_bad_input(capsys: pytest.CaptureFixture[str], command: str, words: str) -> None:
+    assert words in refusal(capsys, command)
+
+
+def test_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "plan --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 8 --global-batch 8"
+    assert "the least that one of them needs is" in refusal(capsys, command, status=1)
+
+
+def test_misspelt_key_and_negative_bandwidth(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from parsim.config import data_folder
+
+    text = (data_folder("hardware_profiles") / "h100-sxm-80gb.toml").read_text()
+    path = tmp_path / "bad.toml"
+    path.write_text(text.replace("gpus_per_node", "gpus_per_nod").replace('"450 GB/s"', '"-450 GB/s"'))
+    command = f"simulate --model llama-3.1-8b --plan dp=8 --hardware {path}"
+    message = refusal(capsys, command)
+    assert "did you mean 'gpus_per_node'?" in message
+    assert "intra_node.bandwidth_bytes_per_s" in message
+
+
+def test_a_defect_is_not_blamed_on_the_user(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parsim.config.load_model", lambda name: 1 / 0)
+    message = refusal(capsys, "models llama-3.1-8b")
+    assert "a defect in parsim" in message
+    assert "--debug" in message
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from parsim.cli.main import run_command; run_command(['--help']); "
+        "heavy = 'numpy pydantic torch scipy matplotlib simpy networkx rich'.split(); "
+        "print(sorted(set(heavy) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
+    assert "quickstart" in done.stdout
+
+
+def test_validate_one_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prediction = answer(capsys, *SIMULATE, "dp=8,tp=8,pp=4,zero=1")
+    paths = tmp_path / "prediction.json", tmp_path / "measurement.json"
+    paths[0].write_text(json.dumps(prediction))
+    slower = {key: 1.25 * seconds for key, seconds in prediction["breakdown_s"].items()}
+    measured = prediction | {"step_time_s": 1.25 * prediction["step_time_s"], "breakdown_s": slower}
+    paths[1].write_text(json.dumps(measured))
+    found = answer(capsys, "validate", *map(str, paths))
+    assert found["error"] == pytest.approx(-0.2)
+    assert sum(part["share_of_error"] for part in found["parts"]) == pytest.approx(-0.2)
+    assert run_command(["validate", *map(str, paths), "--tolerance", "0.1"]) == 1
+    assert run_command(["validate", *map(str, paths), "--tolerance", "0.3"]) == 0
