@@ -85,21 +85,21 @@ def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
         loss = trainer.forward_backward(trainer.share(tokens), trainer.share(targets))
         loss_error = max(loss_error, abs(mean_loss(trainer, loss) - expected_loss) / expected_loss)
         trainer.recorder.say("comparing gradients")
-        error, name = _gradient_error(reference, dict(trainer.data_parallel.gradients()))
+        error, name = gradient_error(reference, dict(trainer.data_parallel.gradients()))
         if error > worst:
             worst, worst_name = error, name
         trainer.update()
         reference.update()
         trainer.recorder.end_step()
     return {
-        "max_gradient_error": worst,
+        "maxgradient_error": worst,
         "parameter": worst_name,
         "max_loss_error": loss_error,
         "steps": case.steps,
     }
 
 
-def _gradient_error(reference: Reference, mine: dict[str, torch.Tensor]) -> tuple[float, str]:
+def gradient_error(reference: Reference, mine: dict[str, torch.Tensor]) -> tuple[float, str]:
     """max |Δg| / max |g| of the worst of this rank's parameters, and which it is."""
     found: list[tuple[float, float, str]] = []
     largest = 0.0

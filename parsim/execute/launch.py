@@ -20,6 +20,7 @@ from typing import Any
 
 import parsim
 from parsim.errors import ParsimError
+from parsim.execute.devices import available_gpus
 from parsim.execute.measurement import (
     Measurement,
     Verification,
@@ -143,13 +144,12 @@ def _check(cases: Sequence[Case], device: str) -> None:
 
 
 def _check_gpus(world_size: int) -> None:
-    import torch
-
-    if torch.cuda.device_count() < world_size:
+    gpus = available_gpus()
+    if gpus < world_size:
         raise ParsimError(
             "the plan has more ranks than this machine has GPUs",
             where="plan",
-            got=f"{world_size} ranks, {torch.cuda.device_count()} GPUs",
+            got=f"{world_size} ranks, {gpus} GPUs",
             hint="NCCL gives each rank a GPU of its own; on a CPU ranks may share cores",
         )
 

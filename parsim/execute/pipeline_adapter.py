@@ -188,6 +188,7 @@ def _recorded(transfers: _Transfers, recorder: Recorder) -> Iterator[None]:
         label = transfers.sent.pop() if action is None else transfers.receive(action)
         with recorder.span(label, waits=True):
             original_wait(work)
+        recorder.begin_again()  # an action first waits for its input
 
     schedules.record_function, schedules._wait_batch_p2p = record, wait
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -39,6 +40,8 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> l
         else:
             with (folder / "progress.jsonl").open("a") as progress:
                 results.append(time_case(case, trainer, progress, index))
+        del trainer  # before the next one takes its memory
+        gc.collect()
     recorder.say("leaving")
     dist.barrier(group=control)
     dist.destroy_process_group()

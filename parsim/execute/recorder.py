@@ -56,8 +56,9 @@ class Recorder:
         """Spans are kept only within a step."""
         self._heartbeats = heartbeats
         self._step = -1
-        self._events: list[tuple[Label, Any, Any]] = []
+        self._events: list[tuple[Label, Any, Any, bool]] = []
         self._open: list[_Open] = []
+        self._stream = torch.cuda.current_stream() if self.on_gpu else None
         self._zero: Any = None
         self._zero_ns = 0
 
@@ -94,7 +95,13 @@ class Recorder:
     def keep(self, label: Label, begin: Any, end: Any) -> None:
         """Keep a span between two marks."""
         if self.active:
-            self._events.append((label, begin, end))
+            beside = self.on_gpu and torch.cuda.current_stream() != self._stream
+            self._events.append((label, begin, end, beside))
+
+    def begin_again(self) -> None:
+        """Let the running span begin now: what came before was waiting."""
+        if self._open:
+            self._open[-1].begin = self.mark()
 
     def span(self, label: Label, *, waits: bool = False) -> _Open:
         """A context whose duration becomes a span; `waits`: it depends on other ranks."""
@@ -126,16 +133,22 @@ class Recorder:
         self.say(self._open[-1].doing if self._open else "between actions")
 
     def rows(self) -> list[Row]:
-        """The last step's spans in order of start; communication is taken out of compute and host."""
-        resolved = [
-            Row(label, self._resolve(begin), self._resolve(end)) for label, begin, end in self._events
-        ]
-        busy = (COMPUTE, HOST)
-        away = merged((r.begin_ns, r.end_ns) for r in resolved if r.label.stream not in busy)
-        rows = [row for row in resolved if row.label.stream not in busy]
-        for row in resolved:
-            if row.label.stream in busy:
-                rows += _without(row, away)
+        """The last step's spans in order of start.
+
+        Communication that the compute stream went through is taken out of compute and host; what a GPU
+        did on another stream ran beside them.
+        """
+        working, communicating, away = [], [], []
+        for label, begin, end, beside in self._events:
+            row = Row(label, self._resolve(begin), self._resolve(end))
+            if label.stream in (COMPUTE, HOST):
+                working.append(row)
+                continue
+            communicating.append(row)
+            if not beside:
+                away.append((row.begin_ns, row.end_ns))
+        gaps = merged(away)
+        rows = communicating + [part for row in working for part in _without(row, gaps)]
         return sorted(rows, key=lambda row: (row.begin_ns, row.end_ns))
 
     def _resolve(self, mark: Any) -> int:

@@ -179,9 +179,8 @@ def shrunken(job: Job, plan: ParallelPlan) -> Job:
     micro-batches and the same kinds of layers.
     """
     model = job.model
-    each_kv = min(model.heads // model.kv_heads, 2)
-    kv_heads = model.kv_heads if model.kv_heads < plan.tp else plan.tp
-    heads = kv_heads * each_kv
+    kv_heads = plan.tp * min(model.kv_heads // plan.tp, 2)
+    heads = kv_heads * min(model.heads // model.kv_heads, 2)
     head_dim = min(model.head_dim, 8)
     layers = model.layers
     if not plan.stage_split:

@@ -1,0 +1,234 @@
+"""Runs on real ranks: what a measurement holds, and what happens when a rank fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from parsim.errors import ParsimError
+from parsim.execute.launch import Progress, execute, run_cases
+from parsim.execute.measurement import Measurement
+from parsim.execute.request import Case
+from parsim.model import ModelSpec
+from parsim.plan import Job, parse_plan
+from parsim.schedule import make_schedule
+from parsim.schedule.action import Schedule
+from parsim.timeline import COMPUTE, DP, STREAMS, TP, Span
+
+pytest.importorskip("torch")
+
+MODEL = ModelSpec(
+    name="small", layers=4, hidden=64, heads=4, kv_heads=2, ffn_hidden=96, gated_mlp=True, vocab=128,
+    max_seq_len=32,
+)  # fmt: skip
+JOB = Job(model=MODEL, seq_len=32, global_batch=8, precision="fp32")
+STEPS = 4
+
+
+def schedule_of(text: str) -> Schedule:
+    plan = parse_plan(text)
+    return make_schedule(plan, plan.num_micro_batches(JOB))
+
+
+def timed(text: str) -> Case:
+    return Case(
+        job=JOB, plan=parse_plan(text), schedule=schedule_of(text), steps=STEPS, warmup=1, seed=5
+    )
+
+
+PLANS = (
+    "dp=2",
+    "dp=2,zero=3,micro_batch=2",
+    "tp=2,micro_batch=4",
+    "pp=2,micro_batch=2",
+    "pp=2,schedule=gpipe",
+)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Measurement]:
+    results = run_cases([timed(text) for text in PLANS], timeout_s=120)
+    return {t: r for t, r in zip(PLANS, results, strict=True) if isinstance(r, Measurement)}
+
+
+def spans(measurement: Measurement, rank: int, stream: str) -> list[Span]:
+    return [s for s in measurement.timeline.spans if (s.rank, s.stream) == (rank, stream)]
+
+
+def in_order(found: list[Span]) -> list[str]:
+    """Names of spans by their first start; an action that is cut into parts is named once."""
+    return list(dict.fromkeys(s.name for s in sorted(found, key=lambda s: s.start_s)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", PLANS)
+class TestMeasurement:
+    def test_every_counted_step_has_a_time_and_a_loss(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        found = measured[text]
+        assert len(found.steps_s) == len(found.loss) == len(found.disturbed) == STEPS
+        assert min(found.steps_s) <= found.step_time_s <= max(found.steps_s)
+        assert found.world_size == 2
+        assert found.warmup == 1
+
+    def test_all_plans_train_the_same_model_on_the_same_tokens(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        assert measured[text].loss == pytest.approx(measured["dp=2"].loss, rel=1e-4)
+
+    def test_the_timeline_is_one_step_of_all_ranks(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        found = measured[text]
+        assert found.timeline.source == "measured"
+        assert found.timeline.ranks == (0, 1)
+        assert all(0 <= s.start_s <= s.end_s and s.stream in STREAMS for s in found.timeline.spans)
+        assert any(found.timeline.end_s <= step_s for step_s in found.steps_s)
+
+    def test_every_rank_runs_the_actions_of_its_schedule_in_order_and_then_the_optimizer(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        plan, schedule = parse_plan(text), schedule_of(text)
+        for rank in (0, 1):
+            actions = [str(action) for action in schedule.ranks[plan.coordinate(rank).pp]]
+            assert in_order(spans(measured[text], rank, COMPUTE)) == [*actions, "optimizer"]
+
+    def test_a_core_computes_one_thing_at_a_time(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        for rank in (0, 1):
+            own = [s for s in measured[text].timeline.spans if s.rank == rank]
+            own = sorted((s for s in own if not s.stream.startswith("pp_send")), key=lambda s: s.start_s)
+            for before, after in pairwise(own):
+                assert before.end_s <= after.start_s + 1e-9
+
+
+@pytest.mark.slow
+def test_replicas_sum_gradients_once_after_the_last_backward(measured: dict[str, Measurement]) -> None:
+    (reduced,) = spans(measured["dp=2"], 0, DP)
+    assert reduced.name == "gradients 0"
+    backwards = [s for s in spans(measured["dp=2"], 0, COMPUTE) if s.kind == "backward"]
+    assert reduced.start_s >= max(s.end_s for s in backwards)
+
+
+@pytest.mark.slow
+def test_fsdp_gathers_each_layer_twice_a_micro_batch_and_reduces_it_once(
+    measured: dict[str, Measurement],
+) -> None:
+    """ZeRO-3: 4 layers and one unit of embedding and head, two micro-batches."""
+    found = spans(measured["dp=2,zero=3,micro_batch=2"], 0, DP)
+    units, micro_batches = MODEL.layers + 1, 2
+    gathers = [s for s in found if s.name == "parameters 0"]
+    assert len([s for s in found if s.name == "gradients 0"]) == units * micro_batches
+    # The last unit of a forward may stay whole until its backward.
+    assert (2 * units - 1) * micro_batches <= len(gathers) <= 2 * units * micro_batches
+
+
+@pytest.mark.slow
+def test_sequence_parallel_layers_communicate_as_megatron_does(
+    measured: dict[str, Measurement],
+) -> None:
+    """Korthikanti et al. 2022, figure 5: per layer 2 all-gathers and 2 reduce-scatters each way."""
+    found = spans(measured["tp=2,micro_batch=4"], 0, TP)
+    backward = [s for s in found if s.name == "0B0"]
+    ends = 2  # the gathered embedding gradient, and the head's input gradient
+    assert len(backward) == 4 * MODEL.layers + ends
+
+
+@pytest.mark.slow
+def test_the_second_stage_waits_for_the_first(measured: dict[str, Measurement]) -> None:
+    found = measured["pp=2,micro_batch=2"]
+    received = spans(found, 1, "pp_recv_prev")
+    assert in_order(received) == ["0F0", "0F1", "0F2", "0F3"]
+    first = next(s for s in spans(found, 0, COMPUTE) if s.name == "0F0")
+    assert next(s for s in spans(found, 1, COMPUTE) if s.name == "1F0").start_s >= first.end_s
+
+
+def workers(temporary: Path) -> dict[int, int]:
+    """Process ids by rank of the ranks that run now on behalf of this test."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            if b"parsim.execute.worker" in command and os.fsencode(temporary) in command:
+                environment = (process / "environ").read_bytes().split(b"\0")
+                rank = next((e[5:] for e in environment if e.startswith(b"RANK=")), None)
+                if rank is not None:
+                    found[int(rank)] = int(process.name)
+        except OSError:
+            continue
+    return found
+
+
+def leftovers(temporary: Path) -> list[str]:
+    """Processes and files of a run that are still there."""
+    deadline = time.monotonic() + 10
+    while workers(temporary) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return [*map(str, workers(temporary)), *(p.name for p in temporary.iterdir())]
+
+
+def run_until(after: int, act: Callable[[], None], timeout_s: float = 120.0) -> None:
+    """Start a long run and do something when step `after` has ended."""
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == after:
+            act()
+
+    execute(
+        JOB, parse_plan("pp=2"), schedule_of("pp=2"), steps=100_000, warmup=0, timeout_s=timeout_s,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files, empty and our own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_named_with_what_it_did(temporary: Path, rank: int) -> None:
+    with pytest.raises(ParsimError, match=f"rank {rank} died without a word") as caught:
+        run_until(3, lambda: os.kill(workers(temporary)[rank], signal.SIGKILL))
+    assert "step" in (caught.value.where or "")
+    assert leftovers(temporary) == []
+
+
+def test_a_stopped_rank_is_named_and_not_those_that_wait_for_it(temporary: Path) -> None:
+    with pytest.raises(ParsimError, match="rank 1 hangs") as caught:
+        run_until(3, lambda: os.kill(workers(temporary)[1], signal.SIGSTOP), timeout_s=3.0)
+    assert "(stopped)" in (caught.value.where or "")
+    assert "rank 0: step" in (caught.value.where or "")
+    assert leftovers(temporary) == []
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing_behind(temporary: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_until(1, interrupt)
+    assert leftovers(temporary) == []
+
+
+def test_an_error_in_a_rank_is_told_in_one_line_with_the_traceback_as_a_note(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gloo refuses an interface that does not exist."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    with pytest.raises(ParsimError, match=r"rank [01] failed") as caught:
+        execute(JOB, parse_plan("dp=2"), schedule_of("dp=2"), steps=1)
+    assert "Traceback" not in str(caught.value)
+    assert any("Traceback" in note for note in caught.value.__notes__)
+    assert leftovers(temporary) == []

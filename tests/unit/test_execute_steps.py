@@ -1,0 +1,40 @@
+"""Which timed steps count."""
+
+from __future__ import annotations
+
+from parsim.execute.measurement import Verification
+from parsim.execute.steps import StepRecord, clean_steps, median_step
+
+
+def steps(*times: float, foreign: tuple[float, ...] = ()) -> list[StepRecord]:
+    others = foreign or (0.0,) * len(times)
+    return [StepRecord(t, 1.0, f) for t, f in zip(times, others, strict=True)]
+
+
+def test_a_step_is_disturbed_when_others_use_more_than_a_twentieth_of_it() -> None:
+    assert [s.disturbed for s in steps(1.0, 1.0, foreign=(0.04, 0.06))] == [False, True]
+
+
+def test_below_three_clock_ticks_nothing_can_be_told() -> None:
+    assert [s.disturbed for s in steps(0.01, 0.01, foreign=(0.03, 0.04))] == [False, True]
+
+
+def test_disturbed_steps_are_left_out_while_three_clean_ones_remain() -> None:
+    timed = steps(1.0, 9.0, 1.1, 1.2, foreign=(0.0, 8.0, 0.0, 0.0))
+    assert clean_steps(timed) == [0, 2, 3]
+    assert median_step(timed) == 2
+
+
+def test_all_steps_count_where_too_few_are_clean() -> None:
+    assert clean_steps(steps(1.0, 2.0, 3.0, foreign=(1.0, 1.0, 0.0))) == [0, 1, 2]
+
+
+def test_the_median_step_of_an_even_number_is_one_of_the_two_in_the_middle() -> None:
+    assert median_step(steps(4.0, 1.0, 2.0, 3.0)) in (2, 3)
+
+
+def test_equal_means_gradients_and_loss() -> None:
+    found = {"parameter": "w", "steps": 3}
+    assert Verification(max_gradient_error=1e-13, max_loss_error=1e-16, **found).equal  # type: ignore[arg-type]
+    assert not Verification(max_gradient_error=1e-9, max_loss_error=0.0, **found).equal  # type: ignore[arg-type]
+    assert not Verification(max_gradient_error=0.0, max_loss_error=1e-9, **found).equal  # type: ignore[arg-type]

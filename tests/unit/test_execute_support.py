@@ -1,0 +1,168 @@
+"""What the executor refuses, each with its reason, and how a job is shrunken."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from parsim.errors import ParsimError
+from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.request import Case, decode_case, encode_case
+from parsim.execute.support import check_executable, shrunken
+from parsim.model import MlaSpec, ModelSpec, MoeSpec
+from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
+from parsim.schedule import make_schedule
+from parsim.schedule.action import Action, Schedule, parse_action
+
+MODEL = ModelSpec(
+    name="small", layers=8, hidden=64, heads=8, kv_heads=4, ffn_hidden=96, gated_mlp=True, vocab=128,
+    max_seq_len=32,
+)  # fmt: skip
+JOB = Job(model=MODEL, seq_len=32, global_batch=16)
+
+
+def check(plan: str | ParallelPlan, *, dtype: str = "fp32", **model: object) -> None:
+    job = dataclasses.replace(JOB, model=dataclasses.replace(MODEL, **model))  # type: ignore[arg-type]
+    parsed = parse_plan(plan) if isinstance(plan, str) else plan
+    check_executable(job, parsed, make_schedule(parsed, parsed.num_micro_batches(job)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("plan", "model"),
+    [
+        ("dp=2", {}),
+        ("dp=16,zero=3", {}),
+        ("tp=4,pp=2", {}),
+        ("dp=2,tp=2,pp=4,vpp=2,schedule=interleaved", {}),
+        ("tp=2", {"tied_embeddings": True}),
+        ("pp=2", {"position": "learned", "norm": "layernorm", "linear_bias": True}),
+        ("pp=8,recompute=selective", {"qk_norm": True, "qkv_bias": True}),
+    ],
+)
+def test_what_runs_is_let_through(plan: str, model: dict[str, object]) -> None:
+    check(plan, **model)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"moe": MoeSpec(experts=4, top_k=2, ffn_hidden=32)}, "mixtures of experts"),
+        (
+            {
+                "mla": MlaSpec(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+                "head_dim": 12,
+                "kv_heads": 8,
+            },
+            "latent attention",
+        ),
+        ({"window": 8}, "sliding-window"),
+        ({"attention_sinks": True}, "sinks"),
+        ({"position": "alibi"}, "ALiBi"),
+        ({"norms_per_layer": 4}, "two norms"),
+        ({"head_dim": 5}, "odd width"),
+    ],
+)
+def test_parts_that_torch_has_no_code_for_here_are_refused(model: dict[str, object], said: str) -> None:
+    with pytest.raises(ParsimError, match="the executor does not run") as caught:
+        check("dp=2", **model)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ("cp=2", "context parallelism"),
+        ("ep=2,dp=2", "expert parallelism"),
+        ("tp=2,tp_overlap=yes", "overlapped"),
+        ("dp=4,zero=1,zero_group=2", "groups smaller than dp"),
+        ("tp=8", "tp must divide kv_heads"),
+        ("dp=3", "must divide the global batch"),
+        ("dp=2,micro_batch=16", "must divide the global batch"),
+        ("pp=2,stage_split=4-3", "hold every layer once"),
+    ],
+)
+def test_plans_that_cannot_run_are_refused(plan: str, said: str) -> None:
+    with pytest.raises(ParsimError, match=said):
+        check(plan)
+
+
+def test_a_tied_embedding_cannot_be_on_two_stages() -> None:
+    with pytest.raises(ParsimError, match="tied embeddings in a pipeline"):
+        check("pp=2", tied_embeddings=True)
+
+
+def test_unknown_dtypes_are_refused() -> None:
+    with pytest.raises(ParsimError, match="dtype"):
+        check("dp=2", dtype="fp16")
+
+
+def rows(*texts: str) -> Schedule:
+    return Schedule(name="written", ranks=tuple(tuple(map(parse_action, t.split())) for t in texts))
+
+
+def test_zero_3_with_split_backwards_would_lose_gradients() -> None:
+    schedule = rows("0F0 0I0 0W0", "1F0 1I0 1W0")
+    job = dataclasses.replace(JOB, global_batch=2)
+    with pytest.raises(ParsimError, match="leaves gradients out") as caught:
+        check_executable(job, parse_plan("dp=2,pp=2,zero=3"), schedule, "fp32")
+    assert "zero=2" in str(caught.value)
+    check_executable(job, parse_plan("dp=2,pp=2,zero=2"), schedule, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        (rows("0F0 0B0", "1F0"), "forward once, and backward once"),
+        (rows("0F0 0B0 0B0", "1F0 1B0"), "forward once, and backward once"),
+        (rows("0F0 0I0", "1F0 1B0"), "forward once, and backward once"),
+        (rows("0F0 0B0 0F1 0B1", "1F0 1B0 1F1 1B1"), "another number of micro-batches"),
+        (rows("0F0 0B0"), "another number of pipeline ranks"),
+        (rows("0F0 0B0 2F0 2B0", "1F0 1B0"), "another number of stages"),
+        (rows("0F0 1B0", "1F0 0B0"), "a stage on several ranks"),
+    ],
+)
+def test_schedules_that_do_not_fit_the_plan_are_refused(schedule: Schedule, said: str) -> None:
+    job = dataclasses.replace(JOB, global_batch=1)
+    with pytest.raises(ParsimError, match=said):
+        check_executable(job, parse_plan("pp=2"), schedule, "fp32")
+
+
+def test_plans_launched_together_have_equal_numbers_of_ranks() -> None:
+    cases = []
+    for text in ("dp=2", "dp=4"):
+        plan = parse_plan(text)
+        cases.append(verification_case(JOB, plan, make_schedule(plan, plan.num_micro_batches(JOB))))
+    with pytest.raises(ParsimError, match="equal numbers of ranks"):
+        run_cases(cases)
+
+
+@pytest.mark.parametrize("text", ["tp=8,pp=16", "dp=8,pp=15", "tp=4,pp=8,vpp=2,schedule=interleaved"])
+def test_a_shrunken_job_keeps_what_the_plan_divides(text: str) -> None:
+    model = ModelSpec(
+        name="llama-405b-like", layers=126, hidden=16384, heads=128, kv_heads=8, ffn_hidden=53248,
+        gated_mlp=True, vocab=128256, max_seq_len=8192,
+    )  # fmt: skip
+    plan = parse_plan(text)
+    job = Job(model=model, seq_len=8192, global_batch=64 if plan.pp != 15 else 120)
+    small = shrunken(job, plan)
+    micro_batches = plan.num_micro_batches(small)
+    check_executable(small, plan, make_schedule(plan, micro_batches), "fp64")
+    assert micro_batches == plan.num_micro_batches(job)
+    assert small.model.attention_kind == model.attention_kind
+    assert small.model.hidden <= 512
+    # The same stages hold a layer more than others, or a layer less.
+    large = stage_layers(model, plan)
+    assert [n - min(large) for n in large] == [
+        n - min(stage_layers(small.model, plan)) for n in stage_layers(small.model, plan)
+    ]
+
+
+def test_a_request_survives_json() -> None:
+    plan = parse_plan("pp=2,dp=2,zero=2,stage_split=3-5")
+    case = Case(
+        job=JOB, plan=plan, schedule=make_schedule(plan, plan.num_micro_batches(JOB)), steps=3, seed=7,
+        dtype="fp64", verify=True,
+    )  # fmt: skip
+    assert decode_case(encode_case(case)) == case
+    assert case.schedule.ranks[0][0] == Action(0, "F", 0)

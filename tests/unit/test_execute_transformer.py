@@ -1,0 +1,132 @@
+"""The torch model is the ModelSpec's: its parameters, its stages, its seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from parsim.execute.checking import gradient_error  # noqa: E402
+from parsim.execute.transformer import (  # noqa: E402
+    Part,
+    Transformer,
+    build,
+    synthetic_tokens,
+    whole,
+)
+from parsim.model import ModelSpec, num_parameters  # noqa: E402
+
+LLAMA = ModelSpec(
+    name="llama", layers=3, hidden=32, heads=4, kv_heads=2, ffn_hidden=48, gated_mlp=True, vocab=64,
+    max_seq_len=16,
+)  # fmt: skip
+GPT = dataclasses.replace(
+    LLAMA, kv_heads=4, gated_mlp=False, norm="layernorm", position="learned", linear_bias=True
+)
+BLOOM = dataclasses.replace(GPT, position="none", embedding_norm=True, tied_embeddings=True)
+QWEN = dataclasses.replace(LLAMA, head_dim=6, qkv_bias=True, qk_norm=True, final_norm=False)
+MODELS = pytest.mark.parametrize("spec", [LLAMA, GPT, BLOOM, QWEN])
+
+
+def made(spec: ModelSpec, part: Part | None = None, **options: Any) -> Transformer:
+    settings = {"seq_len": 16, "recompute": "none", "dtype": torch.float64, "seed": 3} | options
+    return build(spec, part or whole(spec), device=torch.device("cpu"), **settings)
+
+
+@MODELS
+def test_it_has_the_parameters_that_the_model_counts(spec: ModelSpec) -> None:
+    assert sum(p.numel() for p in made(spec).parameters()) == num_parameters(spec)
+
+
+@MODELS
+def test_stages_one_after_another_are_the_whole_model(spec: ModelSpec) -> None:
+    if spec.tied_embeddings:
+        spec = dataclasses.replace(spec, tied_embeddings=False)
+    tokens, _ = synthetic_tokens(spec.vocab, 16, 2, seed=0, step=0)
+    first = made(spec, Part(layers=range(1), first=True, last=False))
+    last = made(spec, Part(layers=range(1, 3), first=False, last=True))
+    model = made(spec)
+    assert torch.equal(last(first(tokens)), model(tokens))
+    parts = dict(first.named_parameters()) | dict(last.named_parameters())
+    assert parts.keys() == dict(model.named_parameters()).keys()
+
+
+@MODELS
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_gradient(spec: ModelSpec, recompute: str) -> None:
+    tokens, _ = synthetic_tokens(spec.vocab, 16, 2, seed=0, step=0)
+    gradients = []
+    for mode in ("none", recompute):
+        model = made(spec, recompute=mode)
+        model(tokens).square().sum().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@MODELS
+def test_no_token_sees_those_after_it(spec: ModelSpec) -> None:
+    tokens, _ = synthetic_tokens(spec.vocab, 16, 1, seed=0, step=0)
+    other = tokens.clone()
+    other[0, 9] = (other[0, 9] + 1) % spec.vocab
+    model = made(spec)
+    before, after = model(tokens), model(other)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_rotary_scores_depend_on_distance_alone() -> None:
+    """Su et al. 2021, section 3.2: the product of rotated q and k is a function of m − n."""
+    from parsim.execute.transformer import rope_angles, rotate
+
+    angles = rope_angles(12, 8)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 12, 1, 8)
+    q, k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
+    scores = torch.einsum("bmhd,bnhd->mn", q, k)
+    for offset in range(-5, 6):
+        diagonal = torch.diagonal(scores, offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_values_depend_on_seed_and_name_alone() -> None:
+    one, same, other = made(LLAMA), made(LLAMA), made(LLAMA, seed=4)
+    for name, value in one.named_parameters():
+        assert torch.equal(value, dict(same.named_parameters())[name])
+        assert not torch.equal(value, dict(other.named_parameters())[name])
+
+
+def test_targets_are_the_tokens_that_follow() -> None:
+    tokens, targets = synthetic_tokens(64, 16, 4, seed=0, step=5)
+    assert tokens.shape == targets.shape == (4, 16)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    assert not torch.equal(tokens, synthetic_tokens(64, 16, 4, seed=0, step=6)[0])
+
+
+class Told:
+    """A reference whose gradients are given."""
+
+    def __init__(self, **gradients: list[float]) -> None:
+        self.parameters = {n: torch.tensor(g, dtype=torch.float64) for n, g in gradients.items()}
+
+    def gradient(self, name: str) -> Any:
+        return self.parameters[name]
+
+
+def test_the_worst_parameter_is_found_by_its_own_scale() -> None:
+    reference = Told(large=[1.0, -4.0], small=[1e-3, 2e-3], absent=[7.0])
+    mine = {
+        "large": torch.tensor([1.0, -4.4], dtype=torch.float64),
+        "small": torch.tensor([1e-3, 2.4e-3], dtype=torch.float64),
+    }
+    error, name = gradient_error(reference, mine)  # type: ignore[arg-type]
+    assert name == "small"
+    assert error == pytest.approx(0.2)
+
+
+def test_gradients_that_are_zero_but_for_rounding_do_not_count() -> None:
+    reference = Told(weight=[1.0], bias=[1e-18])
+    mine = {"weight": torch.ones(1).double(), "bias": -2e-18 * torch.ones(1).double()}
+    assert gradient_error(reference, mine)[0] < 1e-11  # type: ignore[arg-type]
