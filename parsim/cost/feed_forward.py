@@ -78,7 +78,7 @@ def tensor_parallel(name: str, kind: str, num_bytes: float, when: Pass) -> Trans
 
 
 def linear(
-    name: str, m: int, n: int, k: int, cell: Cell, *, saved_bytes: float
+    name: str, m: int, n: int, k: int, cell: Cell, *, saved_bytes: float, columns: tuple[int, ...] = ()
 ) -> tuple[Operation, ...]:
     """A linear layer: its GEMM, and with fp8 the casts of its operands.
 
@@ -86,7 +86,7 @@ def linear(
     weight gradient (Transformer Engine's recipe on Hopper); the saved copy is then the fp8 one.
     """
     if not cell.low_precision:
-        return (Gemm(name=name, m=m, n=n, k=k, saved_bytes=saved_bytes),)
+        return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
     narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
     cast = Elementwise(
         name=f"{name} cast",
@@ -94,17 +94,19 @@ def linear(
         backward_bytes=m * n * (wide + 2 * narrow),
     )
     kept = saved_bytes * narrow / wide
-    return cast, Gemm(name=name, m=m, n=n, k=k, low_precision=True, saved_bytes=kept)
+    gemm = Gemm(name=name, m=m, n=n, k=k, columns=columns, low_precision=True, saved_bytes=kept)
+    return cast, gemm
 
 
 def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
     """A dense feed-forward, sharded over tp by columns then rows."""
     h, e, T = model.hidden, cell.activation_bytes, cell.tokens
     f = math.ceil(ffn_hidden / cell.tp)
-    columns = 2 * f if model.gated_mlp else f
+    columns = (f, f) if model.gated_mlp else (f,)
+    x = cell.local_tokens * h * e
     return (
         *enter_tensor_parallel("feed-forward", model, cell),
-        *linear("fc1", T, columns, h, cell, saved_bytes=cell.local_tokens * h * e),
+        *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns),
         activation(T, f, model.gated_mlp, cell, stack),
         *linear("fc2", T, h, f, cell, saved_bytes=T * f * e),
         *leave_tensor_parallel("feed-forward", model, cell),

@@ -53,9 +53,12 @@ def weight_bytes(precision: str) -> float:
 
 def gradient_bytes(precision: str, stack: Stack) -> float:
     """Bytes of a gradient as it is accumulated and reduced."""
-    if stack.gradient_dtype == "same":
+    kind = stack.gradient_dtype
+    if kind == "fp32_for_bf16":
+        kind = "fp32" if precision == "bf16" else "same"
+    if kind == "same":
         return weight_bytes(precision)
-    return max(DTYPE_BYTES[stack.gradient_dtype], weight_bytes(precision))
+    return max(DTYPE_BYTES[kind], weight_bytes(precision))
 
 
 def optimizer_bytes(job: Job, stack: Stack) -> float:

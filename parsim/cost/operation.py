@@ -22,6 +22,8 @@ class Gemm:
     n: int
     k: int
     batch: int = 1
+    columns: tuple[int, ...] = ()
+    """Widths of the matrices that are multiplied as one (they add up to n); empty: one."""
     low_precision: bool = False
     """Runs in the job's narrow dtype (fp8 …) where it has one; else in that of the activations."""
     saved_bytes: float = 0.0
@@ -94,18 +96,3 @@ Operation: TypeAlias = Gemm | Attention | Elementwise | Transfer
 def forward_flops(operations: tuple[Operation, ...]) -> float:
     """Hardware FLOPs of one forward of these operations, attention counted in full."""
     return sum(op.flops for op in operations if isinstance(op, Gemm | Attention))
-
-
-def saved_bytes(operations: tuple[Operation, ...], recompute: str) -> float:
-    """Activations that one micro-batch leaves behind for the backward.
-
-    With recompute "selective" the scores of the attention are not kept (Korthikanti et al. 2022, arXiv
-    2205.05198, section 5). With "full" only the input of the layer is, which the caller adds.
-    """
-    total = 0.0
-    for op in operations:
-        if isinstance(op, Attention):
-            total += op.qkv_bytes + (op.saved_bytes if recompute == "none" else 0.0)
-        elif not isinstance(op, Transfer):
-            total += op.saved_bytes
-    return total

@@ -10,6 +10,7 @@ from parsim.cost.collective import collective_s, group_of
 from parsim.cost.gemm import gemm_s
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.operation import PASSES, Attention, Elementwise, Gemm, Operation, Pass, Transfer
+from parsim.cost.recompute import recomputed, recomputed_shares
 from parsim.hardware import Cluster
 from parsim.stack import Stack
 
@@ -76,7 +77,7 @@ def part_time(
     idle_s = max(0.0, host_s - input_grad.total_s - weight_grad.total_s)
     input_grad = input_grad._replace(compute_s=input_grad.compute_s + idle_s)
     return PartTime(
-        forward, input_grad, weight_grad, _recompute(operations, forward, cell, cluster, stack)
+        forward, input_grad, weight_grad, _recompute(operations, forward, cell, cluster, stack, host_s)
     )
 
 
@@ -85,19 +86,28 @@ def _at_least(time: PassTime, host_s: float) -> PassTime:
 
 
 def _recompute(
-    operations: tuple[Operation, ...], forward: PassTime, cell: Cell, cluster: Cluster, stack: Stack
+    operations: tuple[Operation, ...],
+    forward: PassTime,
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+    host_s: float,
 ) -> PassTime:
-    """The forward that the backward runs again: all of it, the attention core, or nothing."""
-    if cell.recompute == "full":
+    """The part of the forward that the backward runs again."""
+    what = recomputed(cell, stack)
+    if what == "everything":
         return forward
-    if cell.recompute == "none":
+    if what == "nothing":
         return PassTime()
-    core = (op for op in operations if _in_attention_core(op))
-    return PassTime(sum(_forward_s(op, cell, cluster, stack) for op in core))
-
-
-def _in_attention_core(op: Operation) -> bool:
-    return isinstance(op, Attention) or (isinstance(op, Elementwise) and op.attention_core)
+    shares = recomputed_shares(operations, what)
+    again = tuple(op for op, share in zip(operations, shares, strict=True) if share)
+    compute_s = sum(
+        share * _forward_s(op, cell, cluster, stack)
+        for op, share in zip(operations, shares, strict=True)
+        if share
+    )
+    time = _transfers_s(again, "forward", cell, cluster, stack)._replace(compute_s=compute_s)
+    return _at_least(time, host_s) if what == "every_other_gemm" else time
 
 
 def _gemm(

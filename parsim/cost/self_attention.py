@@ -22,7 +22,8 @@ def attention_operations(
     h, d, e, T = model.hidden, model.head_dim, cell.activation_bytes, cell.tokens
     heads = math.ceil(model.heads / cell.tp)
     kv_heads = math.ceil(model.kv_heads / cell.tp)
-    qkv_width = (heads + 2 * kv_heads) * d
+    columns = (heads * d, kv_heads * d, kv_heads * d)
+    qkv_width = sum(columns)
     core = _core(cell, stack, heads, kv_heads, d, d, window, qkv_bytes=T * qkv_width * e)
     rotated = T * (heads + kv_heads) * d * e
     passes = 2 if stack.fused_elementwise else 6
@@ -30,7 +31,7 @@ def attention_operations(
         name="rotary positions", forward_bytes=passes * rotated, backward_bytes=passes * rotated
     )
     return (
-        *linear("qkv", T, qkv_width, h, cell, saved_bytes=cell.local_tokens * h * e),
+        *linear("qkv", T, qkv_width, h, cell, saved_bytes=cell.local_tokens * h * e, columns=columns),
         *((rope,) if model.position == "rope" else ()),
         *_ring(cell, 2 * kv_heads * d),
         *core,

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
 from parsim.cost.layer import embedding_operations, head_operations, layer_operations
-from parsim.cost.operation import Operation, forward_flops, saved_bytes
+from parsim.cost.operation import Operation, forward_flops
 from parsim.cost.price import NO_TIME, PartTime, part_time
+from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.hardware import Cluster
 from parsim.model import (
     ModelSpec,
@@ -92,13 +93,11 @@ class CostModel:
 
     def _layer(self, cell: Cell, layer: int) -> PartCost:
         operations = layer_operations(self.model, layer, cell, self.stack)
-        kept = saved_bytes(operations, cell.recompute)
-        recomputed = 0.0
-        if cell.recompute == "full":
-            recomputed = kept
-            kept = cell.local_tokens * self.model.hidden * cell.activation_bytes
-        elif cell.recompute == "selective":
-            recomputed = saved_bytes(operations, "none") - kept
+        again = recomputed(cell, self.stack)
+        kept = saved_bytes(operations, again, cell)
+        recomputed_bytes = saved_bytes(operations, "nothing", cell) - kept
+        if again in ("everything", "every_other_gemm"):
+            kept += cell.local_tokens * self.model.hidden * cell.activation_bytes
         experts = 0
         if self.model.moe is not None and self.model.is_moe_layer(layer):
             experts = self.model.moe.experts * expert_parameters(self.model)
@@ -106,7 +105,7 @@ class CostModel:
             is_layer=True,
             time=part_time(operations, cell, self.cluster, self.stack, host_s=self.stack.layer_host_s),
             saved_bytes=kept,
-            recomputed_bytes=recomputed,
+            recomputed_bytes=recomputed_bytes,
             flops=forward_flops(operations),
             dense_parameters=self._per_tp_rank(layer_parameters(self.model, layer) - experts, cell.tp),
             expert_parameters=experts // cell.ep,
@@ -118,7 +117,7 @@ class CostModel:
         return PartCost(
             is_layer=False,
             time=part_time(operations, kept_cell, self.cluster, self.stack),
-            saved_bytes=saved_bytes(operations, "none"),
+            saved_bytes=saved_bytes(operations, "nothing", cell),
             recomputed_bytes=0.0,
             flops=forward_flops(operations),
             dense_parameters=self._per_tp_rank(parameters, cell.tp),
