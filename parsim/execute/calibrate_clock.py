@@ -22,7 +22,9 @@ SAMPLE_S = 1e-3
 MIN_REPEATS = 5
 MAX_REPEATS = 40
 MAX_ROUNDS = 3
-"""How often a disturbed measurement is tried again."""
+"""Rounds of repeats that a disturbed measurement may take …"""
+MOST_S = 0.3
+"""… as long as they take no longer than this together."""
 MOST_WAITING = 0.02
 """Share of a repeat spent waiting for a core above which the repeat is disturbed."""
 MOST_WAITING_ON_PEERS = 0.5
@@ -68,8 +70,9 @@ def time_call(
         once_s = agree([take(2).seconds])[0]
         inner = max(1, math.ceil(SAMPLE_S / once_s))
         repeats = min(MAX_REPEATS, max(MIN_REPEATS, int(target_s / (inner * once_s))))
+        rounds = max(1, min(MAX_ROUNDS, int(MOST_S / (repeats * inner * once_s))))
         samples: list[Sample] = []
-        for _ in range(MAX_ROUNDS):
+        for _ in range(rounds):
             agree([0.0])
             taken = [take(inner) for _ in range(repeats)]
             if peers:  # who waits for a peer that has no core is disturbed as well

@@ -159,7 +159,17 @@ def _kernels(tables: _Tables, date: str) -> Kernels:
 
 
 def _by_size(rows: Sequence[TimedPoint]) -> tuple[tuple[float, float], ...]:
-    return tuple((float(row.point.size[0]), row.seconds) for row in rows)
+    """(size, seconds) of the rows, in order of size, without those that only a disturbance explains.
+
+    More bytes take no less time: a point that was mostly disturbed and came out slower than a larger one
+    tells nothing.
+    """
+    return tuple(
+        (float(row.point.size[0]), row.seconds)
+        for at, row in enumerate(rows)
+        if row.disturbed <= row.repeats
+        or all(row.seconds <= larger.seconds for larger in rows[at + 1 :])
+    )
 
 
 def _device(device: str, facts: dict[str, Any], kernels: Kernels, source: str, date: str) -> Device:
@@ -179,6 +189,7 @@ def _device(device: str, facts: dict[str, Any], kernels: Kernels, source: str, d
         num_sms=facts["num_sms"],
         l2_bytes=facts["l2_bytes"],
         power_w=facts["power_w"],
+        is_host=device == "cpu",
         source=source,
         date=date,
     )

@@ -17,8 +17,14 @@ from parsim.cost.gemm import gemm_s
 from parsim.errors import ParsimError
 from parsim.execute import calibrate as calibrate_module
 from parsim.execute.calibrate import Calibration, calibrate
-from parsim.execute.calibrate_points import DTYPES, ESSENTIAL, points
-from parsim.execute.calibrate_profile import to_toml, write_profile
+from parsim.execute.calibrate_points import DTYPES, ESSENTIAL, Point, points
+from parsim.execute.calibrate_profile import (
+    TimedPoint,
+    cluster_of,
+    cpu_facts,
+    to_toml,
+    write_profile,
+)
 from parsim.execute.calibrate_ranks import usable_cores
 
 pytest.importorskip("torch", reason="the executor needs torch")
@@ -180,3 +186,22 @@ def test_toml_values_read_back() -> None:
     table = {"text": 'a "quoted" \\ name', "yes": True, "count": 3, "tiny": 1e-07, "list": (1, 2.5)}
     read = tomllib.loads(to_toml(table))
     assert read == {**table, "list": [1, 2.5]}
+
+
+@pytest.mark.parametrize(("disturbed", "sizes"), [(0, [2**10, 2**18, 2**24]), (9, [2**10, 2**24])])
+def test_only_a_disturbed_point_slower_than_a_larger_one_is_left_out(
+    disturbed: int, sizes: list[int]
+) -> None:
+    def timed(point: Point) -> TimedPoint:
+        slow = point.family == "collective" and point.size[0] == 2**18
+        return TimedPoint(
+            point=point, seconds=9.0 if slow else 1.0, spread=0.0, repeats=5,
+            disturbed=disturbed if slow else 0,
+        )  # fmt: skip
+
+    plan = [point for point in points("cpu", 2, DTYPES["cpu"]) if point.level == ESSENTIAL]
+    cluster = cluster_of(
+        "cpu", 2, cpu_facts(2), [timed(point) for point in plan], torch_version="2", date="2026-01-01"
+    )
+    for table in cluster.kernels.measured_collective:
+        assert [size for size, _ in table.points] == sizes
