@@ -60,6 +60,8 @@ class Device:
     l2_bytes: float
     power_w: float
     """Board power limit, for energy."""
+    is_host: bool = False
+    """The device is a core of the host itself: launching a kernel takes time from running one."""
     source: str
     date: str
 

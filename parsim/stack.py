@@ -43,7 +43,7 @@ class Stack:
 
     # Host
     layer_host_s: float = 0.0
-    """Host time to launch one layer's forward; a layer takes max(host, device). Backward: twice."""
+    """Host time to launch one layer's forward; its backward takes as much. See cost.price.part_time."""
     action_host_s: float = 0.0
     """Host time of every pipeline action beyond its kernels: the schedule's loop, posting transfers."""
     step_overhead_s: float = 0.0
@@ -97,9 +97,7 @@ class Stack:
     def __post_init__(self) -> None:
         for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown"):
             if not 0.5 <= getattr(self, key) <= 5:
-                raise ParsimError(
-                    "a slowdown is a factor near 1", where=key, got=getattr(self, key)
-                )
+                raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
         for key in ("tp_exposed", "tp_overlap_exposed", "ep_exposed"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

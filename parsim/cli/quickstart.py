@@ -137,7 +137,7 @@ def _tried(
     from parsim.charts.comparison import draw_comparison
     from parsim.charts.gantt import draw_gantt
     from parsim.cli.run import measure
-    from parsim.compare.measurement_file import measurement_data
+    from parsim.execute.measurement_file import measurement_data
     from parsim.config import dump_json, write_file
     from parsim.export.chrome_trace import write_chrome_trace
     from parsim.schedule import make_schedule

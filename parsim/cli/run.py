@@ -66,7 +66,7 @@ def run(
       parsim run dp=2,tp=1,pp=1,micro_batch=4 --model tiny-llama-8l --steps 20
       parsim run best.json --verify --chart comparison.png -o measurement.json
     """
-    from parsim.compare.measurement_file import measurement_data
+    from parsim.execute.measurement_file import measurement_data
     from parsim.config import dump_json, write_file
     from parsim.execute.devices import available_gpus
     from parsim.schedule import make_schedule

@@ -141,10 +141,10 @@ def attention_s(
     fit = attention_fit(cluster, dtype, head_dim, serving=serving)
     if fit is None:
         return padding_s + _roofline_s(work, backward)
-    seconds = serving_s(fit, work) if serving else _kernel_s(fit, work, backward)
-    return padding_s + seconds * residual_factor(
-        fit.residuals, heads, kv_heads, math.sqrt(seq_q * seq_kv)
-    )
+    if not serving:
+        return padding_s + _kernel_s(fit, work, backward)
+    length = math.sqrt(seq_q * seq_kv)
+    return padding_s + serving_s(fit, work) * residual_factor(fit.residuals, heads, kv_heads, length)
 
 
 def attention_work(

@@ -57,14 +57,27 @@ class PartTime(NamedTuple):
 NO_TIME = PartTime(PassTime(), PassTime(), PassTime(), PassTime())
 
 
+class HostTime(NamedTuple):
+    """Seconds that the host takes to launch the passes of one part of the model."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+
+
 def part_time(
-    operations: tuple[Operation, ...], cell: Cell, cluster: Cluster, stack: Stack, *, host_s: float = 0.0
+    operations: tuple[Operation, ...],
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+    *,
+    host: HostTime | None = None,
 ) -> PartTime:
     """Seconds of one part of the model.
 
-    `host_s`: host time to launch the forward. A pass takes max(host, device): the host runs ahead of a
-    busy device and is waited for by an idle one. The backward launches as much again.
+    A pass takes max(host, device): the host runs ahead of a busy device and is waited for by an idle
+    one. Where the device is itself the host, both times add up.
     """
+    host = host or HostTime()
     times = {when: _transfers_s(operations, when, cell, cluster, stack) for when in PASSES}
     forward = times["forward"]._replace(
         compute_s=sum(_forward_s(op, cell, cluster, stack) for op in operations)
@@ -73,16 +86,18 @@ def part_time(
         compute_s=sum(_input_grad_s(op, cell, cluster, stack) for op in operations)
     )
     weight_grad = PassTime(sum(_weight_grad_s(op, cell, cluster, stack) for op in operations))
-    forward = _at_least(forward, host_s)
-    idle_s = max(0.0, host_s - input_grad.total_s - weight_grad.total_s)
-    input_grad = input_grad._replace(compute_s=input_grad.compute_s + idle_s)
-    return PartTime(
-        forward, input_grad, weight_grad, _recompute(operations, forward, cell, cluster, stack, host_s)
-    )
+    forward = _with_host(forward, host.forward_s, cluster)
+    input_grad = _with_host(input_grad, host.backward_s, cluster, beside_s=weight_grad.total_s)
+    recompute = _recompute(operations, forward, cell, cluster, stack, host.forward_s)
+    return PartTime(forward, input_grad, weight_grad, recompute)
 
 
-def _at_least(time: PassTime, host_s: float) -> PassTime:
-    return time._replace(compute_s=max(time.compute_s, host_s - (time.total_s - time.compute_s)))
+def _with_host(time: PassTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0) -> PassTime:
+    """A pass with what its host adds: all of its time on a device that is the host, else what is left
+    of it after the device's work (`beside_s`: of another pass that the host launches with this one)."""
+    if not cluster.device.is_host:
+        host_s = max(0.0, host_s - time.total_s - beside_s)
+    return time._replace(compute_s=time.compute_s + host_s)
 
 
 def _recompute(
@@ -107,7 +122,7 @@ def _recompute(
         if share
     )
     time = _transfers_s(again, "forward", cell, cluster, stack)._replace(compute_s=compute_s)
-    return _at_least(time, host_s) if what == "every_other_gemm" else time
+    return _with_host(time, host_s, cluster) if what == "every_other_gemm" else time
 
 
 def _gemm(

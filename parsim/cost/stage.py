@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from parsim.cost.cell import Cell
 from parsim.cost.layer import embedding_operations, head_operations, layer_operations
 from parsim.cost.operation import Operation, forward_flops
-from parsim.cost.price import NO_TIME, PartTime, part_time
+from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
 from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.hardware import Cluster
 from parsim.model import (
@@ -103,13 +103,20 @@ class CostModel:
             experts = self.model.moe.experts * expert_parameters(self.model)
         return PartCost(
             is_layer=True,
-            time=part_time(operations, cell, self.cluster, self.stack, host_s=self.stack.layer_host_s),
+            time=part_time(operations, cell, self.cluster, self.stack, host=self._layer_host()),
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
             flops=forward_flops(operations),
             dense_parameters=self._per_tp_rank(layer_parameters(self.model, layer) - experts, cell.tp),
             expert_parameters=experts // cell.ep,
         )
+
+    def _layer_host(self) -> HostTime:
+        """As measured on this machine, or as the stack says: the backward launches as much again."""
+        measured = self.cluster.kernels.measured_host
+        if measured is not None:
+            return HostTime(measured.layer_forward_s, measured.layer_backward_s)
+        return HostTime(self.stack.layer_host_s, self.stack.layer_host_s)
 
     def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import collective_s, group_of, send_recv_s
+from parsim.cost.interpolation import along_line
 from parsim.cost.memory import gradient_bytes, optimizer_bytes, sharded, weight_bytes
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import CostModel, StageCost
@@ -130,6 +131,9 @@ def _optimizer_s(
     reads and writes the weights, else it writes their 16-bit copy. The norm reads all gradients once
     more, zeroing writes them.
     """
+    measured = cluster.kernels.measured_optimizer
+    if measured is not None and measured.optimizer == job.optimizer:
+        return along_line(measured.points, sharded(stage, plan))
     gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     states = optimizer_bytes(job, stack)
     has_master = stack.master_weights and weights < 4

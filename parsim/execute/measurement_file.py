@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from parsim.execute.measurement import Measurement, Verification
 from parsim.timeline import breakdown_s
-
-if TYPE_CHECKING:
-    from parsim.execute.measurement import Measurement, Verification
 
 
 def measurement_data(
