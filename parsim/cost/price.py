@@ -94,7 +94,8 @@ def part_time(
 
 def _with_host(time: PassTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0) -> PassTime:
     """A pass with what its host adds: all of its time on a device that is the host, else what is left
-    of it after the device's work (`beside_s`: of another pass that the host launches with this one)."""
+    of it after the device's work (`beside_s`: of another pass that the host launches with this one).
+    """
     if not cluster.device.is_host:
         host_s = max(0.0, host_s - time.total_s - beside_s)
     return time._replace(compute_s=time.compute_s + host_s)
