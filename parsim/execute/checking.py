@@ -92,7 +92,7 @@ def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
         reference.update()
         trainer.recorder.end_step()
     return {
-        "maxgradient_error": worst,
+        "max_gradient_error": worst,
         "parameter": worst_name,
         "max_loss_error": loss_error,
         "steps": case.steps,

@@ -23,6 +23,8 @@ from parsim.errors import ParsimError
 from parsim.execute.heartbeat import WAITING, Beat, Heartbeats, die_with_parent
 
 POLL_S = 0.05
+START_S = 120.0
+"""Silence that is granted before the first step: a busy machine takes long to import torch."""
 LAST_WORDS_S = 1.0
 """How long after the first death files of other ranks are waited for."""
 END_S = 10.0
@@ -82,8 +84,8 @@ class Ranks:
             beats = self._beats()
             if beats != seen:
                 last_change, seen = time.monotonic(), beats
-            elif time.monotonic() - last_change > timeout_s:
-                self._blame_hang(beats, timeout_s)
+            elif time.monotonic() - last_change > (limit_s := _limit_s(beats, timeout_s)):
+                self._blame_hang(beats, limit_s)
         self._read_progress(on_line)
         if not all(self._result(rank).exists() for rank in range(self._world_size)):
             self._blame_failure()
@@ -197,6 +199,12 @@ class Ranks:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
+
+
+def _limit_s(beats: list[Beat], timeout_s: float) -> float:
+    """How long silence is no hang; before the first step, ranks import torch and join."""
+    begun = all(beat.step >= 0 for beat in beats)
+    return timeout_s if begun else max(timeout_s, START_S)
 
 
 def _as_error(rank: int, found: dict[str, Any], beat: Beat) -> ParsimError:
