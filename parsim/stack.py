@@ -57,10 +57,13 @@ class Stack:
     # Communication
     collective_overhead_s: float = 0.0
     """Time every tensor-parallel collective costs beyond the collective itself."""
-    tp_exposed: float = 1.0
-    """Share of tensor-parallel communication that compute does not hide (without tp_overlap)."""
-    tp_overlap_exposed: float = 0.3
-    """The same with tp_overlap."""
+    tp_async_backward: bool = False
+    """A column-parallel product's backward reduces its input's gradient beside the weight gradient and,
+    with sequence parallelism, gathers the input again beside the input gradient (Megatron-LM from
+    2021-10, Korthikanti et al. 2022, section 4.2.2)."""
+    overlap_cost: float = 0.2
+    """Share of tensor-parallel communication beside a GEMM that costs time all the same: it takes SMs
+    and memory bandwidth from the GEMM."""
     dp_overlap: bool = True
     """Gradients are reduced bucket by bucket behind the last backward (and ZeRO-1's parameters
     gathered before the first forward); else after it."""
@@ -98,6 +101,6 @@ class Stack:
         for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown"):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
-        for key in ("tp_exposed", "tp_overlap_exposed", "ep_exposed"):
+        for key in ("overlap_cost", "ep_exposed"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

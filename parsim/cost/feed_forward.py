@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from parsim.cost.cell import Cell
-from parsim.cost.operation import Elementwise, Gemm, Operation, Pass, Transfer
+from parsim.cost.operation import Beside, Elementwise, Gemm, Operation, Pass, Transfer
 from parsim.hardware import DTYPE_BYTES
 from parsim.model import ModelSpec
 from parsim.stack import Stack
@@ -44,7 +44,7 @@ def residual(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwi
     )
 
 
-def enter_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Transfer, ...]:
+def enter_tensor_parallel(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Transfer, ...]:
     """Before a column-parallel GEMM: gather the sequence; its backward scatters the gradient.
 
     Without sequence parallelism the forward has nothing to do and the backward sums the gradient.
@@ -52,12 +52,19 @@ def enter_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Tran
     if cell.tp == 1:
         return ()
     size = cell.tokens * model.hidden * cell.activation_bytes
+    summed: Beside | None = "next weight_grad" if stack.tp_async_backward else None
+    gradient = f"{name} input gradient"
     if not cell.sequence_parallel:
-        return (tensor_parallel(f"{name} input gradient", "all_reduce", size, "backward"),)
-    return (
-        tensor_parallel(f"{name} input", "all_gather", size, "forward"),
-        tensor_parallel(f"{name} input gradient", "reduce_scatter", size, "backward"),
+        return (tensor_parallel(gradient, "all_reduce", size, "backward", summed),)
+    gathered: Beside | None = "next forward" if cell.tp_overlap else None
+    transfers = (
+        tensor_parallel(f"{name} input", "all_gather", size, "forward", gathered),
+        tensor_parallel(gradient, "reduce_scatter", size, "backward", summed),
     )
+    if not stack.tp_async_backward:
+        return transfers
+    again = tensor_parallel(f"{name} input", "all_gather", size, "backward", "next input_grad")
+    return (*transfers, again)
 
 
 def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Transfer, ...]:
@@ -67,14 +74,18 @@ def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Tran
     size = cell.tokens * model.hidden * cell.activation_bytes
     if not cell.sequence_parallel:
         return (tensor_parallel(f"{name} output", "all_reduce", size, "forward"),)
+    forward: Beside | None = "previous forward" if cell.tp_overlap else None
+    backward: Beside | None = "previous input_grad" if cell.tp_overlap else None
     return (
-        tensor_parallel(f"{name} output", "reduce_scatter", size, "forward"),
-        tensor_parallel(f"{name} output gradient", "all_gather", size, "backward"),
+        tensor_parallel(f"{name} output", "reduce_scatter", size, "forward", forward),
+        tensor_parallel(f"{name} output gradient", "all_gather", size, "backward", backward),
     )
 
 
-def tensor_parallel(name: str, kind: str, num_bytes: float, when: Pass) -> Transfer:
-    return Transfer(name=name, stream="tp", kind=kind, num_bytes=num_bytes, when=when)
+def tensor_parallel(
+    name: str, kind: str, num_bytes: float, when: Pass, beside: Beside | None = None
+) -> Transfer:
+    return Transfer(name=name, stream="tp", kind=kind, num_bytes=num_bytes, when=when, beside=beside)
 
 
 def linear(
@@ -105,7 +116,7 @@ def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) 
     columns = (f, f) if model.gated_mlp else (f,)
     x = cell.local_tokens * h * e
     return (
-        *enter_tensor_parallel("feed-forward", model, cell),
+        *enter_tensor_parallel("feed-forward", model, cell, stack),
         *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns),
         activation(T, f, model.gated_mlp, cell, stack),
         *linear("fc2", T, h, f, cell, saved_bytes=T * f * e),

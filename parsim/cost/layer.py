@@ -33,7 +33,7 @@ def layer_operations(model: ModelSpec, layer: int, cell: Cell, stack: Stack) -> 
         feed_forward = mlp_operations(model, model.ffn_hidden, cell, stack)
     return (
         norm("attention norm", model, cell, stack),
-        *enter_tensor_parallel("attention", model, cell),
+        *enter_tensor_parallel("attention", model, cell, stack),
         *attention,
         *leave_tensor_parallel("attention", model, cell),
         residual("attention residual", model, cell, stack),
@@ -79,7 +79,7 @@ def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operati
         backward_bytes=logits * backward,
         saved_bytes=logits * (e if stack.fused_cross_entropy else e + 4),
     )
-    enter = enter_tensor_parallel("head", model, cell)
+    enter = enter_tensor_parallel("head", model, cell, stack)
     reductions: tuple[Transfer, ...] = ()
     if cell.tp > 1:  # the maximum, the target's logit and the sum of exponentials of every token
         reductions = tuple(

@@ -13,6 +13,16 @@ Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 
+Beside = Literal[
+    "attention",  # a ring of transfers, by construction (context parallelism)
+    "next forward",  # one product of the next Gemm in the list, or of the previous one
+    "next input_grad",
+    "next weight_grad",
+    "previous forward",
+    "previous input_grad",
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemm:
     """Y[m, n] = X[m, k] W[k, n], `batch` times; its backward is dX = dY Wᵀ and dW = dYᵀ X."""
@@ -86,8 +96,8 @@ class Transfer:
     num_bytes: float
     """Of the full buffer, as nccl-tests counts."""
     when: Pass
-    hidden_behind: Literal["", "attention"] = ""
-    """Compute that a ring of transfers runs beside by construction (context parallelism)."""
+    beside: Beside | None = None
+    """Compute that this runs beside; None: in the way."""
 
 
 Operation: TypeAlias = Gemm | Attention | Elementwise | Transfer

@@ -9,7 +9,16 @@ from parsim.cost.cell import Cell
 from parsim.cost.collective import collective_s, group_of
 from parsim.cost.gemm import gemm_s
 from parsim.cost.memory_bound import memory_bound_s
-from parsim.cost.operation import PASSES, Attention, Elementwise, Gemm, Operation, Pass, Transfer
+from parsim.cost.operation import (
+    PASSES,
+    Attention,
+    Beside,
+    Elementwise,
+    Gemm,
+    Operation,
+    Pass,
+    Transfer,
+)
 from parsim.cost.recompute import recomputed, recomputed_shares
 from parsim.hardware import Cluster
 from parsim.stack import Stack
@@ -116,13 +125,13 @@ def _recompute(
     if what == "nothing":
         return PassTime()
     shares = recomputed_shares(operations, what)
-    again = tuple(op for op, share in zip(operations, shares, strict=True) if share)
     compute_s = sum(
         share * _forward_s(op, cell, cluster, stack)
         for op, share in zip(operations, shares, strict=True)
         if share
     )
-    time = _transfers_s(again, "forward", cell, cluster, stack)._replace(compute_s=compute_s)
+    time = _transfers_s(operations, "forward", cell, cluster, stack, shares)
+    time = time._replace(compute_s=compute_s)
     return _with_host(time, host_s, cluster) if what == "every_other_gemm" else time
 
 
@@ -185,22 +194,30 @@ def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, b
 
 
 def _transfers_s(
-    operations: tuple[Operation, ...], when: Pass, cell: Cell, cluster: Cluster, stack: Stack
+    operations: tuple[Operation, ...],
+    when: Pass,
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+    shares: tuple[float, ...] | None = None,
 ) -> PassTime:
-    """Exposed communication of one pass, by stream."""
+    """Exposed communication of one pass, by stream; `shares` of the operations, or all of them."""
     total = {"tp": 0.0, "cp": 0.0, "ep": 0.0}
     behind_attention_s = 0.0
-    for op in operations:
+    for i, op in enumerate(operations):
         if not isinstance(op, Transfer) or op.when != when:
             continue
-        seconds = transfer_s(op, cell, cluster)
-        if op.hidden_behind == "attention":
+        share = 1.0 if shares is None else shares[i]
+        seconds = share * transfer_s(op, cell, cluster)
+        if op.beside == "attention":
             behind_attention_s += seconds
-        elif op.stream == "tp":
-            share = stack.tp_overlap_exposed if cell.tp_overlap else stack.tp_exposed
-            total["tp"] += share * seconds + stack.collective_overhead_s
-        else:
-            total[op.stream] += stack.ep_exposed * seconds + stack.collective_overhead_s
+        elif op.beside is not None:
+            cover_s = share * _cover_s(operations, i, op.beside, cell, cluster, stack)
+            hidden_s = min(seconds, cover_s)
+            total[op.stream] += seconds - hidden_s + stack.overlap_cost * hidden_s
+        elif share:
+            exposed = stack.ep_exposed if op.stream == "ep" else 1.0
+            total[op.stream] += exposed * seconds + share * stack.collective_overhead_s
     if behind_attention_s:
         cover_s = sum(
             _attention_s(op, cell, cluster, stack, backward=when == "backward")
@@ -210,6 +227,22 @@ def _transfers_s(
         # The first of cp chunks is local, so a ring has (cp − 1)/cp of the attention to hide behind.
         total["cp"] += max(0.0, behind_attention_s - cover_s * (cell.cp - 1) / cell.cp)
     return PassTime(0.0, total["tp"], total["cp"], total["ep"])
+
+
+def _cover_s(
+    operations: tuple[Operation, ...],
+    i: int,
+    beside: Beside,
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+) -> float:
+    """Seconds of the matrix product that transfer `i` runs beside."""
+    where, product = beside.split()
+    order = operations[i + 1 :] if where == "next" else reversed(operations[:i])
+    gemm = next(op for op in order if isinstance(op, Gemm))
+    price = {"forward": _forward_s, "input_grad": _input_grad_s, "weight_grad": _weight_grad_s}
+    return price[product](gemm, cell, cluster, stack)
 
 
 def transfer_s(op: Transfer, cell: Cell, cluster: Cluster) -> float:

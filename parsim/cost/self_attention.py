@@ -92,7 +92,7 @@ def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
             kind="all_gather",
             num_bytes=size * factor,
             when=when,
-            hidden_behind="attention",
+            beside="attention",
         )
         for when, factor in zip(PASSES, (1, 2), strict=True)
     )

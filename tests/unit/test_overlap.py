@@ -1,0 +1,72 @@
+"""Tensor-parallel communication beside the matrix products that hide it."""
+
+from __future__ import annotations
+
+import pytest
+
+from parsim.cost.cell import Cell, cell_of
+from parsim.cost.layer import layer_operations
+from parsim.cost.operation import Transfer
+from parsim.cost.price import PartTime, part_time
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan
+from parsim.stack import Stack
+from tests.builders import plain_stack, round_cluster
+
+
+def gpt(hidden: int) -> ModelSpec:
+    return ModelSpec(
+        name="gpt", layers=2, hidden=hidden, heads=16, ffn_hidden=4 * hidden, gated_mlp=False,
+        vocab=51200, max_seq_len=2048,
+    )  # fmt: skip
+
+
+def cell(plan: ParallelPlan, hidden: int = 4096) -> Cell:
+    return cell_of(Job(model=gpt(hidden), seq_len=2048, global_batch=1), plan)
+
+
+def layer_time(plan: ParallelPlan, stack: Stack, hidden: int = 4096) -> PartTime:
+    at = cell(plan, hidden)
+    return part_time(layer_operations(gpt(hidden), 0, at, stack), at, round_cluster(), stack)
+
+
+PLAN = ParallelPlan(tp=4, sequence_parallel=True)
+OVERLAPPED = ParallelPlan(tp=4, sequence_parallel=True, tp_overlap=True)
+ASYNC = plain_stack(tp_async_backward=True, overlap_cost=0.0)
+
+
+def kinds(plan: ParallelPlan, stack: Stack, when: str) -> list[str]:
+    operations = layer_operations(gpt(4096), 0, cell(plan), stack)
+    return sorted(op.kind for op in operations if isinstance(op, Transfer) and op.when == when)
+
+
+def test_collectives_of_a_layer_with_sequence_parallelism() -> None:
+    """Korthikanti et al. 2022, section 4.2.2: two of each a pass, and the input gathered again."""
+    assert kinds(PLAN, ASYNC, "forward") == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+    assert kinds(PLAN, ASYNC, "backward") == ["all_gather"] * 4 + ["reduce_scatter"] * 2
+    assert kinds(PLAN, plain_stack(), "backward") == ["all_gather"] * 2 + ["reduce_scatter"] * 2
+
+
+def test_a_long_product_hides_its_transfer() -> None:
+    """Only the two gathers of output gradients stay in the way of an asynchronous backward."""
+    plain, hidden = layer_time(PLAN, plain_stack()), layer_time(PLAN, ASYNC)
+    assert hidden.forward == plain.forward
+    assert hidden.backward.tp_s == pytest.approx(plain.backward.tp_s / 2)
+    assert layer_time(OVERLAPPED, ASYNC).backward.tp_s == 0
+    assert layer_time(OVERLAPPED, ASYNC).forward.tp_s == 0
+
+
+def test_a_small_model_cannot_hide_its_communication() -> None:
+    """Compute shrinks with the square of the width, communication with the width."""
+    shares = [
+        layer_time(OVERLAPPED, ASYNC, hidden).forward.tp_s
+        / layer_time(PLAN, plain_stack(), hidden).forward.tp_s
+        for hidden in (256, 1024, 4096)
+    ]
+    assert shares[0] > shares[1] > shares[2] == 0
+
+
+def test_hidden_communication_costs_its_share() -> None:
+    stack = plain_stack(tp_async_backward=True, overlap_cost=0.25)
+    exposed = layer_time(OVERLAPPED, stack).forward.tp_s
+    assert exposed == pytest.approx(0.25 * layer_time(PLAN, stack).forward.tp_s)
