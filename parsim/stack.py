@@ -39,6 +39,9 @@ class Stack:
     gemm_slowdown: float = 1.0
     """Time of a GEMM in training over the bare kernel's."""
     attention_slowdown: float = 1.0
+    attention_max_flops_per_s: float = 0.0
+    """The most its fused attention reaches on any device: a kernel written for one generation does not
+    use the matrix instructions of the next (FlashAttention-2 on H100). 0: written for the device."""
     memory_bound_slowdown: float = 1.0
 
     # Host
@@ -69,6 +72,9 @@ class Stack:
     gathered before the first forward); else after it."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
+    zero_broadcast_s: float = 0.0
+    """ZeRO's parameters come back by one broadcast from each rank of the shard group, each of this
+    time beyond its transfer (InternEvo); 0: by one all-gather."""
     fsdp_prefetch: bool = True
     """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
     ep_exposed: float = 1.0

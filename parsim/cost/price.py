@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from parsim.cost.attention import attention_s
+from parsim.cost.attention import BACKWARD_FLOPS_RATIO, attention_flops, attention_s
 from parsim.cost.cell import Cell
 from parsim.cost.collective import collective_s, group_of
 from parsim.cost.gemm import gemm_s
@@ -185,12 +185,29 @@ def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, b
             dtype=dtype,
             backward=backward,
         )
-        return stack.attention_slowdown * whole_s / op.context_ranks
+        whole_s *= stack.attention_slowdown
+        if stack.attention_max_flops_per_s:
+            whole_s = max(whole_s, _useful_flops(op, backward) / stack.attention_max_flops_per_s)
+        return whole_s / op.context_ranks
     batch = op.batch * op.heads
     queries = op.seq_len // op.context_ranks
     scores = gemm_s(cluster, queries, op.seq_len, op.head_dim, dtype=dtype, batch=batch)
     values = gemm_s(cluster, queries, op.v_head_dim, op.seq_len, dtype=dtype, batch=batch)
     return stack.gemm_slowdown * (scores + values) * (2 if backward else 1)
+
+
+def _useful_flops(op: Attention, backward: bool) -> float:
+    """FLOPs under the causal mask of the whole sequence."""
+    flops = attention_flops(
+        batch=op.batch,
+        seq_q=op.seq_len,
+        seq_kv=op.seq_len,
+        heads=op.heads,
+        head_dim=op.head_dim,
+        v_head_dim=op.v_head_dim,
+        window=op.window,
+    )
+    return flops * (BACKWARD_FLOPS_RATIO if backward else 1.0)
 
 
 def _transfers_s(

@@ -81,23 +81,25 @@ def _stage_sync(
     gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     dense_ranks = plan.dp * plan.cp
     expert_ranks = max(1, dense_ranks * plan.tp // plan.ep)
+    buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
+    if plan.zero == 3:
+        buckets = max(1, stage.num_layers)
     reduce_s = gather_s = 0.0
     for parameters, ranks, stride in (
         (stage.dense_parameters, dense_ranks, plan.tp),
         (stage.expert_parameters, expert_ranks, plan.ep),
     ):
-        reduce_s += _reduce_s(cluster, parameters * gradients, ranks, stride, plan)
+        reduce_s += buckets * _reduce_s(cluster, parameters * gradients / buckets, ranks, stride, plan)
         if plan.zero:
             group = min(ranks, plan.zero_group or ranks)
-            gather_s += collective_s(
+            gather_s += buckets * collective_s(
                 cluster,
                 "all_gather",
-                parameters * weights,
+                parameters * weights / buckets,
                 group_of(cluster, size=group, stride=stride),
             )
-    buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
-    if plan.zero == 3:
-        buckets = max(1, stage.num_layers)
+    if plan.zero in (1, 2):
+        gather_s += plan.shard_group * stack.zero_broadcast_s
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,

@@ -105,8 +105,9 @@ def test_a_network_ten_times_slower_makes_gradients_ten_times_dearer() -> None:
     plan = ParallelPlan(dp=16, tp=8)  # one rank of a data-parallel group in each node
     slow = round_cluster(inter_node=fast.inter_node.__class__(
         latency_s=0.0, bandwidth_bytes_per_s=1e9, source="", date=""))  # fmt: skip
+    stack = plain_stack(dp_bucket_parameters=1e12)  # one bucket: one latency
     reduce_s = [
-        step_cost(job, plan, CostModel(GPT, cluster, plain_stack())).syncs[0].reduce_s
+        step_cost(job, plan, CostModel(GPT, cluster, stack)).syncs[0].reduce_s
         for cluster in (fast, slow)
     ]
     assert reduce_s[1] == pytest.approx(10 * reduce_s[0], rel=0.01)  # but for latency

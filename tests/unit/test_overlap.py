@@ -8,6 +8,8 @@ from parsim.cost.cell import Cell, cell_of
 from parsim.cost.layer import layer_operations
 from parsim.cost.operation import Transfer
 from parsim.cost.price import PartTime, part_time
+from parsim.cost.stage import CostModel
+from parsim.cost.step import step_cost
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.stack import Stack
@@ -70,3 +72,28 @@ def test_hidden_communication_costs_its_share() -> None:
     stack = plain_stack(tp_async_backward=True, overlap_cost=0.25)
     exposed = layer_time(OVERLAPPED, stack).forward.tp_s
     assert exposed == pytest.approx(0.25 * layer_time(PLAN, stack).forward.tp_s)
+
+
+def test_an_attention_kernel_of_an_older_generation_is_capped() -> None:
+    """4·s²·h/2 causal FLOPs a forward, and the diagonal, at no more than the cap; 2.5 × backward."""
+    uncapped, capped = (
+        layer_time(ParallelPlan(), plain_stack(attention_max_flops_per_s=cap)) for cap in (0.0, 1e12)
+    )
+    flops = 4 * 4096 * 2048 * 2049 / 2
+    gained = [
+        getattr(capped, when).compute_s - getattr(uncapped, when).compute_s
+        for when in ("forward", "input_grad")
+    ]
+    assert gained[1] == pytest.approx(2.5 * gained[0], rel=0.05)
+    assert flops / 1e12 * 0.9 < gained[0] < flops / 1e12
+
+
+def test_broadcasts_of_zero_cost_by_the_rank() -> None:
+    """InternEvo: every rank of the shard group broadcasts what it updated."""
+    job = Job(model=gpt(512), seq_len=2048, global_batch=16)
+    plan = ParallelPlan(dp=16, zero=1)
+    gathers = [
+        step_cost(job, plan, CostModel(job.model, round_cluster(), stack)).syncs[0].gather_s
+        for stack in (plain_stack(), plain_stack(zero_broadcast_s=3e-3))
+    ]
+    assert gathers[1] - gathers[0] == pytest.approx(16 * 3e-3)
