@@ -49,14 +49,17 @@ def along_line(points: Sequence[tuple[float, float]], x: float) -> float:
 def among_points(points: Sequence[tuple[tuple[float, ...], float]], at: tuple[float, ...]) -> float:
     """Value at a place among scattered points, by inverse distance in log space.
 
-    The mean of log value with weights 1/d⁴, so near points decide and the far field is the nearest
-    point's. Source: D. Shepard, "A two-dimensional interpolation function for irregularly-spaced
-    data", Proc. 23rd ACM National Conference, 1968.
+    The mean of log value with weights 1/d⁴, so near points decide; outside the box that the points span
+    the value is that of the nearest place on it. Source: D. Shepard, "A two-dimensional interpolation
+    function for irregularly-spaced data", Proc. 23rd ACM National Conference, 1968.
 
-    >>> round(among_points([((1.0, 1.0), 2.0), ((4.0, 1.0), 8.0)], (2.0, 1.0)), 12)
-    4.0
+    >>> points = [((1.0, 1.0), 2.0), ((4.0, 1.0), 8.0)]
+    >>> round(among_points(points, (2.0, 1.0)), 12), among_points(points, (64.0, 1.0))
+    (4.0, 8.0)
     """
-    where = [math.log(value) for value in at]
+    axes = list(zip(*(place for place, _ in points), strict=True))
+    inside = (min(max(value, min(axis)), max(axis)) for value, axis in zip(at, axes, strict=True))
+    where = [math.log(value) for value in inside]
     total = weighted = 0.0
     for place, value in points:
         distance = sum((math.log(p) - w) ** 2 for p, w in zip(place, where, strict=True))
