@@ -45,6 +45,12 @@ NEAREST_STACK = {
 }
 """Stands in for frameworks that have no Stack of their own."""
 
+NO_OVERLAP = "all comm overlap disabled"
+"""What the notes of a row say where no communication runs beside compute."""
+
+ROW_SETTINGS = ("fused_elementwise", "dp_overlap", "pp_overlap", "fsdp_prefetch")
+"""Settings of a Stack that a row may state for itself."""
+
 MAX_ACTIONS = 2_000_000
 """Forwards of all stages in a step; more is a slip of the pen, and would run for hours."""
 
@@ -184,6 +190,9 @@ def _stack(cells: _Cells, library: Library) -> Stack:
     compiled = cells.flag("compile")
     if compiled is not None and compiled != stack.fused_elementwise:
         stack = replace(stack, fused_elementwise=compiled)
+    if NO_OVERLAP in cells.text("notes").lower():
+        cells.assumed.append("no overlap of communication, by the row's notes")
+        stack = replace(stack, dp_overlap=False, pp_overlap=False, fsdp_prefetch=False)
     return stack
 
 
@@ -217,12 +226,6 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
     if not recompute:
         recompute = stack.default_recompute
         cells.assumed.append(f"recompute not stated: {stack.name} default {recompute}")
-    tp_overlap = cells.flag("tp_overlap")
-    if tp_overlap is None:
-        tp_overlap = stack.default_tp_overlap and tp > 1
-        if tp > 1:
-            state = "on" if tp_overlap else "off"
-            cells.assumed.append(f"tp_overlap not stated: {stack.name} default {state}")
     return ParallelPlan(
         dp=dp,
         tp=tp,
@@ -236,8 +239,18 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
         zero_group=zero_group,
         sequence_parallel=_sequence_parallel(cells, tp),
         recompute=recompute,  # type: ignore[arg-type]  # ParallelPlan refuses other words
-        tp_overlap=tp_overlap,
+        tp_overlap=_tp_overlap(cells, stack, tp),
     )
+
+
+def _tp_overlap(cells: _Cells, stack: Stack, tp: int) -> bool:
+    stated, notes = cells.flag("tp_overlap"), cells.text("notes").lower()
+    if tp == 1 or NO_OVERLAP in notes or "tp-comm-overlap off" in notes:
+        return False
+    if stated is None:
+        stated = stack.default_tp_overlap
+        cells.assumed.append(f"tp_overlap not stated: {stack.name} default {'on' if stated else 'off'}")
+    return stated
 
 
 def _zero(cells: _Cells, stack: Stack, *, dp: int, cp: int, node_ranks: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from scipy.optimize import least_squares
 
 from parsim.compare.csv_table import Row
 from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import Library, Run, measured_s, run_of
+from parsim.compare.run_rows import ROW_SETTINGS, Library, Run, measured_s, run_of
 from parsim.compare.statistics import Summary, summarize
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError, did_you_mean
@@ -175,9 +175,8 @@ def _errors(measured: Sequence[_Measured], stack: Stack) -> list[float]:
     errors = []
     for row in measured:
         run = row.run
-        # `compile` in a row decides this one setting, whatever the stack says.
-        own = replace(stack, fused_elementwise=run.stack.fused_elementwise)
-        key = (run.job.model, run.cluster_key, own.fused_elementwise)
+        own = _with_settings_of(stack, run.stack)
+        key = (run.job.model, run.cluster_key, own)
         if key not in costs:
             costs[key] = CostModel(run.job.model, run.cluster, own)
         step = (run.job, run.plan, key)
@@ -185,6 +184,11 @@ def _errors(measured: Sequence[_Measured], stack: Stack) -> list[float]:
             steps[step] = quick_step_s(run, costs[key])
         errors.append(steps[step] / row.seconds - 1)
     return errors
+
+
+def _with_settings_of(stack: Stack, row: Stack) -> Stack:
+    """A candidate with the settings that a row states for itself."""
+    return replace(stack, **{name: getattr(row, name) for name in ROW_SETTINGS})
 
 
 def quick_step_s(run: Run, costs: CostModel) -> float:
