@@ -11,6 +11,7 @@ NCCL's tuning.cc for what each algorithm's latency is made of.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from parsim.cost.interpolation import along_line
@@ -140,14 +141,13 @@ def collective_fit(cluster: Cluster, kind: str, size: int) -> CollectiveFit:
             exponent=1.0,
         )
         return CollectiveFit(kind=kind, gpus=size, long=default, source="", date="", fitted_to="")
-    above = [f for f in fits if f.gpus >= size]
-    if len(fits) == 1 or (above and above[0] is fits[0]):
+    place = bisect_left([f.gpus for f in fits], size)
+    if place == 0 or len(fits) == 1:
         return fits[0]
-    if above:
-        low, high = fits[fits.index(above[0]) - 1], above[0]
-    else:
-        low, high = fits[-2], fits[-1]
-    return _between(low, high, size)
+    if place < len(fits) and fits[place].gpus == size:
+        return fits[place]
+    high = min(place, len(fits) - 1)
+    return _between(fits[high - 1], fits[high], size)
 
 
 def _between(low: CollectiveFit, high: CollectiveFit, size: int) -> CollectiveFit:
@@ -178,14 +178,13 @@ def _between(low: CollectiveFit, high: CollectiveFit, size: int) -> CollectiveFi
     )
 
 
-def _inside(cluster: Cluster, kind: str, num_bytes: float, size: int) -> tuple[float, float]:
+def _inside(cluster: Cluster, kind: str, size: int) -> tuple[float, float]:
     """(latency of a small message, bus bandwidth of long ones) among `size` ranks of one domain."""
     bandwidth = cluster.intra_node.bandwidth_bytes_per_s
     if size == 1:
         return 0.0, bandwidth
     fit = collective_fit(cluster, kind, size)
-    used = fit.short if fit.short is not None and num_bytes < fit.switch_bytes else fit.long
-    return used.latency_s, fit.long.bus_efficiency * bandwidth
+    return (fit.short or fit.long).latency_s, fit.long.bus_efficiency * bandwidth
 
 
 def _hop_s(network: Link) -> float:
@@ -198,7 +197,7 @@ def _ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> floa
     Each link carries wire_factor(n) · bytes at min(bus bandwidth, local · network interface); the first
     byte passes every rank, and every border between domains.
     """
-    latency_s, bus = _inside(cluster, kind, num_bytes, group.local)
+    latency_s, bus = _inside(cluster, kind, group.local)
     passes = 2 if kind == "all_reduce" else 1
     latency_s = group.domains * latency_s + passes * (group.domains - 1) * _hop_s(cluster.inter_node)
     wire_bytes = wire_factor(kind, group.size) * num_bytes
@@ -212,7 +211,7 @@ def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     Up and down the tree every domain sends its data twice, with two domains once; the latency is
     2 · log2(domains) hops.
     """
-    latency_s, bus = _inside(cluster, "all_reduce", num_bytes, group.local)
+    latency_s, bus = _inside(cluster, "all_reduce", group.local)
     latency_s += 2 * math.ceil(math.log2(group.domains)) * _hop_s(cluster.inter_node)
     inside_s = wire_factor("all_reduce", group.local) * num_bytes / bus
     sent = 1 if group.domains == 2 else 2
@@ -222,7 +221,7 @@ def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
 
 def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     """all_to_all: each rank sends 1/n of its buffer to every other, through its own interface."""
-    latency_s, bus = _inside(cluster, "all_to_all", num_bytes, group.local)
+    latency_s, bus = _inside(cluster, "all_to_all", group.local)
     each = num_bytes / group.size
     network_s = (group.size - group.local) * each / _network_bytes_per_s(cluster, 1)
     transfer_s = _slower((group.local - 1) * each / bus, network_s)
