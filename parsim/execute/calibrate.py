@@ -35,14 +35,6 @@ class Calibration:
     complete: bool
     """Whether every point was timed; False when the time was spent or the run interrupted before."""
 
-    def median_s(self, family: str, variant: str) -> float:
-        """Seconds of the largest point of a family and variant."""
-        return max(
-            (row.point.size, row.seconds)
-            for row in self.timed
-            if (row.point.family, row.point.variant) == (family, variant)
-        )[1]
-
 
 def calibrate(
     *,
