@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
+import signal
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import parsim
@@ -159,23 +162,44 @@ def _launch(
 ) -> list[list[dict[str, Any]]]:
     """What each rank left for each case. No process and no file outlives this."""
     world_size = cases[0].plan.gpus
-    folder = Path(tempfile.mkdtemp(prefix="parsim-run-"))
-    try:
-        request = {
-            "device": device,
-            "cases": [encode_case(case) for case in cases],
-            # The watcher knows who hangs, torch only who waits: let the watcher be first.
-            "library_timeout_s": 2 * timeout_s + 60,
-        }
+    request = {
+        "device": device,
+        "cases": [encode_case(case) for case in cases],
+        # The watcher knows who hangs, torch only who waits: let the watcher be first.
+        "library_timeout_s": 2 * timeout_s + 60,
+    }
+    with _ended_by_terminate(), _temporary_folder() as folder:
         (folder / "request.json").write_text(json.dumps(request))
-        with Ranks(_command(world_size, folder), _environment(device), folder, world_size) as ranks:
+        command, environment = _command(world_size, folder), _environment(device)
+        with Ranks(command, environment, folder, world_size) as ranks:
             ranks.watch(timeout_s=timeout_s, on_line=_reporter(on_step))
         return [
             json.loads((folder / f"rank-{rank}.json").read_text())["results"]
             for rank in range(world_size)
         ]
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="parsim-run-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextmanager
+def _ended_by_terminate() -> Iterator[None]:
+    """Let SIGTERM, by which `timeout` and job schedulers end a program, end it as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(world_size: int, folder: Path) -> list[str]:

@@ -212,14 +212,17 @@ def test_a_stopped_rank_is_named_and_not_those_that_wait_for_it(temporary: Path)
     assert leftovers(temporary) == []
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_leaves_nothing_behind(temporary: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run_until(1, interrupt)
+@pytest.mark.parametrize(
+    ("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_an_interrupted_run_leaves_nothing_behind(
+    temporary: Path, sent: signal.Signals, raised: type[BaseException]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(raised):
+        run_until(1, lambda: signal.raise_signal(sent))
     assert leftovers(temporary) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_error_in_a_rank_is_told_in_one_line_with_the_traceback_as_a_note(
