@@ -16,13 +16,13 @@ NEAR = 0.1
 
 
 def along_line(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Time at size x from (size, time) points: straight lines over log size.
+    """Time at size x from (size, time) points: straight lines, as latency + size / bandwidth is one.
 
     Past the last point the time grows linearly with the size at the slope of the last two; below the
     first it shrinks at the slope of the first two but never under half the first time, which is latency.
 
-    >>> along_line([(1.0, 2.0), (4.0, 6.0)], 2.0)
-    4.0
+    >>> along_line([(1.0, 2.0), (5.0, 6.0)], 2.0)
+    3.0
     >>> along_line([(1.0, 2.0), (4.0, 8.0)], 8.0)
     16.0
     """
@@ -42,8 +42,7 @@ def along_line(points: Sequence[tuple[float, float]], x: float) -> float:
         slope = max((t1 - t0) / (x1 - x0), 0.0)
         return t1 + slope * (x - x1)
     (x0, t0), (x1, t1) = ordered[at - 1], ordered[at]
-    weight = math.log(x / x0) / math.log(x1 / x0)
-    return t0 + weight * (t1 - t0)
+    return t0 + (t1 - t0) * (x - x0) / (x1 - x0)
 
 
 def among_points(points: Sequence[tuple[tuple[float, ...], float]], at: tuple[float, ...]) -> float:
