@@ -26,6 +26,8 @@ Taken = TypeVar("Taken", GemmFit, AttentionFit, MemoryBoundFit, CollectiveFit)
 
 ROWS_FOR_A_FIT = 100
 """A dtype with fewer GEMMs is not fitted."""
+OUTLIER = 0.3
+"""Relative error from which a row, seen by the fit, is called an outlier."""
 POWER_EXPONENT = 0.25
 """Of the power limit in the rate of GEMMs on the same chip: best seen 252.9 TFLOP/s on A100 PCIe (300 W)
 and 271.2 on A100 SXM (400 W), stas00/ml-engineering, MAMF table."""
@@ -106,13 +108,12 @@ def derive_kernels(
     relative: str,
     rate: float = 1.0,
     dtypes: Mapping[str, str] | None = None,
-    same_chip: bool,
 ) -> Kernels:
     """Constants for a device that was not measured, from its nearest relative's.
 
-    Efficiencies are shares of the data sheet's figures, so they carry over; `rate` scales those of GEMM
-    and attention, `dtypes` keeps some dtypes under new names ({"bf16": "fp16"}). Only on the same chip
-    do the library's choices (residuals) carry over too.
+    Efficiencies are shares of the data sheet's figures, so they carry over; the library's choices
+    (residuals) do not. `rate` scales the efficiencies of GEMM and attention, `dtypes` keeps some dtypes
+    under new names ({"bf16": "fp16"}).
     """
 
     def taken(noun: Taken) -> Taken:
@@ -128,7 +129,7 @@ def derive_kernels(
                 taken(fit),
                 dtype=names[fit.dtype],
                 tiles=tuple((a, b, round(min(1.0, e * rate), 4)) for a, b, e in fit.tiles),
-                residuals=fit.residuals if same_chip else None,
+                residuals=None,
             )
             for fit in kernels.gemm
             if fit.dtype in names
@@ -138,7 +139,7 @@ def derive_kernels(
                 taken(fit),
                 dtype=names[fit.dtype],
                 efficiency=round(min(1.0, fit.efficiency * rate), 4),
-                residuals=fit.residuals if same_chip else None,
+                residuals=None,
             )
             for fit in kernels.attention
         ),
@@ -148,7 +149,7 @@ def derive_kernels(
 
 
 def outliers(fit: GemmFit, device: Device, rows: Sequence[GemmRow]) -> list[tuple[GemmRow, str]]:
-    """Rows that beat the data sheet, or whose error is beyond half of the measured time, and why."""
+    """Rows that beat the data sheet, or that break their neighbours' trend by OUTLIER, and why."""
     peak = device.peak_flops_per_s[fit.dtype]
     found = []
     for row in rows:
@@ -157,6 +158,6 @@ def outliers(fit: GemmFit, device: Device, rows: Sequence[GemmRow]) -> list[tupl
         error = predict_gemm_s(fit, device, row) / row.measured_s - 1
         if row.flops / row.measured_s > peak:
             found.append((row, f"{row.flops / row.measured_s / peak:.2f} of the data sheet's peak"))
-        elif abs(error) > 0.5:
+        elif abs(error) > OUTLIER:
             found.append((row, f"predicted {error:+.0%}, out of its neighbours' trend"))
     return found

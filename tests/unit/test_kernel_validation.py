@@ -205,9 +205,7 @@ def test_layouts_are_compared_with_the_forward() -> None:
 
 def test_relatives_keep_shares_of_the_data_sheet() -> None:
     kernels = load_cluster("a100-sxm-80gb").kernels
-    volta = derive_kernels(
-        kernels, relative="a100-sxm-80gb", rate=0.5, dtypes={"bf16": "fp16"}, same_chip=False
-    )
+    volta = derive_kernels(kernels, relative="a100-sxm-80gb", rate=0.5, dtypes={"bf16": "fp16"})
     assert volta.relative == "a100-sxm-80gb"
     (fit,) = volta.gemm
     assert (fit.dtype, fit.residuals) == ("fp16", None)
