@@ -131,6 +131,8 @@ def _check(cases: Sequence[Case], device: str) -> None:
         raise ParsimError(
             "running a plan needs PyTorch", hint="install it with: pip install 'parsim[torch]'"
         )
+    if not hasattr(os, "pidfd_open"):
+        raise ParsimError("running a plan needs Linux", got=sys.platform)
     if device not in ("cpu", "cuda"):
         raise ParsimError("unknown device", where="device", got=device, expected="cpu, cuda")
     for case in cases:

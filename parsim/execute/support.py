@@ -1,4 +1,4 @@
-"""What the torch executor runs, and what it refuses and why. Standard library only.
+"""What the torch executor runs, and what it refuses and why.
 
 A plan is refused where torch lacks a part of it or computes it wrong; nothing is approximated.
 """
@@ -6,12 +6,12 @@ A plan is refused where torch lacks a part of it or computes it wrong; nothing i
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan, stage_layers
-from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule
+from parsim.schedule.action import INPUT_GRAD, Schedule
+from parsim.schedule.check import check_schedule, divisors
 
 DTYPES = ("fp64", "fp32", "bf16")
 STALE_WEIGHTS = ("pipedream", "pipedream-2bw")
@@ -83,7 +83,7 @@ def _check_sizes(job: Job, plan: ParallelPlan) -> None:
                 f"tp must divide {key}",
                 where="tp",
                 got=f"tp {plan.tp}, {key} {size}",
-                hint=f"legal for {key}: {_divisors(size)}",
+                hint=f"legal for {key}: {divisors(size)}",
             )
     if job.global_batch % (plan.dp * plan.micro_batch):
         raise ParsimError(
@@ -92,10 +92,6 @@ def _check_sizes(job: Job, plan: ParallelPlan) -> None:
             got=job.global_batch,
             expected=f"a multiple of {plan.dp * plan.micro_batch}",
         )
-
-
-def _divisors(size: int) -> str:
-    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
 
 
 def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
@@ -145,31 +141,7 @@ def _check_schedule(job: Job, plan: ParallelPlan, schedule: Schedule) -> None:
                 got=got,
                 expected=str(expected),
             )
-    _check_complete(schedule, plan, micro_batches)
-
-
-def _check_complete(schedule: Schedule, plan: ParallelPlan, micro_batches: int) -> None:
-    """Every micro-batch goes once forward and once backward through each stage, on one rank."""
-    counts = Counter(schedule.actions())
-    for stage in range(plan.num_stages):
-        for i in range(micro_batches):
-            forward, whole, part, weight = (
-                counts[Action(stage, kind, i)] for kind in (FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD)
-            )
-            if forward != 1 or whole + part != 1 or part != weight:
-                raise ParsimError(
-                    "each stage takes each micro-batch forward once, and backward once (B, or I and W)",
-                    where=f"schedule {schedule.name}, stage {stage}, micro-batch {i}",
-                    got=f"F {forward}, B {whole}, I {part}, W {weight} times",
-                )
-    homes = {(a.stage, rank) for rank, row in enumerate(schedule.ranks) for a in row}
-    if len(homes) > plan.num_stages:
-        doubled = next(s for s, n in Counter(stage for stage, _ in homes).items() if n > 1)
-        raise _refuse(
-            "schedules that hold a stage on several ranks",
-            f"schedule {schedule.name}",
-            f"stage {doubled}",
-        )
+    check_schedule(schedule)
 
 
 def shrunken(job: Job, plan: ParallelPlan) -> Job:

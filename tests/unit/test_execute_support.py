@@ -113,13 +113,14 @@ def test_zero_3_with_split_backwards_would_lose_gradients() -> None:
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        (rows("0F0 0B0", "1F0"), "forward once, and backward once"),
-        (rows("0F0 0B0 0B0", "1F0 1B0"), "forward once, and backward once"),
-        (rows("0F0 0I0", "1F0 1B0"), "forward once, and backward once"),
+        (rows("0F0 0B0", "1F0"), "forward and backward exactly once"),
+        (rows("0F0 0I0", "1F0 1B0"), "forward and backward exactly once"),
+        (rows("0F0 0B0 0B0", "1F0 1B0"), "stands twice"),
+        (rows("0F0 0B0", "1B0 1F0"), "deadlocks"),
         (rows("0F0 0B0 0F1 0B1", "1F0 1B0 1F1 1B1"), "another number of micro-batches"),
         (rows("0F0 0B0"), "another number of pipeline ranks"),
         (rows("0F0 0B0 2F0 2B0", "1F0 1B0"), "another number of stages"),
-        (rows("0F0 1B0", "1F0 0B0"), "a stage on several ranks"),
+        (rows("0F0 1B0", "1F0 0B0"), "has actions on two ranks"),
     ],
 )
 def test_schedules_that_do_not_fit_the_plan_are_refused(schedule: Schedule, said: str) -> None:
