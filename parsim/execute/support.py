@@ -69,13 +69,13 @@ def _check_sizes(job: Job, plan: ParallelPlan) -> None:
     if plan.sequence_parallel:
         sizes["seq_len"] = job.seq_len
     if model.position == "learned":
-        sizes["max_seq_len"] = model.max_seq_len
-        if job.seq_len > model.max_seq_len:
+        sizes["position_rows"] = rows = model.position_rows or model.max_seq_len
+        if job.seq_len > rows:
             raise ParsimError(
                 "the model has no positions for sequences this long",
                 where="seq_len",
                 got=job.seq_len,
-                expected=f"at most {model.max_seq_len}",
+                expected=f"at most {rows}",
             )
     for key, size in sizes.items():
         if size % plan.tp:
@@ -168,5 +168,6 @@ def shrunken(job: Job, plan: ParallelPlan) -> Job:
         ffn_hidden=plan.tp * 24,
         vocab=plan.tp * 48,
         max_seq_len=seq_len,
+        position_rows=0,
     )
     return dataclasses.replace(job, model=small, seq_len=seq_len)

@@ -39,7 +39,10 @@ def whole(spec: ModelSpec) -> Part:
 
 
 def make_norm(spec: ModelSpec, width: int) -> nn.Module:
-    return nn.RMSNorm(width, eps=1e-5) if spec.norm == "rmsnorm" else nn.LayerNorm(width, eps=1e-5)
+    """The model's kind of norm."""
+    if spec.norm == "rmsnorm":
+        return nn.RMSNorm(width, eps=1e-5)
+    return nn.LayerNorm(width, eps=1e-5, bias=spec.norm_bias)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -133,8 +136,8 @@ class Embedding(nn.Module):  # type: ignore[misc]
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.token = nn.Embedding(spec.vocab, spec.hidden)
-        learned = spec.position == "learned"
-        self.position = nn.Embedding(spec.max_seq_len, spec.hidden) if learned else None
+        learned, rows = spec.position == "learned", spec.position_rows or spec.max_seq_len
+        self.position = nn.Embedding(rows, spec.hidden) if learned else None
         self.norm = make_norm(spec, spec.hidden) if spec.embedding_norm else None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,9 @@ GPT = dataclasses.replace(
     LLAMA, kv_heads=4, gated_mlp=False, norm="layernorm", position="learned", linear_bias=True
 )
 BLOOM = dataclasses.replace(GPT, position="none", embedding_norm=True, tied_embeddings=True)
+OPT = dataclasses.replace(GPT, position_rows=18, norm_bias=False)
 QWEN = dataclasses.replace(LLAMA, head_dim=6, qkv_bias=True, qk_norm=True, final_norm=False)
-MODELS = pytest.mark.parametrize("spec", [LLAMA, GPT, BLOOM, QWEN])
+MODELS = pytest.mark.parametrize("spec", [LLAMA, GPT, BLOOM, OPT, QWEN])
 
 
 def made(spec: ModelSpec, part: Part | None = None, **options: Any) -> Transformer:
