@@ -47,6 +47,7 @@ def plan(
     dp: Annotated[str, _choice("dp", "data-parallel sizes")] = "",
     tp: Annotated[str, _choice("tp", "tensor-parallel sizes")] = "",
     pp: Annotated[str, _choice("pp", "pipeline sizes")] = "",
+    cp: Annotated[str, _choice("cp", "context-parallel sizes")] = "",
     ep: Annotated[str, _choice("ep", "expert-parallel sizes")] = "",
     vpp: Annotated[str, _choice("vpp", "numbers of chunks a rank")] = "",
     micro_batch: Annotated[str, _choice("micro-batch", "micro-batch sizes")] = "",
@@ -58,7 +59,7 @@ def plan(
     ] = 60.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Rank all splits of N GPUs over dp, tp and pp for a model.
+    """Rank all splits of N GPUs over dp, tp, pp and cp for a model.
 
     \b
     Examples:
@@ -79,7 +80,7 @@ def plan(
         memory=memory,
     )
     setup = load_setup(flags)
-    given = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
+    given = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
              "zero": zero, "recompute": recompute, "schedule": schedule}  # fmt: skip
     constraints = read_constraints({key: text for key, text in given.items() if text})
     with progress() as report:
@@ -160,13 +161,13 @@ def print_result(
         plan = p.plan
         share = {key: seconds / p.step_time_s for key, seconds in p.breakdown_s.items()}
         exposed = sum(part for key, part in share.items() if key.endswith("_exposed"))
-        sizes = (rank, plan.dp, plan.tp, plan.pp, plan.ep, plan.vpp, plan.micro_batch)
+        sizes = (rank, plan.dp, plan.tp, plan.pp, plan.cp, plan.ep, plan.vpp, plan.micro_batch)
         rows.append([
             *map(str, sizes), plan.schedule, str(plan.zero), plan.recompute,
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
             format_bytes(p.memory.peak), _why_slower(p, result.plans[0]),
         ])  # fmt: skip
-    headers = ["", "dp", "tp", "pp", "ep", "vpp", "mb", "schedule", "zero", "recompute",
+    headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "recompute",
                "step", "MFU", "bubble", "comm", "memory", "why not first"]  # fmt: skip
     print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
     space = result.space

@@ -137,8 +137,8 @@ def _tried(
     from parsim.charts.comparison import draw_comparison
     from parsim.charts.gantt import draw_gantt
     from parsim.cli.run import measure
-    from parsim.execute.measurement_file import measurement_data
     from parsim.config import dump_json, write_file
+    from parsim.execute.measurement_file import measurement_data
     from parsim.export.chrome_trace import write_chrome_trace
     from parsim.schedule import make_schedule
     from parsim.simulate.fold import unfolded

@@ -66,9 +66,9 @@ def run(
       parsim run dp=2,tp=1,pp=1,micro_batch=4 --model tiny-llama-8l --steps 20
       parsim run best.json --verify --chart comparison.png -o measurement.json
     """
-    from parsim.execute.measurement_file import measurement_data
     from parsim.config import dump_json, write_file
     from parsim.execute.devices import available_gpus
+    from parsim.execute.measurement_file import measurement_data
     from parsim.schedule import make_schedule
 
     use_gpus = device is DeviceKind.CUDA or (device is DeviceKind.AUTO and available_gpus() > 0)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parsim.errors import ParsimError
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import Job, ParallelPlan, Recompute
 
 MAX_GPUS = 1_000_000
-RECOMPUTE_MODES = ("none", "selective", "full")
+SHORTEST_PIECE = 4096
+"""Tokens of a sequence below which nobody cuts it further."""
+RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +21,12 @@ class Constraints:
     tp: tuple[int, ...] = ()
     pp: tuple[int, ...] = ()
     dp: tuple[int, ...] = ()
+    cp: tuple[int, ...] = ()
     ep: tuple[int, ...] = ()
     vpp: tuple[int, ...] = ()
     micro_batch: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
-    recompute: tuple[str, ...] = ()
+    recompute: tuple[Recompute, ...] = ()
     schedule: tuple[str, ...] = ()
 
 
@@ -47,7 +49,7 @@ def check_constraints(gpus: int, constraints: Constraints) -> None:
             got=gpus,
             expected=f"1 to {MAX_GPUS}",
         )
-    for key in ("tp", "pp", "dp"):
+    for key in ("tp", "pp", "dp", "cp"):
         sizes = getattr(constraints, key)
         if sizes and all(gpus % size for size in sizes):
             raise ParsimError(
@@ -59,45 +61,52 @@ def check_constraints(gpus: int, constraints: Constraints) -> None:
 
 
 def enumerate_plans(job: Job, gpus: int, constraints: Constraints) -> Iterator[ParallelPlan]:
-    """Every split of `gpus` over dp, tp and pp, with every micro-batch, vpp, recompute and zero.
+    """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, vpp, recompute and zero.
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
-    left out: ZeRO where dp = 1, chunks where pp = 1, micro-batches beyond the batch of a dp rank.
+    left out: ZeRO where dp·cp = 1, chunks where pp = 1, micro-batches beyond the batch of a dp rank.
+    Sequences are cut into pieces of SHORTEST_PIECE tokens at the least, unless the user asks for more.
     """
     for tp in _allowed(divisors(gpus), constraints.tp):
         for pp in _allowed(divisors(gpus // tp), constraints.pp):
-            dp = gpus // (tp * pp)
-            if constraints.dp and dp not in constraints.dp:
-                continue
-            yield from _splits(job, constraints, dp, tp, pp)
+            for cp in _context_sizes(job, gpus // (tp * pp), constraints):
+                dp = gpus // (tp * pp * cp)
+                if not constraints.dp or dp in constraints.dp:
+                    yield from _splits(job, constraints, ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp))
+
+
+def _context_sizes(job: Job, ranks: int, constraints: Constraints) -> list[int]:
+    if constraints.cp:
+        return _allowed(divisors(ranks), constraints.cp)
+    return [cp for cp in divisors(ranks) if cp == 1 or job.seq_len >= cp * SHORTEST_PIECE]
 
 
 def _allowed(values: list[int], wanted: tuple[int, ...]) -> list[int]:
     return [v for v in values if v in wanted] if wanted else values
 
 
-def _splits(job: Job, constraints: Constraints, dp: int, tp: int, pp: int) -> Iterator[ParallelPlan]:
-    """Plans of one (dp, tp, pp)."""
+def _splits(job: Job, constraints: Constraints, split: ParallelPlan) -> Iterator[ParallelPlan]:
+    """Plans of one (dp, tp, pp, cp)."""
     experts = job.model.moe.experts if job.model.moe else 1
-    eps = [ep for ep in divisors(experts) if dp * tp % ep == 0]
-    micro_batches = constraints.micro_batch or divisors(max(1, job.global_batch // dp))
+    ranks = split.dp * split.tp * split.cp
+    eps = [ep for ep in divisors(experts) if ranks % ep == 0]
+    micro_batches = constraints.micro_batch or divisors(max(1, job.global_batch // split.dp))
+    stages = constraints.zero or ((0, 1) if split.dp * split.cp > 1 else (0,))
     for ep in _allowed(eps, constraints.ep):
-        for schedule, vpp in _chunks(job, constraints, pp):
+        for schedule, vpp in _chunks(job, constraints, split.pp):
             for recompute in constraints.recompute or RECOMPUTE_MODES:
-                for zero in _allowed([0, 1] if dp > 1 else [0], constraints.zero):
-                    base = ParallelPlan(
-                        dp=dp,
-                        tp=tp,
-                        pp=pp,
+                for zero in stages:
+                    base = replace(
+                        split,
                         ep=ep,
                         vpp=vpp,
                         schedule=schedule,
                         zero=zero,
-                        sequence_parallel=tp > 1,
-                        recompute=recompute,  # type: ignore[arg-type]
+                        sequence_parallel=split.tp > 1,
+                        recompute=recompute,
                     )
                     for micro_batch in micro_batches:
-                        yield dataclasses.replace(base, micro_batch=micro_batch)
+                        yield replace(base, micro_batch=micro_batch)
 
 
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
