@@ -28,8 +28,8 @@ NETWORK_EFFICIENCY = 0.93
 0.93 on sixteen H200 nodes, 0.84 of 4 x 100 Gb/s on two A100 nodes (see docs/kernels.md)."""
 NETWORK_HOP_S = 5e-6
 """What the host's proxy adds to each hop: 32 KiB over four A100 nodes in 68 us, 26 us of it inside."""
-NETWORK_EXPONENT = 0.8
-"""Between a network's latency and its transfer time: chunks in flight hide neither wholly."""
+TREE_EXPONENT = 0.8
+"""Between a tree's latency and its transfer time: more chunks in flight cost more latencies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +194,15 @@ def _hop_s(network: Link) -> float:
 def _ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> float:
     """One ring through all ranks, cut into `local` rings that cross the network on different devices.
 
-    Each link carries wire_factor(n) · bytes at min(bus bandwidth, local · network interface); the first
-    byte passes every rank, and every border between domains.
+    Each link carries wire_factor(n) · bytes at min(ring's bus bandwidth, local · network interface); the
+    first byte passes every rank and every border between domains, for an all-reduce twice.
     """
-    latency_s, bus = _inside(cluster, kind, group.local)
-    passes = 2 if kind == "all_reduce" else 1
-    latency_s = group.domains * latency_s + passes * (group.domains - 1) * _hop_s(cluster.inter_node)
+    latency_s, bus = _inside(cluster, "all_gather", group.local)
+    next_domain_s = _hop_s(cluster.inter_node) + (group.local - 1) * cluster.intra_node.latency_s
+    latency_s += (group.domains - 1) * next_domain_s
     wire_bytes = wire_factor(kind, group.size) * num_bytes
     transfer_s = _slower(wire_bytes / bus, wire_bytes / _network_bytes_per_s(cluster, group.local))
-    return _joined(latency_s, transfer_s, NETWORK_EXPONENT)
+    return (2 if kind == "all_reduce" else 1) * latency_s + transfer_s
 
 
 def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
@@ -216,7 +216,7 @@ def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     inside_s = wire_factor("all_reduce", group.local) * num_bytes / bus
     sent = 1 if group.domains == 2 else 2
     network_s = sent * num_bytes / _network_bytes_per_s(cluster, group.local)
-    return _joined(latency_s, _slower(inside_s, network_s), NETWORK_EXPONENT)
+    return _joined(latency_s, _slower(inside_s, network_s), TREE_EXPONENT)
 
 
 def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
@@ -224,8 +224,8 @@ def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     latency_s, bus = _inside(cluster, "all_to_all", group.local)
     each = num_bytes / group.size
     network_s = (group.size - group.local) * each / _network_bytes_per_s(cluster, 1)
-    transfer_s = _slower((group.local - 1) * each / bus, network_s)
-    return _joined(latency_s + _hop_s(cluster.inter_node), transfer_s, NETWORK_EXPONENT)
+    inside_s = (group.local - 1) * each / bus
+    return latency_s + _hop_s(cluster.inter_node) + _slower(inside_s, network_s)
 
 
 def _network_bytes_per_s(cluster: Cluster, interfaces: int) -> float:
