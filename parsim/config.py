@@ -28,6 +28,7 @@ from parsim.stack import Stack
 from parsim.units import parse_field
 
 T = TypeVar("T")
+LISTED_BY = {"model": "`parsim models` lists them", "hardware": "`parsim hardware` lists them"}
 MAX_FILE_BYTES = 64 * 2**20
 """Larger configuration files are refused before they are read."""
 
@@ -58,18 +59,18 @@ def find(kind: str, name: str, *, what: str) -> Path:
     path = Path(name)
     looks_like_path = path.suffix in (".toml", ".json") or len(path.parts) > 1
     if looks_like_path:
-        if _is_file(path):
+        if is_file(path):
             return path
         raise ParsimError(f"no such {what} file", where=name)
     raise ParsimError(
         f"unknown {what} {name!r}",
-        expected=f"one of {len(known)} shipped names, or a path to a file",
-        hint=did_you_mean(name, known)
-        or f"`parsim {what if what == 'hardware' else what + 's'}` lists them",
+        expected=(", ".join(known) if len(known) <= 15 else f"one of {len(known)} shipped names")
+        + ", or a path to a file",
+        hint=did_you_mean(name, known) or LISTED_BY.get(what),
     )
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name too long for the file system, or with a null byte

@@ -1,6 +1,6 @@
 """The errors parsim raises on purpose.
 
-ParsimError            bad input: one message that says what, where, got, expected and a hint; exit status 2
+ParsimError            bad input: says what, where, got, expected and a hint; exit status 2
 └── NothingFits        a well-posed question whose answer is "no"; exit status 1
 
 Anything else that escapes is a defect of parsim, not of the input.
@@ -52,7 +52,7 @@ class ParsimError(ValueError):
         return type(self)(self.what, where=place, got=self.got, expected=self.expected, hint=self.hint)
 
 
-class NothingFits(ParsimError):
+class NothingFits(ParsimError):  # noqa: N818 - an answer, not a failure
     """The question was understood and the answer is no: no plan fits, or a check failed."""
 
     exit_code = 1
@@ -70,10 +70,12 @@ def shorten(value: object, limit: int = 120) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
-    """A hint naming the nearest known word, or None where nothing is near.
+    """A hint naming the nearest known words, or None where nothing is near.
 
-    >>> did_you_mean("hiden", ["hidden", "heads"])
-    "did you mean 'hidden'?"
+    >>> did_you_mean("hiden", ["hidden", "heads"]), did_you_mean("h100", ["h100-sxm", "h100-pcie"])
+    ("did you mean 'hidden'?", "did you mean 'h100-sxm' or 'h100-pcie'?")
     """
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else None
+    words = list(known)
+    near = [word for word in words if name and word.lower().startswith(name.lower())][:3]
+    near = near or difflib.get_close_matches(name, words, n=1, cutoff=0.6)
+    return f"did you mean {' or '.join(repr(word) for word in near)}?" if near else None

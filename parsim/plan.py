@@ -87,6 +87,8 @@ class ParallelPlan:
                 raise ParsimError(
                     "a plan's sizes are whole numbers from 1", where=key, got=getattr(self, key)
                 )
+        if self.zero_group < 0:
+            raise ParsimError("a group has ranks", where="zero_group", got=self.zero_group)
         if not 0 <= self.zero <= 3:
             raise ParsimError("unknown ZeRO stage", where="zero", got=self.zero, expected="0 to 3")
         if self.recompute not in ("none", "selective", "full"):
@@ -200,7 +202,8 @@ def parse_plan(text: str) -> ParallelPlan:
             raise ParsimError(f"field {key!r} is given twice", where=text)
         given[key] = _parse_value(key, value)
     tp, schedule = given.get("tp", 1), given.get("schedule", "1f1b")
-    assert isinstance(tp, int) and isinstance(schedule, str)
+    assert isinstance(tp, int)
+    assert isinstance(schedule, str)
     return ParallelPlan(**(_short_defaults(tp, schedule) | given))  # type: ignore[arg-type]
 
 

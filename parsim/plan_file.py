@@ -6,11 +6,11 @@ A plan file holds model, hardware, stack, job and plan, so that it can be simula
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from parsim.config import parse_json, read_text, validate
+from parsim.config import is_file, parse_json, read_text, validate
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan, parse_plan
@@ -23,6 +23,8 @@ class PlanFile:
     plan: ParallelPlan
     job: Job | None = None
     hardware: str | None = None
+    hardware_overrides: Mapping[str, str] = field(default_factory=dict)
+    """What the user knew better than the profile, by flag: inter_node, intra_node, memory."""
     stack: str | None = None
 
 
@@ -31,10 +33,10 @@ def read_plan(text: str) -> PlanFile:
 
     Raises ParsimError for a missing or truncated file, unknown keys and values of the wrong type.
     """
-    if "=" in text and not Path(text).is_file():
-        return PlanFile(plan=parse_plan(text))
     path = Path(text)
-    if not path.is_file():
+    if "=" in text and not is_file(path):
+        return PlanFile(plan=parse_plan(text))
+    if not is_file(path):
         raise ParsimError(
             "no such plan file",
             where=text,
@@ -62,7 +64,29 @@ def plan_from_data(data: Any, *, where: str) -> PlanFile:
     for key in ("hardware", "stack"):
         if not isinstance(data.get(key), str | None):
             raise ParsimError(f"{key} is a name or a path", where=f"{where}: {key}", got=data[key])
-    return PlanFile(plan=plan, job=job, hardware=data.get("hardware"), stack=data.get("stack"))
+    return PlanFile(
+        plan=plan,
+        job=job,
+        hardware=data.get("hardware"),
+        hardware_overrides=_overrides(data, where),
+        stack=data.get("stack"),
+    )
+
+
+def _overrides(data: Mapping[str, Any], where: str) -> Mapping[str, str]:
+    overrides = data.get("hardware_overrides", {})
+    known = ("inter_node", "intra_node", "memory")
+    if not isinstance(overrides, Mapping):
+        raise ParsimError("this is a table", where=f"{where}: hardware_overrides", got=overrides)
+    for key, value in overrides.items():
+        if key not in known or not isinstance(value, str):
+            raise ParsimError(
+                "unknown override of the hardware",
+                where=f"{where}: hardware_overrides.{key}",
+                got=value,
+                expected=f"{', '.join(known)}, as text with a unit",
+            )
+    return dict(overrides)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

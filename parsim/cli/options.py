@@ -57,8 +57,8 @@ class Setup:
     job: Job
     cluster: Cluster
     stack: Stack
-    hardware: str
-    """The profile's name or path, as given."""
+    origin: dict[str, Any]
+    """Names or paths of hardware and stack as given, and what the user knew better than the profile."""
 
     def costs(self) -> CostModel:
         """The cost model of this model, cluster and stack."""
@@ -80,6 +80,11 @@ class Flags:
     inter_node: str | None = None
     intra_node: str | None = None
     memory: str | None = None
+
+    def overrides(self) -> dict[str, str]:
+        """What the user knows better than the hardware profile."""
+        keys = ("inter_node", "intra_node", "memory")
+        return {key: value for key, value in self.given().items() if key in keys}
 
     def given(self) -> dict[str, Any]:
         """The flags that were given, for the `inputs` of a JSON document."""
@@ -104,7 +109,13 @@ def load_setup(flags: Flags) -> Setup:
         global_batch=flags.global_batch,
         precision=precision,
     )
-    return Setup(job=job, cluster=cluster, stack=stack, hardware=str(flags.hardware))
+    return Setup(job=job, cluster=cluster, stack=stack, origin=_origin(flags, cluster))
+
+
+def _origin(flags: Flags, cluster: Cluster) -> dict[str, Any]:
+    origin: dict[str, Any] = {"hardware": flags.hardware, "stack": flags.stack or cluster.default_stack}
+    overrides = flags.overrides()
+    return origin | ({"hardware_overrides": overrides} if overrides else {})
 
 
 def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
@@ -122,24 +133,48 @@ def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
 def load_plan(text: str, flags: Flags) -> tuple[Setup, ParallelPlan]:
     """A plan with the job it is for: flags win over what the plan file says.
 
-    Without a global batch in either, each pipeline runs 2·pp micro-batches. The plan is legal.
+    Without a global batch in either, each pipeline runs 2·pp micro-batches. A short form that does not
+    name tp_overlap has the stack's usual one. The plan is legal.
     """
     from parsim.plan_file import read_plan
     from parsim.schedule.check import check_plan
 
     file = read_plan(text)
     plan = file.plan
-    flags = replace(flags, hardware=flags.hardware or file.hardware, stack=flags.stack or file.stack)
-    if file.job is not None and flags.model is None:
-        cluster, stack = load_machine(flags)
-        given = {key: getattr(flags, key) for key in ("global_batch", "seq_len", "precision")}
-        job = replace(file.job, **{key: value for key, value in given.items() if value is not None})
-        setup = Setup(job=job, cluster=cluster, stack=stack, hardware=str(flags.hardware))
+    if flags.hardware is None and file.hardware is not None:
+        known = {**file.hardware_overrides, **flags.overrides()}
+        flags = replace(
+            flags,
+            hardware=file.hardware,
+            inter_node=known.get("inter_node"),
+            intra_node=known.get("intra_node"),
+            memory=known.get("memory"),
+        )
+    flags = replace(flags, stack=flags.stack or file.stack)
+    if file.job is not None:
+        setup = _setup_of_file(file.job, flags)
     else:
-        usual = 2 * plan.pp * plan.dp * plan.micro_batch
-        setup = load_setup(replace(flags, global_batch=flags.global_batch or usual))
+        if flags.global_batch is None:
+            flags = replace(flags, global_batch=2 * plan.pp * plan.dp * plan.micro_batch)
+        setup = load_setup(flags)
+        if "tp_overlap" not in text:
+            plan = replace(plan, tp_overlap=plan.tp > 1 and setup.stack.default_tp_overlap)
     check_plan(setup.job, plan, setup.cluster)
     return setup, plan
+
+
+def _setup_of_file(job: Job, flags: Flags) -> Setup:
+    """The job of a plan file with what the flags say instead."""
+    from parsim.config import load_model
+
+    cluster, stack = load_machine(flags)
+    given = {key: getattr(flags, key) for key in ("global_batch", "seq_len", "precision")}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if flags.model is not None:
+        changes["model"] = load_model(flags.model)
+    return Setup(
+        job=replace(job, **changes), cluster=cluster, stack=stack, origin=_origin(flags, cluster)
+    )
 
 
 def _required(value: str | None, flag: str, lister: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,7 +67,7 @@ def plan(
       parsim plan --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 16384 --global-batch 2048
       parsim plan --model gpt3-175b --hardware a100-sxm-80gb --gpus 512 --global-batch 1536 --tp 4,8
     """
-    from parsim.search.search import search
+    from parsim.search.search import NoPlan, search
 
     flags = Flags(
         model=model,
@@ -83,22 +84,28 @@ def plan(
     given = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
              "zero": zero, "recompute": recompute, "schedule": schedule}  # fmt: skip
     constraints = read_constraints({key: text for key, text in given.items() if text})
-    with progress() as report:
-        result = search(
-            setup.job,
-            gpus,
-            setup.costs(),
-            constraints=constraints,
-            top=top,
-            budget_s=budget_s,
-            progress=report,
-        )
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
     inputs = flags.given() | chosen | {"constraints": {k: v for k, v in given.items() if v}}
+    try:
+        with progress() as report:
+            result = search(
+                setup.job,
+                gpus,
+                setup.costs(),
+                constraints=constraints,
+                top=top,
+                budget_s=budget_s,
+                progress=report,
+            )
+    except NoPlan as no:
+        if as_json:
+            answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(no)}
+            print_json(document("plan", inputs, answer))
+        raise
     if as_json:
-        print_json(document("plan", inputs, to_data(result, setup.hardware)))
+        print_json(document("plan", inputs, to_data(result, setup.origin)))
     else:
-        print_result(result, setup.job.model.name, setup.hardware, gpus)
+        print_result(result, setup.job.model.name, setup.origin["hardware"], gpus)
 
 
 def read_constraints(given: dict[str, str]) -> Constraints:
@@ -133,20 +140,14 @@ def read_constraints(given: dict[str, str]) -> Constraints:
     return Constraints(**values)
 
 
-def to_data(result: SearchResult, hardware: str) -> dict[str, Any]:
+def to_data(result: SearchResult, origin: dict[str, Any]) -> dict[str, Any]:
     """The answer of `plan --json`."""
-    space = result.space
     return {
-        "space": {
-            "enumerated": space.enumerated,
-            "legal": space.legal,
-            "fits": space.fits,
-            "rejected": space.rejected,
-        },
+        "space": asdict(result.space),
         "optimal": result.optimal,
         "replayed": result.replayed,
         "search_s": result.search_s,
-        "plans": [p.to_item() | {"hardware": hardware} for p in result.plans],
+        "plans": [p.to_item() | origin for p in result.plans],
     }
 
 

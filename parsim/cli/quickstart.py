@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,13 +63,14 @@ def quickstart(
       parsim quickstart
       parsim quickstart --folder out --steps 20
     """
-    setup, devices, kind = _calibrated(folder, device, ranks, model, calibration_s)
-    result = _searched(setup, devices, folder)
-    trials = [
-        _tried(setup, prediction, kind, steps, folder, number)
-        for number, prediction in enumerate(_to_run(result), start=1)
-    ]
-    answer = _report(setup, result, trials, folder)
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        setup, devices, kind = _calibrated(folder, device, ranks, model, calibration_s)
+        result = _searched(setup, devices, folder)
+        trials = [
+            _tried(setup, prediction, kind, steps, folder, number)
+            for number, prediction in enumerate(_to_run(result), start=1)
+        ]
+        answer = _report(setup, result, trials, folder)
     if as_json:
         inputs = {"model": setup.job.model.name, "ranks": devices, "device": kind, "steps": steps}
         print_json(document("quickstart", inputs, answer))
@@ -102,7 +105,8 @@ def _calibrated(
         precision=default_precision(cluster.device),
     )
     stack = load_stack(cluster.default_stack)
-    return Setup(job=job, cluster=cluster, stack=stack, hardware=str(profile)), devices, kind
+    origin = {"hardware": str(profile), "stack": cluster.default_stack}
+    return Setup(job=job, cluster=cluster, stack=stack, origin=origin), devices, kind
 
 
 def _searched(setup: Setup, devices: int, folder: Path) -> SearchResult:
@@ -114,8 +118,8 @@ def _searched(setup: Setup, devices: int, folder: Path) -> SearchResult:
     say(f"2/4  searching the plans of {setup.job.model.name} on {devices} ranks …")
     with progress() as report:
         result = search(setup.job, devices, setup.costs(), top=60, progress=report)
-    inputs = {"model": setup.job.model.name, "hardware": setup.hardware, "gpus": devices}
-    text = dump_json(document("plan", inputs, to_data(result, setup.hardware)))
+    inputs = {"model": setup.job.model.name, "hardware": setup.origin["hardware"], "gpus": devices}
+    text = dump_json(document("plan", inputs, to_data(result, setup.origin)))
     write_file(folder / "plans.json", text)
     print_result(result, setup.job.model.name, "this machine", devices, show=10)
     return result
@@ -150,9 +154,7 @@ def _tried(
     schedule = make_schedule(plan, plan.num_micro_batches(setup.job))
     prediction, timeline = predict(setup.job, plan, setup.costs(), schedule)
     draw_gantt(timeline, folder / f"{name}-schedule.png")
-    write_file(
-        folder / f"{name}-plan.json", dump_json(prediction.to_item() | {"hardware": setup.hardware})
-    )
+    write_file(folder / f"{name}-plan.json", dump_json(prediction.to_item() | setup.origin))
     measurement = measure(setup, plan, schedule, prediction, device, steps=steps, warmup=2, seed=0)
     predicted = unfolded(timeline, plan)
     data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=None)

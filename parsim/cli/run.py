@@ -75,7 +75,7 @@ def run(
     kind = "cuda" if use_gpus else "cpu"
     flags = Flags(
         model=model,
-        hardware=hardware or (None if use_gpus else "local-cpu"),
+        hardware=hardware or (None if use_gpus else _cpu_profile(plan)),
         global_batch=global_batch,
         seq_len=seq_len,
         stack=stack or "parsim-executor",
@@ -110,6 +110,15 @@ def run(
         print_lines(_lines(data))
     if verification is not None and not verification.equal:
         raise typer.Exit(1)
+
+
+def _cpu_profile(plan: str) -> str:
+    """The profile to predict CPU ranks with: the plan file's own if it is of a CPU, else the shipped."""
+    from parsim.config import load_cluster
+    from parsim.plan_file import read_plan
+
+    named = read_plan(plan).hardware
+    return named if named and load_cluster(named).device.is_host else "local-cpu"
 
 
 def _predict(setup: Setup, plan: ParallelPlan, schedule: Schedule) -> tuple[Prediction, Any]:

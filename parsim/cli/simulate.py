@@ -103,7 +103,7 @@ def simulate(
 
         write_chrome_trace(trace, [timeline])
         written.append(trace)
-    item = prediction.to_item() | {"hardware": setup.hardware}
+    item = prediction.to_item() | setup.origin
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
         print_json(document("simulate", inputs, item))
@@ -140,4 +140,12 @@ def _schedule(path: Path | None, plan: ParallelPlan, num_micro_batches: int) -> 
             expected="{} ranks, {} stages, {} micro-batches".format(*wanted),
         )
     check_schedule(schedule)
+    for stage, rank in schedule.stage_ranks().items():
+        if rank != plan.stage_rank(stage):
+            raise ParsimError(
+                "the schedule places stages elsewhere than the plan",
+                where=str(path),
+                got=f"stage {stage} on rank {rank}",
+                expected=f"stage {stage} on rank {plan.stage_rank(stage)}",
+            )
     return schedule

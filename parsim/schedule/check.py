@@ -45,7 +45,7 @@ def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             where="micro_batch",
             got=f"global_batch {job.global_batch}, dp {plan.dp}, micro_batch {plan.micro_batch}",
             expected=f"a global batch that is a multiple of {plan.dp * plan.micro_batch}",
-            hint=f"dp·micro_batch may be {divisors(job.global_batch)}",
+            hint=f"dp·micro_batch may be {divisors(job.global_batch, limit=job.global_batch)}",
         )
 
 

@@ -10,7 +10,7 @@ from parsim.stack import Stack
 
 
 def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) -> float:
-    """No synchronous schedule of the plan can run a step faster.
+    """No schedule of whole backwards (F and B) on stages that go round the ranks is faster.
 
     A pipeline rank must run all its forwards and backwards; it cannot start before a micro-batch has
     come through the stages before its first one, and after its last action a gradient must still go

@@ -12,7 +12,7 @@ from parsim.cost.cell import cell_of
 from parsim.cost.memory import MemoryUse, rank_memory
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
-from parsim.errors import NothingFits, ParsimError
+from parsim.errors import NothingFits
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule.check import plan_problems
 from parsim.schedule.in_flight import in_flight
@@ -37,6 +37,12 @@ class SpaceCount:
     fits: int
     rejected: dict[str, int]
     """By reason: illegal, or out of memory."""
+
+
+class NoPlan(NothingFits):
+    """No plan of the space is legal, or none fits; `space` says what became of them."""
+
+    space: SpaceCount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +72,14 @@ def search(
     Plans are replayed in order of their lower bound until none that is left can be among the best; a
     search that runs out of `budget_s` (or is interrupted) returns what it has, with optimal false.
 
-    Raises NothingFits, with the least memory any plan needs, where no plan fits, and ParsimError where
-    the constraints allow none.
+    Raises NoPlan, with the least memory that any plan needs, where none fits, and ParsimError where the
+    constraints leave no plan at all.
     """
     started = time.monotonic()
     constraints = constraints or Constraints()
     check_constraints(gpus, constraints)
     report = progress or (lambda what, done, total: None)
     candidates, space = _bounded(job, gpus, costs, constraints, report)
-    if not candidates:
-        raise ParsimError("no plan satisfies the constraints", where="--gpus …", hint="relax one")
     best: list[tuple[float, int, ParallelPlan]] = []  # a heap, the slowest kept plan on top
     optimal, replayed = True, 0
     try:
@@ -111,7 +115,8 @@ def _bounded(
     candidates: list[tuple[float, ParallelPlan]] = []
     legal = enumerated = 0
     least: tuple[float, ParallelPlan] | None = None
-    for plan in enumerate_plans(job, gpus, constraints):
+    overlap = costs.stack.default_tp_overlap
+    for plan in enumerate_plans(job, gpus, constraints, tp_overlap=overlap):
         enumerated += 1
         if enumerated % 2000 == 0:
             report("examining plans", enumerated, 0)
@@ -127,15 +132,6 @@ def _bounded(
             rejected[OUT_OF_MEMORY] += 1
             continue
         candidates.append((lower_bound_s(step_cost(job, plan, costs), job, plan, costs.stack), plan))
-    if not candidates and least is not None:
-        raise NothingFits(
-            f"no plan fits: of {enumerated} plans {legal} are legal; the least that one of them needs "
-            f"is {format_bytes(least[0])} on a device",
-            where=least[1].short(),
-            expected=f"at most {format_bytes(costs.cluster.device.memory_bytes)}, the memory of "
-            f"{costs.cluster.device.name}",
-            hint="more GPUs, a smaller sequence, or --zero 3",
-        )
     candidates.sort(key=lambda candidate: candidate[0])
     space = SpaceCount(
         enumerated=enumerated,
@@ -143,7 +139,31 @@ def _bounded(
         fits=len(candidates),
         rejected=dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
     )
+    if not candidates:
+        error = _no_plan(space, least, costs)
+        error.space = space
+        raise error
     return candidates, space
+
+
+def _no_plan(space: SpaceCount, least: tuple[float, ParallelPlan] | None, costs: CostModel) -> NoPlan:
+    """Why the answer is no: every plan is illegal, or the smallest is too large."""
+    if least is None:
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in space.rejected.items())
+        return NoPlan(
+            f"no plan is legal: {space.enumerated} were tried",
+            where="the constraints and the number of GPUs",
+            got=reasons or "constraints that leave nothing to try",
+            hint="relax what rules most of them out",
+        )
+    device = costs.cluster.device
+    return NoPlan(
+        f"no plan fits: of {space.enumerated} plans {space.legal} are legal; the least that one of them "
+        f"needs is {format_bytes(least[0])} on a device",
+        where=least[1].short(),
+        expected=f"at most {format_bytes(device.memory_bytes)}, the memory of {device.name}",
+        hint="more GPUs, a shorter sequence" + ("" if least[1].zero == 3 else ", or --zero 3"),
+    )
 
 
 def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:

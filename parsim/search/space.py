@@ -60,7 +60,9 @@ def check_constraints(gpus: int, constraints: Constraints) -> None:
             )
 
 
-def enumerate_plans(job: Job, gpus: int, constraints: Constraints) -> Iterator[ParallelPlan]:
+def enumerate_plans(
+    job: Job, gpus: int, constraints: Constraints, *, tp_overlap: bool = False
+) -> Iterator[ParallelPlan]:
     """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, vpp, recompute and zero.
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
@@ -72,7 +74,8 @@ def enumerate_plans(job: Job, gpus: int, constraints: Constraints) -> Iterator[P
             for cp in _context_sizes(job, gpus // (tp * pp), constraints):
                 dp = gpus // (tp * pp * cp)
                 if not constraints.dp or dp in constraints.dp:
-                    yield from _splits(job, constraints, ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp))
+                    split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp, tp_overlap=tp_overlap and tp > 1)
+                    yield from _splits(job, constraints, split)
 
 
 def _context_sizes(job: Job, ranks: int, constraints: Constraints) -> list[int]:

@@ -59,13 +59,13 @@ class Prediction:
         """The ITEM of the JSON contract, with all that is needed to run the plan."""
         job = asdict(self.job)
         model = {k: v for k, v in job.pop("model").items() if v is not None}
-        plan = asdict(self.plan)
         return {
             "model": model,
             "hardware": self.hardware,
             "stack": self.stack,
             "job": job,
-            "plan": plan | {"stage_split": list(stage_layers(self.job.model, self.plan))},
+            "plan": asdict(self.plan),
+            "stage_layers": list(stage_layers(self.job.model, self.plan)),
             "gpus": self.plan.gpus,
             "num_micro_batches": self.plan.num_micro_batches(self.job),
             "step_time_s": self.step_time_s,

@@ -138,7 +138,7 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (f"simulate {EIGHT_B} --plan dp=2 --precision int8", "int8"),
         (f"simulate {EIGHT_B} --plan missing.json", "no such plan file"),
         (f"simulate {EIGHT_B} --plan dp=8 --chart x.bmp", "bmp"),
-        ("plan --model no/such.toml --hardware h100-sxm-80gb --gpus 8 --global-batch 8", "no such model file"),
+        ("models no/such.toml", "no such model file"),
         (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --schedule 1f1", "1f1b"),
         ("validate", "compares one thing"),
         ("frobnicate", "No such command"),
@@ -197,3 +197,35 @@ def test_validate_one_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     assert sum(part["share_of_error"] for part in found["parts"]) == pytest.approx(-0.2)
     assert run_command(["validate", *map(str, paths), "--tolerance", "0.1"]) == 1
     assert run_command(["validate", *map(str, paths), "--tolerance", "0.3"]) == 0
+
+
+def test_a_plan_file_keeps_what_the_user_knew_better(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--inter-node", "25Gb/s", "--memory", "70GB"]
+    document = answer(capsys, *PLAN_8B, "--gpus", "16", "--top", "1", *flags)
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(document))
+    item = answer(capsys, "simulate", "--plan", str(path))
+    assert item["step_time_s"] == pytest.approx(document["plans"][0]["step_time_s"], rel=1e-9)
+    faster = answer(capsys, "simulate", "--plan", str(path), "--inter-node", "400Gb/s")
+    assert faster["step_time_s"] < item["step_time_s"]
+
+
+def test_a_flag_replaces_only_what_it_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plans.json"
+    path.write_text(json.dumps(answer(capsys, *PLAN_8B, "--seq-len", "2048", "--top", "1")))
+    item = answer(capsys, "simulate", "--plan", str(path), "--model", "llama-2-7b")
+    assert (item["job"]["seq_len"], item["job"]["global_batch"]) == (2048, 32)
+    assert item["model"]["name"] == "llama-2-7b"
+
+
+def test_no_legal_plan_says_what_rules_them_out(capsys: pytest.CaptureFixture[str]) -> None:
+    document = answer(capsys, *PLAN_8B, "--ep", "2", status=1)
+    assert document["plans"] == []
+    command = "plan --model tiny-llama-8l --hardware h100-sxm-80gb --gpus 8 --global-batch 8 --tp 8"
+    assert "tp does not divide the KV heads" in refusal(capsys, command, status=1)
+
+
+def test_a_batch_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "global_batch" in refusal(capsys, f"simulate {EIGHT_B} --plan dp=2 --global-batch 0")
