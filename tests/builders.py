@@ -50,22 +50,26 @@ def flat_cost(
     *,
     forward_s: float = 1.0,
     backward_s: float = 2.0,
+    recompute_s: float = 0.0,
     send_s: float = 0.0,
     reduce_s: float = 0.0,
+    gather_s: float = 0.0,
     optimizer_s: float = 0.0,
+    tied_reduce_s: float = 0.0,
     saved_bytes: float = 1.0,
     buckets: int = 1,
 ) -> StepCost:
-    """Equal stages that only compute, half of the backward for each gradient."""
-    time = PartTime(PassTime(forward_s), PassTime(backward_s / 2), PassTime(backward_s / 2), PassTime())
+    """Equal stages that only compute: half of the backward for each gradient, recomputation on top."""
+    gradient = PassTime(backward_s / 2)
+    time = PartTime(PassTime(forward_s), gradient, gradient, PassTime(recompute_s))
     stage = StageCost(
         time=time, num_layers=1, saved_bytes=saved_bytes, recomputed_bytes=0.0, flops=0.0,
         dense_parameters=1, expert_parameters=0, largest_layer_parameters=1,
     )  # fmt: skip
-    sync = StageSync(reduce_s=reduce_s, gather_s=0.0, buckets=buckets, optimizer_s=optimizer_s)
+    sync = StageSync(reduce_s=reduce_s, gather_s=gather_s, buckets=buckets, optimizer_s=optimizer_s)
     return StepCost(
         stages=(stage,) * num_stages,
         syncs=(sync,) * num_stages,
         send_s=(send_s,) * (num_stages - 1),
-        tied_reduce_s=0.0,
+        tied_reduce_s=tied_reduce_s,
     )

@@ -1,62 +1,18 @@
 """Replay, longest path and networkx agree on random programs of random plans."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import networkx as nx
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from parsim.cost.stage import CostModel
-from parsim.plan import Job, ParallelPlan
-from parsim.schedule.check import plan_problems
 from parsim.schedule.program import Program, step_time_s, task_times
 from parsim.simulate.fold import unfolded
 from parsim.simulate.prediction import predict, program_of
 from parsim.simulate.replay import replay
 from parsim.timeline import Timeline, breakdown_s
-from tests.builders import plain_stack, round_cluster, small_model
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Job, ParallelPlan, CostModel]:
-    """A legal plan of a small model, on a cluster and stack with everything switched on or off."""
-    model = small_model(tied_embeddings=draw(st.booleans()))
-    tp = draw(st.sampled_from([1, 2, 4]))
-    pp = draw(st.sampled_from([1, 2, 4, 8]))
-    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved"]))
-    vpp = 2 if schedule == "interleaved" else 1
-    plan = ParallelPlan(
-        dp=draw(st.sampled_from([1, 2, 3])),
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        micro_batch=draw(st.sampled_from([1, 2])),
-        schedule=schedule,
-        zero=draw(st.integers(0, 3)),
-        sequence_parallel=tp > 1 and draw(st.booleans()),
-        recompute=draw(st.sampled_from(["none", "selective", "full"])),
-    )
-    rounds = draw(st.integers(1, 4)) * pp
-    job = Job(model=model, seq_len=256, global_batch=rounds * plan.dp * plan.micro_batch)
-    stack = plain_stack(
-        dp_overlap=draw(st.booleans()),
-        fsdp_prefetch=draw(st.booleans()),
-        pp_overlap=draw(st.booleans()),
-        pp_scatter_gather=draw(st.booleans()),
-        dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),
-        step_overhead_s=draw(st.sampled_from([0.0, 1e-3])),
-        layer_host_s=draw(st.sampled_from([0.0, 1e-4])),
-    )
-    return job, plan, CostModel(model, round_cluster(), stack)
-
-
-def legal(case: tuple[Job, ParallelPlan, CostModel]) -> bool:
-    job, plan, costs = case
-    return next(plan_problems(job, plan, costs.cluster), None) is None
-
-
-CASES = cases().filter(legal)
+from tests.strategies import CASES, Case
 
 
 def longest_path_s(program: Program) -> float:
@@ -78,7 +34,7 @@ def longest_path_s(program: Program) -> float:
 
 @given(CASES)
 @settings(max_examples=60)
-def test_replay_longest_path_and_networkx_agree(case: tuple[Job, ParallelPlan, CostModel]) -> None:
+def test_replay_longest_path_and_networkx_agree(case: Case) -> None:
     program, _ = program_of(*case)
     expected = step_time_s(program)
     assert replay(program).end_s == pytest.approx(expected, rel=1e-9)
@@ -86,11 +42,11 @@ def test_replay_longest_path_and_networkx_agree(case: tuple[Job, ParallelPlan, C
 
 
 @given(CASES)
-def test_no_overlap_and_causality(case: tuple[Job, ParallelPlan, CostModel]) -> None:
+def test_no_overlap_and_causality(case: Case) -> None:
     program, _ = program_of(*case)
     timeline = replay(program)
     for _, _, spans in timeline.lanes():
-        for one, other in zip(spans, spans[1:], strict=False):
+        for one, other in pairwise(spans):
             assert other.start_s >= one.end_s
     starts, ends = task_times(program)
     for task, start in zip(program.tasks, starts, strict=True):
@@ -108,7 +64,7 @@ def sends_and_receives(timeline: Timeline) -> dict[str, list[tuple[float, float,
 
 
 @given(CASES)
-def test_every_send_has_its_receive(case: tuple[Job, ParallelPlan, CostModel]) -> None:
+def test_every_send_has_its_receive(case: Case) -> None:
     job, plan, costs = case
     _, timeline = predict(job, plan, costs)
     found = sends_and_receives(timeline)
@@ -119,7 +75,7 @@ def test_every_send_has_its_receive(case: tuple[Job, ParallelPlan, CostModel]) -
 
 @given(CASES)
 def test_breakdown_adds_up_and_memory_peaks_agree(
-    case: tuple[Job, ParallelPlan, CostModel],
+    case: Case,
 ) -> None:
     prediction, timeline = predict(*case)
     assert sum(prediction.breakdown_s.values()) == pytest.approx(prediction.step_time_s, rel=1e-9)
@@ -129,7 +85,7 @@ def test_breakdown_adds_up_and_memory_peaks_agree(
 
 
 @given(CASES)
-def test_unfolding_changes_no_mean(case: tuple[Job, ParallelPlan, CostModel]) -> None:
+def test_unfolding_changes_no_mean(case: Case) -> None:
     _, plan, _ = case
     _, timeline = predict(*case)
     whole = unfolded(timeline, plan)
@@ -138,5 +94,5 @@ def test_unfolding_changes_no_mean(case: tuple[Job, ParallelPlan, CostModel]) ->
 
 
 @given(CASES)
-def test_the_same_input_gives_the_same_timeline(case: tuple[Job, ParallelPlan, CostModel]) -> None:
+def test_the_same_input_gives_the_same_timeline(case: Case) -> None:
     assert predict(*case) == predict(*case)

@@ -1,0 +1,115 @@
+"""Random legal plans of small models, for property tests."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from parsim.cost.stage import CostModel
+from parsim.model import ModelSpec, MoeSpec
+from parsim.plan import Job, ParallelPlan, Recompute
+from parsim.schedule.check import plan_problems
+from parsim.stack import Stack
+from tests.builders import plain_stack, round_cluster, small_model
+
+Case = tuple[Job, ParallelPlan, CostModel]
+
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSpec:
+    """Dense or with experts in some of the layers; embeddings tied or not."""
+    moe = None
+    if draw(st.booleans()):
+        moe = MoeSpec(
+            experts=4,
+            top_k=2,
+            ffn_hidden=256,
+            shared_ffn_hidden=draw(st.sampled_from([0, 256])),
+            dense_layers=draw(st.sampled_from([0, 1])),
+            every=draw(st.sampled_from([1, 2])),
+        )
+    return small_model(
+        layers=draw(st.sampled_from([8, 14])), tied_embeddings=draw(st.booleans()), moe=moe
+    )
+
+
+@st.composite
+def stacks(draw: st.DrawFn) -> Stack:
+    """Everything switched on or off."""
+    return plain_stack(
+        attention=draw(st.sampled_from(["flash", "fused_softmax"])),
+        dropout=draw(st.booleans()),
+        selective_recompute=draw(st.sampled_from(["attention_core", "every_other_gemm"])),
+        layer_host_s=draw(st.sampled_from([0.0, 1e-4])),
+        action_host_s=draw(st.sampled_from([0.0, 1e-4])),
+        step_overhead_s=draw(st.sampled_from([0.0, 1e-3])),
+        collective_overhead_s=draw(st.sampled_from([0.0, 1e-5])),
+        tp_async_backward=draw(st.booleans()),
+        dp_overlap=draw(st.booleans()),
+        dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),
+        zero_broadcast_s=draw(st.sampled_from([0.0, 1e-4])),
+        fsdp_prefetch=draw(st.booleans()),
+        ep_exposed=draw(st.sampled_from([0.5, 1.0])),
+        pp_overlap=draw(st.booleans()),
+        pp_scatter_gather=draw(st.booleans()),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
+    """Any split, schedule and sharding."""
+    dp, tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
+    pp, cp = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 1, 2]))
+    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved"]))
+    vpp = draw(st.sampled_from([2, 3])) if schedule == "interleaved" and pp > 1 else 1
+    zero = draw(st.integers(0, 3))
+    groups = [g for g in range(1, dp * cp + 1) if dp * cp % g == 0]
+    eps = [ep for ep in (1, 2, 4) if model.moe and dp * cp * tp % ep == 0]
+    return ParallelPlan(
+        dp=dp,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=draw(st.sampled_from(eps or [1])),
+        vpp=vpp,
+        micro_batch=draw(st.sampled_from([1, 2])),
+        schedule=schedule if vpp > 1 else draw(st.sampled_from(["gpipe", "1f1b"])),
+        zero=zero,
+        zero_group=draw(st.sampled_from([0, *groups])) if zero else 0,
+        sequence_parallel=tp > 1 and (model.moe is not None or draw(st.booleans())),
+        recompute=draw(st.sampled_from(RECOMPUTE)),
+        tp_overlap=tp > 1 and draw(st.booleans()),
+        stage_split=draw(stage_splits(model.layers, pp * vpp)) if draw(st.booleans()) else (),
+    )
+
+
+@st.composite
+def stage_splits(draw: st.DrawFn, layers: int, stages: int) -> tuple[int, ...]:
+    """Layers dealt out at random; only the first and the last stage may have none."""
+    split = [0, *[1] * (stages - 2), 0][:stages]
+    free = max(0, layers - sum(split))
+    for stage in draw(st.lists(st.integers(0, stages - 1), min_size=free, max_size=free)):
+        split[stage] += 1
+    return tuple(split)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A plan of a small model, on a cluster of round numbers under some stack."""
+    model = draw(models())
+    plan = draw(plans(model))
+    # Interleaving runs in equal rounds: so many, of pp micro-batches or more.
+    rounds, more = draw(st.integers(1, 3)), draw(st.integers(0, plan.pp - 1))
+    global_batch = rounds * (plan.pp + more) * plan.dp * plan.micro_batch
+    job = Job(model=model, seq_len=256, global_batch=global_batch)
+    return job, plan, CostModel(model, round_cluster(), draw(stacks()))
+
+
+def legal(case: Case) -> bool:
+    job, plan, costs = case
+    return next(plan_problems(job, plan, costs.cluster), None) is None
+
+
+CASES = cases().filter(legal)
+"""(job, legal plan, costs)."""
