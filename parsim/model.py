@@ -217,13 +217,15 @@ def _latent_attention_parameters(model: ModelSpec, mla: MlaSpec) -> int:
     Source: arXiv 2405.04434, equations 9 to 19: W^DQ, W^UQ and W^QR, W^DKV and W^KR, W^UK and W^UV, W^O.
     """
     h, a = model.hidden, model.heads
-    if mla.q_lora_rank:
-        query = h * mla.q_lora_rank + mla.q_lora_rank + mla.q_lora_rank * a * model.head_dim
-    else:
-        query = h * a * model.head_dim
-    down = h * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank
+    query = (mla.q_lora_rank or h) * a * model.head_dim
     up = mla.kv_lora_rank * a * (mla.qk_nope_head_dim + mla.v_head_dim)
-    return query + down + up + a * mla.v_head_dim * h
+    return _latent_down_parameters(model, mla) + query + up + a * mla.v_head_dim * h
+
+
+def _latent_down_parameters(model: ModelSpec, mla: MlaSpec) -> int:
+    """W^DQ, W^DKV and W^KR, and the norms of the two latents."""
+    latents = mla.q_lora_rank + mla.kv_lora_rank
+    return model.hidden * (latents + mla.qk_rope_head_dim) + latents
 
 
 def attention_parameters(model: ModelSpec) -> int:
@@ -253,32 +255,68 @@ def expert_parameters(model: ModelSpec) -> int:
 
 def layer_parameters(model: ModelSpec, layer: int, *, active: bool = False) -> int:
     """Parameters of layer `layer` (from 0); with `active`, those that one token meets."""
-    total = attention_parameters(model)
-    total += model.norms_per_layer * _norm_parameters(model, model.hidden)
+    total = attention_parameters(model) + _layer_norm_parameters(model)
     if not model.is_moe_layer(layer):
         return total + mlp_parameters(model, model.ffn_hidden, bias=model.linear_bias)
     moe = model.moe
     assert moe is not None
-    router = model.hidden * moe.experts + (moe.experts if moe.expert_bias else 0)
     experts = (moe.top_k if active else moe.experts) * expert_parameters(model)
     shared = 0
     if moe.shared_ffn_hidden:
         shared = mlp_parameters(model, moe.shared_ffn_hidden, bias=moe.expert_bias)
-    gate = model.hidden if moe.shared_gate else 0
-    return total + router + experts + shared + gate
+    return total + _router_parameters(model, moe) + experts + shared
+
+
+def _layer_norm_parameters(model: ModelSpec) -> int:
+    """The norms of width `hidden` of one layer."""
+    return model.norms_per_layer * _norm_parameters(model, model.hidden)
+
+
+def _router_parameters(model: ModelSpec, moe: MoeSpec) -> int:
+    """The router and the gate of the shared expert."""
+    biases = moe.experts if moe.expert_bias else 0
+    return model.hidden * (moe.experts + moe.shared_gate) + biases
+
+
+def replicated_layer_parameters(model: ModelSpec, layer: int) -> int:
+    """Of layer_parameters those that every tensor-parallel rank holds whole.
+
+    Norms, biases after a sum over the ranks, MLA's down-projections, the router with the shared expert's
+    gate. Everything else but the routed experts is cut by columns, rows or heads: Shoeybi et al. 2019,
+    arXiv 1909.08053, section 3.
+    """
+    total = _layer_norm_parameters(model) + (2 * model.head_dim if model.qk_norm else 0)
+    total += model.hidden if model.linear_bias else 0
+    if model.mla is not None:
+        total += _latent_down_parameters(model, model.mla)
+    moe = model.moe
+    if moe is None or not model.is_moe_layer(layer):
+        return total + (model.hidden if model.linear_bias else 0)
+    shared_bias = model.hidden if moe.shared_ffn_hidden and moe.expert_bias else 0
+    return total + _router_parameters(model, moe) + shared_bias
 
 
 def embedding_parameters(model: ModelSpec) -> int:
     """Parameters of everything before the first layer."""
+    return model.vocab * model.hidden + replicated_embedding_parameters(model)
+
+
+def replicated_embedding_parameters(model: ModelSpec) -> int:
+    """Of embedding_parameters those that tensor parallelism does not cut: positions and the norm."""
     positions = (model.position_rows or model.max_seq_len) if model.position == "learned" else 0
     norm = _norm_parameters(model, model.hidden) if model.embedding_norm else 0
-    return (model.vocab + positions) * model.hidden + norm
+    return positions * model.hidden + norm
 
 
 def head_parameters(model: ModelSpec) -> int:
     """Parameters after the last layer: the final norm, and the output matrix unless it is tied."""
-    norm = _norm_parameters(model, model.hidden) if model.final_norm else 0
-    return norm + (0 if model.tied_embeddings else model.vocab * model.hidden)
+    matrix = 0 if model.tied_embeddings else model.vocab * model.hidden
+    return matrix + replicated_head_parameters(model)
+
+
+def replicated_head_parameters(model: ModelSpec) -> int:
+    """Of head_parameters those that tensor parallelism does not cut: the final norm."""
+    return _norm_parameters(model, model.hidden) if model.final_norm else 0
 
 
 def num_parameters(model: ModelSpec, *, active: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
@@ -16,6 +17,9 @@ from parsim.model import (
     expert_parameters,
     head_parameters,
     layer_parameters,
+    replicated_embedding_parameters,
+    replicated_head_parameters,
+    replicated_layer_parameters,
 )
 from parsim.stack import Stack
 
@@ -48,7 +52,7 @@ class StageCost:
     recomputed_bytes: float
     flops: float
     dense_parameters: int
-    """Parameters that are sharded by tp alone; their gradients are summed over dp·cp."""
+    """Parameters outside the routed experts; their gradients are summed over dp·cp."""
     expert_parameters: int
     """Parameters of this rank's routed experts; their gradients are summed over dp·cp·tp/ep."""
     largest_layer_parameters: int
@@ -77,10 +81,14 @@ class CostModel:
         if (cell, kind) not in self._parts:
             if kind == EMBEDDING:
                 operations = embedding_operations(self.model, cell, self.stack)
-                part = self._end_part(operations, cell, embedding_parameters(self.model))
+                replicated = replicated_embedding_parameters(self.model)
+                parameters = _on_rank(embedding_parameters(self.model), replicated, cell.tp)
+                part = self._end_part(operations, cell, parameters)
             elif kind == HEAD:
                 operations = head_operations(self.model, cell, self.stack)
-                part = self._end_part(operations, cell, head_parameters(self.model))
+                replicated = replicated_head_parameters(self.model)
+                parameters = _on_rank(head_parameters(self.model), replicated, cell.tp)
+                part = self._end_part(operations, cell, parameters)
             else:
                 layers = range(self.model.layers)
                 part = self._layer(cell, next(i for i in layers if self._kind(i) == kind))
@@ -101,13 +109,14 @@ class CostModel:
         experts = 0
         if self.model.moe is not None and self.model.is_moe_layer(layer):
             experts = self.model.moe.experts * expert_parameters(self.model)
+        dense = layer_parameters(self.model, layer) - experts
         return PartCost(
             is_layer=True,
             time=part_time(operations, cell, self.cluster, self.stack, host=self._layer_host()),
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
             flops=forward_flops(operations),
-            dense_parameters=self._per_tp_rank(layer_parameters(self.model, layer) - experts, cell.tp),
+            dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
             expert_parameters=experts // cell.ep,
         )
 
@@ -127,14 +136,9 @@ class CostModel:
             saved_bytes=saved_bytes(operations, "nothing", cell),
             recomputed_bytes=0.0,
             flops=forward_flops(operations),
-            dense_parameters=self._per_tp_rank(parameters, cell.tp),
+            dense_parameters=parameters,
             expert_parameters=0,
         )
-
-    def _per_tp_rank(self, parameters: int, tp: int) -> int:
-        """Matrices are cut by tp, norms are not."""
-        norms = min(parameters, self.model.norms_per_layer * self.model.hidden)
-        return norms + -(-(parameters - norms) // tp)
 
     def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
         """Every stage of a split (layers of each stage in order); embedding first, head last."""
@@ -159,6 +163,11 @@ class CostModel:
             copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0
             self._stages[key] = _sum(parts, copy)
         return self._stages[key]
+
+
+def _on_rank(parameters: int, replicated: int, tp: int) -> int:
+    """Parameters that one tensor-parallel rank holds."""
+    return replicated + math.ceil((parameters - replicated) / tp)
 
 
 def _sum(parts: list[PartCost], tied_copy: int) -> StageCost:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from parsim.config import load_model
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
@@ -111,3 +112,32 @@ def test_experts_are_shared_by_ep_and_dense_parts_are_not() -> None:
     assert stage(1).parameters == num_parameters(model)
     assert stage(4).expert_parameters == stage(1).expert_parameters // 4
     assert stage(4).dense_parameters == stage(1).dense_parameters
+
+
+def dense_parameters(model: ModelSpec, tp: int, layers: int) -> list[int]:
+    """Of each of the first `layers` layers on one tensor-parallel rank."""
+    cell = cell_of(Job(model=model, seq_len=2048, global_batch=1), ParallelPlan(tp=tp))
+    costs = CostModel(model, round_cluster(), plain_stack())
+    return [costs.layer(cell, i).dense_parameters for i in range(layers)]
+
+
+def test_latents_and_router_are_whole_on_every_tensor_parallel_rank() -> None:
+    # DeepSeek-V3 (arXiv 2412.19437, section 4.2): W^DQ, W^DKV, W^KR with the norms of their latents, the
+    # router and two norms are whole; W^UQ, W^UK, W^UV, W^O and the shared expert are cut.
+    whole = 7168 * (1536 + 512 + 64) + 1536 + 512 + 7168 * 256 + 2 * 7168
+    cut = 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168 + 3 * 7168 * 2048
+    model = load_model("deepseek-v3")
+    assert dense_parameters(model, 1, 4)[3] == whole + cut
+    assert dense_parameters(model, 8, 4)[3] == whole + cut // 8
+
+
+def test_norms_biases_after_a_sum_and_positions_are_whole_on_every_tensor_parallel_rank() -> None:
+    # Shoeybi et al. 2019, section 3: two layernorms of 2·h; W^O and the second feed-forward matrix are
+    # cut by rows, so that their biases of h are added once, after the sum.
+    h, tp = 12288, 8
+    cut = 12 * h**2 + 3 * h + 4 * h
+    assert dense_parameters(GPT3, tp, 1) == [cut // tp + 6 * h]
+    cell = cell_of(Job(model=GPT3, seq_len=2048, global_batch=1), ParallelPlan(tp=tp))
+    first, *_, last = CostModel(GPT3, round_cluster(), plain_stack()).stages(cell, (0, 96, 0))
+    assert first.dense_parameters == 51200 * h // tp + 2048 * h
+    assert last.dense_parameters == 51200 * h // tp + 2 * h
