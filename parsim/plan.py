@@ -13,6 +13,7 @@ from parsim.errors import ParsimError, did_you_mean
 from parsim.model import ModelSpec
 
 Recompute = Literal["none", "selective", "full"]
+RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
@@ -91,12 +92,12 @@ class ParallelPlan:
             raise ParsimError("a group has ranks", where="zero_group", got=self.zero_group)
         if not 0 <= self.zero <= 3:
             raise ParsimError("unknown ZeRO stage", where="zero", got=self.zero, expected="0 to 3")
-        if self.recompute not in ("none", "selective", "full"):
+        if self.recompute not in RECOMPUTE_MODES:
             raise ParsimError(
                 "unknown recompute mode",
                 where="recompute",
                 got=self.recompute,
-                expected="none, selective or full",
+                expected=", ".join(RECOMPUTE_MODES),
             )
         if self.stage_split and len(self.stage_split) != self.num_stages:
             raise ParsimError(

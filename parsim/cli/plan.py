@@ -48,7 +48,9 @@ def plan(
     dp: Annotated[str, _choice("dp", "data-parallel sizes")] = "",
     tp: Annotated[str, _choice("tp", "tensor-parallel sizes")] = "",
     pp: Annotated[str, _choice("pp", "pipeline sizes")] = "",
-    cp: Annotated[str, _choice("cp", "context-parallel sizes")] = "",
+    cp: Annotated[
+        str, typer.Option("--cp", help="Also cut sequences among so many ranks, e.g. 1,2 [default: 1].")
+    ] = "",
     ep: Annotated[str, _choice("ep", "expert-parallel sizes")] = "",
     vpp: Annotated[str, _choice("vpp", "numbers of chunks a rank")] = "",
     micro_batch: Annotated[str, _choice("micro-batch", "micro-batch sizes")] = "",
@@ -111,8 +113,9 @@ def plan(
 def read_constraints(given: dict[str, str]) -> Constraints:
     """Constraints from comma-separated lists; raises ParsimError for a value that cannot be."""
     from parsim.errors import ParsimError, did_you_mean
+    from parsim.plan import RECOMPUTE_MODES
     from parsim.schedule import SCHEDULES
-    from parsim.search.space import RECOMPUTE_MODES, Constraints
+    from parsim.search.space import Constraints
 
     words = {"recompute": RECOMPUTE_MODES, "schedule": SCHEDULES}
     values: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -29,13 +30,18 @@ def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[Pa
     yield from _group_problems(job, plan)
 
 
-def divisors(n: int, limit: int = 64) -> str:
-    """The divisors of n up to a limit, for hints.
+def divisors(n: int) -> list[int]:
+    """All divisors of n, in order.
 
     >>> divisors(12)
-    '1, 2, 3, 4, 6, 12'
+    [1, 2, 3, 4, 6, 12]
     """
-    return ", ".join(str(d) for d in range(1, min(n, limit) + 1) if n % d == 0)
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
@@ -45,7 +51,7 @@ def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             where="micro_batch",
             got=f"global_batch {job.global_batch}, dp {plan.dp}, micro_batch {plan.micro_batch}",
             expected=f"a global batch that is a multiple of {plan.dp * plan.micro_batch}",
-            hint=f"dp·micro_batch may be {divisors(job.global_batch, limit=job.global_batch)}",
+            hint=f"dp·micro_batch may be {_listed(divisors(job.global_batch))}",
         )
 
 
@@ -58,7 +64,7 @@ def _tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
                 where="tp",
                 got=plan.tp,
                 expected=f"a divisor of the {size} {what} of {model.name}",
-                hint=f"legal: {divisors(model.kv_heads)}",
+                hint=f"legal: {_listed(divisors(model.kv_heads))}",
             )
             return
     if model.ffn_hidden % plan.tp:
@@ -154,7 +160,7 @@ def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             where="ep",
             got=plan.ep,
             expected=f"a divisor of the {moe.experts} experts of {job.model.name}",
-            hint=f"legal: {divisors(moe.experts)}",
+            hint=f"legal: {_listed(divisors(moe.experts))}",
         )
     ranks = plan.dp * plan.cp * plan.tp
     if ranks % plan.ep:

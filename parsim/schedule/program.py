@@ -25,7 +25,8 @@ class Task(NamedTuple):
     stage: int = -1
     micro_batch: int = -1
     receiver: tuple[int, str] | None = None
-    """The rank and stream at the other end of a transfer, busy for the same time."""
+    """The rank and stream at the other end of a transfer, where it shows for the same time. That stream
+    has one sender, so it is never busy with two."""
     allocated_bytes: float = 0.0
     """Activations that come to life when the task starts."""
     freed_bytes: float = 0.0

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parsim.errors import ParsimError
-from parsim.plan import Job, ParallelPlan, Recompute
+from parsim.plan import RECOMPUTE_MODES, Job, ParallelPlan, Recompute
+from parsim.schedule.check import divisors
 
 MAX_GPUS = 1_000_000
-SHORTEST_PIECE = 4096
-"""Tokens of a sequence below which nobody cuts it further."""
-RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
-    """Values that the user allows for a dimension; empty: all that the space holds."""
+    """Values that the user allows for a dimension; empty: all that the space holds (of cp: 1)."""
 
     tp: tuple[int, ...] = ()
     pp: tuple[int, ...] = ()
@@ -28,16 +26,6 @@ class Constraints:
     zero: tuple[int, ...] = ()
     recompute: tuple[Recompute, ...] = ()
     schedule: tuple[str, ...] = ()
-
-
-def divisors(n: int) -> list[int]:
-    """All divisors of n, in order.
-
-    >>> divisors(12)
-    [1, 2, 3, 4, 6, 12]
-    """
-    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def check_constraints(gpus: int, constraints: Constraints) -> None:
@@ -67,21 +55,15 @@ def enumerate_plans(
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
     left out: ZeRO where dp·cp = 1, chunks where pp = 1, micro-batches beyond the batch of a dp rank.
-    Sequences are cut into pieces of SHORTEST_PIECE tokens at the least, unless the user asks for more.
+    Sequences stay whole (cp = 1) unless the constraints allow more.
     """
     for tp in _allowed(divisors(gpus), constraints.tp):
         for pp in _allowed(divisors(gpus // tp), constraints.pp):
-            for cp in _context_sizes(job, gpus // (tp * pp), constraints):
+            for cp in _allowed(divisors(gpus // (tp * pp)), constraints.cp or (1,)):
                 dp = gpus // (tp * pp * cp)
                 if not constraints.dp or dp in constraints.dp:
                     split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp, tp_overlap=tp_overlap and tp > 1)
                     yield from _splits(job, constraints, split)
-
-
-def _context_sizes(job: Job, ranks: int, constraints: Constraints) -> list[int]:
-    if constraints.cp:
-        return _allowed(divisors(ranks), constraints.cp)
-    return [cp for cp in divisors(ranks) if cp == 1 or job.seq_len >= cp * SHORTEST_PIECE]
 
 
 def _allowed(values: list[int], wanted: tuple[int, ...]) -> list[int]:

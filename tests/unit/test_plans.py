@@ -57,7 +57,7 @@ def test_defaults_of_the_short_form() -> None:
         ("dp=2,dp=4", "twice"),
         ("dp=0", "from 1"),
         ("zero=4", "0 to 3"),
-        ("recompute=some", "none, selective or full"),
+        ("recompute=some", "none, selective, full"),
         ("sequence_parallel=perhaps", "yes or no"),
         ("pp=4,stage_split=4-4", "4 numbers"),
     ],
