@@ -59,7 +59,7 @@ class GemmFit:
     ramp_k: float
     """Each tile costs as much as this many more steps of k: filling the pipeline, storing the tile."""
     split_k: float
-    """The same where a tile's k is shared among SMs: the partial sums' way through L2."""
+    """The same for each part of a tile where SMs share its k: the partial sums' way through L2."""
     wave_quantisation: float
     """1: the last wave of tiles costs a full wave; 0: only its share, as over a mix of tile shapes."""
     memory_efficiency: float

@@ -118,10 +118,13 @@ def fitted_gemm_s(
 
 
 def _steps_of_k(fit: GemmFit, waves: Any, k: Any, of: Arithmetic) -> Any:
-    """Steps of k on the busiest SM: whole tiles in waves, or k shared evenly, whatever is less."""
+    """Steps of k on the busiest SM: whole tiles in waves, or k shared evenly, whatever is less.
+
+    An SM whose even share is w tiles works on parts of about 1 + 2w, and exchanges partial sums for each.
+    """
     q = fit.wave_quantisation
     whole = (q * of.ceil(waves) + (1 - q) * of.greater(waves, 1.0)) * (k + fit.ramp_k)
-    return of.lesser(whole, waves * k + fit.split_k)
+    return of.lesser(whole, waves * k + fit.split_k * (1 + 2 * waves))
 
 
 def _traffic_bytes(
