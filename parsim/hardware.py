@@ -6,8 +6,10 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple, TypeVar
 
 from parsim.errors import ParsimError, did_you_mean
@@ -154,13 +156,45 @@ class Cluster:
         """Whether two global ranks, which fill domain after domain, meet over `intra_node`."""
         return rank // self.scale_up_domain == other // self.scale_up_domain
 
-    def domain_ranks(self, *, size: int, stride: int) -> int:
-        """How many ranks of a group share each scale-up domain, at the least.
+    def domain_ranks(self, *, size: int, stride: int, gpus: int | None = None) -> int:
+        """How many ranks of a group share each scale-up domain that it touches, at the least.
 
         The group has `size` ranks that lie `stride` global ranks apart: where a domain has 8 GPUs, the
-        ranks 0, 4, 8, 12 meet in it two by two.
+        ranks 0, 4, 8, 12 meet in it two by two. Nodes are filled one after the other, which tears some
+        groups of 6 into 2 and 4: the answer is that of the worst group among those of `gpus` ranks, or
+        among as many as there can be. A domain of several nodes tears no group: where sizes do not
+        divide it, jobs leave nodes of it empty (they take 64 GPUs of an NVL72).
         """
-        return max(1, min(size, self.scale_up_domain // stride))
+        domain = self.scale_up_domain
+        whole = max(1, min(size, domain // stride))
+        block = size * stride
+        if whole == 1 or domain > self.gpus_per_node:
+            return whole
+        if domain % stride == 0 and (domain % block == 0 or block % domain == 0):
+            return whole
+        return _fewest_together(size, stride, domain, gpus)
+
+
+@cache
+def _fewest_together(size: int, stride: int, domain: int, gpus: int | None) -> int:
+    """The least that a domain holds of a group, over the groups that ranks from 0 up are cut into."""
+    block = size * stride
+    ranks = math.lcm(block, domain) if gpus is None else min(gpus, math.lcm(block, domain))
+    starts = {
+        (first + offset) % domain
+        for first in range(0, ranks, block)
+        for offset in range(stride)
+        if first + offset + block - stride < ranks
+    }
+    fewest = size
+    for start in starts:
+        left, at = size, start
+        while left and fewest > 1:
+            here = min(left, -(-(domain - at) // stride))
+            fewest = min(fewest, here)
+            left -= here
+            at += here * stride - domain
+    return fewest
 
 
 def peak_flops_per_s(device: Device, dtype: str) -> float:

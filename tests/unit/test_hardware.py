@@ -3,6 +3,7 @@
 import csv
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from parsim.hardware import (
     with_overrides,
 )
 from parsim.units import parse_field
+from tests.builders import round_cluster
 
 SHARED = Path(__file__).parents[2] / "../shared"
 NAMES = sorted(shipped("hardware_profiles"))
@@ -252,6 +254,38 @@ def test_domain_ranks_counts_the_ranks_that_share_a_domain(name: str, size: int,
     cluster = load_cluster(name)
     together = sum(cluster.same_domain(i * stride, 0) for i in range(size))
     assert cluster.domain_ranks(size=size, stride=stride) == together
+
+
+def worst_group(cluster: Cluster, size: int, stride: int, gpus: int) -> int:
+    """The least that a domain holds of any of the groups that `gpus` ranks are cut into, by counting."""
+    block = size * stride
+    groups = [
+        [first + offset + i * stride for i in range(size)]
+        for first in range(0, gpus - block + 1, block)
+        for offset in range(stride)
+    ]
+    return min(
+        min(Counter(rank // cluster.scale_up_domain for rank in group).values()) for group in groups
+    )
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 6, 7, 8, 12])
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 8, 10, 12, 16, 24, 40])
+def test_domain_ranks_is_that_of_the_worst_group(size: int, stride: int) -> None:
+    hgx, block = round_cluster(), size * stride
+    assert hgx.domain_ranks(size=size, stride=stride) == worst_group(hgx, size, stride, 8 * block)
+    for gpus in (block, 3 * block):
+        fewest = worst_group(hgx, size, stride, gpus)
+        assert hgx.domain_ranks(size=size, stride=stride, gpus=gpus) == fewest
+
+
+def test_six_ranks_of_a_job_are_torn_between_nodes_of_eight_unless_there_are_no_more() -> None:
+    hgx = round_cluster()
+    assert hgx.domain_ranks(size=6, stride=1) == 2
+    assert hgx.domain_ranks(size=6, stride=1, gpus=24) == 2
+    assert hgx.domain_ranks(size=6, stride=1, gpus=6) == 6
+    # 64 of an NVL72's 72 hold two groups of 32; nobody would leave half of a node of eight empty.
+    assert load_cluster("gb200-nvl72").domain_ranks(size=32, stride=1) == 32
 
 
 def test_overrides_replace_numbers_and_say_so() -> None:
