@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parsim.cost.cell import cell_of
-from parsim.cost.collective import collective_s, group_of, send_recv_s
+from parsim.cost.collective import Group, collective_s, send_recv_s
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import gradient_bytes, optimizer_bytes, sharded, weight_bytes
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import CostModel, StageCost
 from parsim.hardware import Cluster
-from parsim.plan import Coordinate, Job, ParallelPlan, stage_layers
+from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.stack import Stack
 
 
@@ -49,7 +49,7 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
         stride = (plan.pp - 1) * plan.dp * plan.cp * plan.tp
         tied_s = collective_s(
-            costs.cluster, "all_reduce", size, group_of(costs.cluster, size=2, stride=stride)
+            costs.cluster, "all_reduce", size, _group(costs.cluster, plan, size=2, stride=stride)
         )
     return StepCost(
         stages=stages,
@@ -67,12 +67,21 @@ def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float
         return 0.0
     whole = cell.tokens * job.model.hidden * cell.activation_bytes
     cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
-    ranks = [plan.rank(Coordinate(pp=pp, dp=0, cp=0, tp=0)) for pp in (source, target)]
-    seconds = send_recv_s(cluster, whole / cut, local=cluster.same_domain(*ranks))
+    # Every replica hops as far: all stay in a domain only where one holds both stages whole.
+    stage_ranks = plan.dp * plan.cp * plan.tp
+    ends = min(source, target) * stage_ranks, (max(source, target) + 1) * stage_ranks - 1
+    seconds = send_recv_s(cluster, whole / cut, local=cluster.same_domain(*ends))
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
-        seconds += collective_s(cluster, "all_gather", whole, group_of(cluster, size=plan.tp, stride=1))
+        seconds += collective_s(
+            cluster, "all_gather", whole, _group(cluster, plan, size=plan.tp, stride=1)
+        )
     return seconds
+
+
+def _group(cluster: Cluster, plan: ParallelPlan, *, size: int, stride: int) -> Group:
+    """The worst group of `size` ranks that lie `stride` global ranks apart, among the plan's own."""
+    return Group(size, cluster.domain_ranks(size=size, stride=stride, gpus=plan.gpus))
 
 
 def _stage_sync(
@@ -96,10 +105,11 @@ def _stage_sync(
                 cluster,
                 "all_gather",
                 parameters * weights / buckets,
-                group_of(cluster, size=group, stride=stride),
+                _group(cluster, plan, size=group, stride=stride),
             )
-    if plan.zero in (1, 2):
-        gather_s += plan.shard_group * stack.zero_broadcast_s
+    if plan.zero in (1, 2) and plan.shard_group > 1:
+        # Each rank broadcasts once a step, whatever number of chunks it holds.
+        gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,
@@ -112,14 +122,14 @@ def _reduce_s(cluster: Cluster, num_bytes: float, ranks: int, stride: int, plan:
     """Sum of gradients over `ranks`: within the shard group first, then between the groups."""
     if plan.zero == 0:
         return collective_s(
-            cluster, "all_reduce", num_bytes, group_of(cluster, size=ranks, stride=stride)
+            cluster, "all_reduce", num_bytes, _group(cluster, plan, size=ranks, stride=stride)
         )
     group = min(ranks, plan.zero_group or ranks)
     seconds = collective_s(
-        cluster, "reduce_scatter", num_bytes, group_of(cluster, size=group, stride=stride)
+        cluster, "reduce_scatter", num_bytes, _group(cluster, plan, size=group, stride=stride)
     )
     if ranks > group:
-        between = group_of(cluster, size=ranks // group, stride=stride * group)
+        between = _group(cluster, plan, size=ranks // group, stride=stride * group)
         seconds += collective_s(cluster, "all_reduce", num_bytes / group, between)
     return seconds
 

@@ -1,5 +1,7 @@
 """The cost of layers and steps against closed forms."""
 
+from dataclasses import replace
+
 import pytest
 
 from parsim.cost.cell import cell_of
@@ -132,3 +134,42 @@ def test_idle_time_of_the_ideal_pipeline() -> None:
     idle_s = parts["bubble"] + parts["pp_exposed"]
     pipeline_s = prediction.step_time_s - parts["optimizer"]
     assert idle_s / pipeline_s == pytest.approx(3 / 11, rel=0.02)
+
+
+def test_a_pipeline_hop_is_as_slow_as_its_slowest_replica() -> None:
+    # Stages of 3 ranks on nodes of 8: 0-2 → 3-5 stays inside, 3-5 → 6-8 leaves for one replica of three.
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=12)
+    plan = ParallelPlan(dp=3, pp=4)
+    send_s = step_cost(job, plan, CostModel(model, round_cluster(), plain_stack())).send_s
+    assert send_s[0] < send_s[1] == send_s[2]
+
+
+def test_data_parallel_groups_that_nodes_tear_apart_are_dearer() -> None:
+    # 6 ranks stay on one node of 8 alone; among 24, nodes tear ranks 6-11 into 2 and 4.
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=24)
+    costs = CostModel(model, round_cluster(), plain_stack())
+    alone, torn = (step_cost(job, ParallelPlan(dp=6, pp=pp), costs).syncs[0] for pp in (1, 4))
+    assert torn.reduce_s > 2 * alone.reduce_s * 2 / 8  # of 8 layers a stage has 2
+
+
+def test_broadcasts_of_zero_cost_once_a_rank_and_nothing_where_nobody_shares() -> None:
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=16)
+
+    def broadcasts_s(plan: ParallelPlan) -> float:
+        """Of one pipeline rank in a step."""
+        without, with_them = (
+            sum(
+                sync.gather_s
+                for sync in step_cost(job, plan, CostModel(model, round_cluster(), stack)).syncs
+            )
+            for stack in (plain_stack(), plain_stack(zero_broadcast_s=3e-3))
+        )
+        return (with_them - without) / plan.pp
+
+    shared = ParallelPlan(dp=4, pp=2, zero=1)
+    assert broadcasts_s(shared) == pytest.approx(4 * 3e-3)
+    assert broadcasts_s(replace(shared, vpp=2, schedule="interleaved")) == pytest.approx(4 * 3e-3)
+    assert broadcasts_s(ParallelPlan(pp=2, zero=1)) == 0
