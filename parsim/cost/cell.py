@@ -36,8 +36,8 @@ class Cell(NamedTuple):
 
     @property
     def activation_bytes(self) -> int:
-        """e: bytes of one activation."""
-        return {"fp32": 4, "fp64": 8}.get(self.precision, 2)
+        """e: bytes of one activation; tf32 and what is narrower than 16 bits are for GEMMs alone."""
+        return int(max(2, DTYPE_BYTES[self.precision]))
 
     @property
     def activation_dtype(self) -> str:

@@ -22,7 +22,8 @@ def recomputed_shares(operations: tuple[Operation, ...], what: Recomputed) -> tu
     """The share of each operation's forward that the backward runs again.
 
     attention_core: softmax(QKᵀ)V with all that belongs to it (Korthikanti et al. 2022, arXiv 2205.05198,
-    section 5). every_other_gemm: the second, fourth … matrix product of a layer and everything that is
+    section 5); with context parallelism also its ring, as keys and values are kept of this rank alone.
+    every_other_gemm: the second, fourth … matrix product of a layer and everything that is
     none, but neither attention nor reductions over tp (torchtitan, activation_checkpoint.py).
     """
     if what == "everything":
@@ -30,10 +31,7 @@ def recomputed_shares(operations: tuple[Operation, ...], what: Recomputed) -> tu
     if what == "nothing":
         return (0.0,) * len(operations)
     if what == "attention_core":
-        return tuple(
-            float(isinstance(op, Attention) or (isinstance(op, Elementwise) and op.attention_core))
-            for op in operations
-        )
+        return tuple(float(_in_attention_core(op)) for op in operations)
     shares = []
     products = 0
     for op in operations:
@@ -46,6 +44,14 @@ def recomputed_shares(operations: tuple[Operation, ...], what: Recomputed) -> tu
         else:
             shares.append(float(isinstance(op, Elementwise)))
     return tuple(shares)
+
+
+def _in_attention_core(op: Operation) -> bool:
+    if isinstance(op, Elementwise):
+        return op.attention_core
+    if isinstance(op, Transfer):
+        return op.stream == "cp" and op.when == "forward"
+    return isinstance(op, Attention)
 
 
 def saved_bytes(operations: tuple[Operation, ...], what: Recomputed, cell: Cell) -> float:

@@ -173,3 +173,20 @@ def test_broadcasts_of_zero_cost_once_a_rank_and_nothing_where_nobody_shares() -
     assert broadcasts_s(shared) == pytest.approx(4 * 3e-3)
     assert broadcasts_s(replace(shared, vpp=2, schedule="interleaved")) == pytest.approx(4 * 3e-3)
     assert broadcasts_s(ParallelPlan(pp=2, zero=1)) == 0
+
+
+def test_tf32_narrows_only_the_operands_of_gemms() -> None:
+    """Activations stay in fp32 (NVIDIA A100 whitepaper, "TF32"): twice the bytes of bf16."""
+    saved = [
+        cell_of(Job(model=GPT, seq_len=2048, global_batch=1, precision=precision), ParallelPlan())
+        for precision in ("tf32", "fp32", "bf16", "fp8", "nvfp4", "fp64")
+    ]
+    assert [cell.activation_bytes for cell in saved] == [4, 4, 2, 2, 2, 8]
+    assert [cell.low_precision for cell in saved] == [False, False, False, True, True, False]
+
+
+def test_recomputing_the_attention_core_repeats_its_ring() -> None:
+    job = Job(model=GPT, seq_len=2048, global_batch=1)
+    plan = ParallelPlan(cp=16, recompute="selective")  # a ring over two nodes that attention cannot hide
+    time = CostModel(GPT, round_cluster(), plain_stack()).layer(cell_of(job, plan), 0).time
+    assert time.recompute.cp_s == time.forward.cp_s > 0
