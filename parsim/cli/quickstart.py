@@ -53,7 +53,7 @@ def quickstart(
     calibration_s: Annotated[
         float, typer.Option("--calibration-s", min=1, help="Seconds to spend on calibration.")
     ] = 60.0,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time for each plan.")] = 12,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time for each plan.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate this machine, plan a small Llama on it, simulate and run the best plans, and compare.
@@ -101,7 +101,7 @@ def _calibrated(
     job = Job(
         model=spec,
         seq_len=min(spec.max_seq_len, 4096),
-        global_batch=8 * devices,
+        global_batch=4 * devices,
         precision=default_precision(cluster.device),
     )
     stack = load_stack(cluster.default_stack)
