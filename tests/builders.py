@@ -63,8 +63,8 @@ def flat_cost(
     gradient = PassTime(backward_s / 2)
     time = PartTime(PassTime(forward_s), gradient, gradient, PassTime(recompute_s))
     stage = StageCost(
-        time=time, num_layers=1, saved_bytes=saved_bytes, recomputed_bytes=0.0, flops=0.0,
-        dense_parameters=1, expert_parameters=0, largest_layer_parameters=1,
+        time=time, num_layers=1, saved_bytes=saved_bytes, recomputed_bytes=0.0,
+        dense_parameters=1, expert_parameters=0, largest_part_parameters=1,
     )  # fmt: skip
     sync = StageSync(reduce_s=reduce_s, gather_s=gather_s, buckets=buckets, optimizer_s=optimizer_s)
     return StepCost(

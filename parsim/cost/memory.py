@@ -102,8 +102,8 @@ def rank_memory(
     if plan.pp > 1:
         boundary = cell.local_tokens * job.model.hidden * cell.activation_bytes
         buffers += 2 * boundary * plan.vpp
-    if plan.zero == 3:  # the layer that runs and the one that is gathered ahead
-        largest = max(stage.largest_layer_parameters for stage in stages)
+    if plan.zero == 3:  # the part that runs and the one that is gathered ahead
+        largest = max(stage.largest_part_parameters for stage in stages)
         buffers += 2 * largest * weight_bytes(job.precision)
     return MemoryUse(
         weights=(shards if plan.zero == 3 else whole) * weight_bytes(job.precision),
@@ -121,6 +121,15 @@ def _working_bytes(model: ModelSpec, cell: Cell) -> float:
     """Gradients of a layer's input and output, the widest inner gradient, a gathered sequence."""
     e = cell.activation_bytes
     boundary = cell.local_tokens * model.hidden * e
-    widest = cell.tokens * (2 if model.gated_mlp else 1) * model.ffn_hidden / cell.tp * e
+    widest = cell.tokens * (2 if model.gated_mlp else 1) * _widest_feed_forward(model) / cell.tp * e
     gathered = cell.tokens * model.hidden * e if cell.sequence_parallel else 0
     return 2 * boundary + widest + gathered
+
+
+def _widest_feed_forward(model: ModelSpec) -> int:
+    """The most inner values that a token has in any layer: with experts, in all those that it visits."""
+    moe = model.moe
+    if moe is None:
+        return model.ffn_hidden
+    has_dense = moe.dense_layers > 0 or moe.every > 1
+    return max(model.ffn_hidden * has_dense, moe.top_k * moe.ffn_hidden, moe.shared_ffn_hidden)

@@ -101,8 +101,3 @@ class Transfer:
 
 
 Operation: TypeAlias = Gemm | Attention | Elementwise | Transfer
-
-
-def forward_flops(operations: tuple[Operation, ...]) -> float:
-    """Hardware FLOPs of one forward of these operations, attention counted in full."""
-    return sum(op.flops for op in operations if isinstance(op, Gemm | Attention))

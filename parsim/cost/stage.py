@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
 from parsim.cost.layer import embedding_operations, head_operations, layer_operations
-from parsim.cost.operation import Operation, forward_flops
+from parsim.cost.operation import Operation
 from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
 from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.hardware import Cluster
@@ -36,8 +36,6 @@ class PartCost:
     """Activations kept from the forward to the backward."""
     recomputed_bytes: float
     """Activations that live only while the backward recomputes and uses this part."""
-    flops: float
-    """Hardware FLOPs of one forward."""
     dense_parameters: int
     expert_parameters: int
 
@@ -50,12 +48,12 @@ class StageCost:
     num_layers: int
     saved_bytes: float
     recomputed_bytes: float
-    flops: float
     dense_parameters: int
     """Parameters outside the routed experts; their gradients are summed over dp·cp."""
     expert_parameters: int
     """Parameters of this rank's routed experts; their gradients are summed over dp·cp·tp/ep."""
-    largest_layer_parameters: int
+    largest_part_parameters: int
+    """Of a layer, the embedding or the head: what FSDP gathers at once."""
 
     @property
     def parameters(self) -> int:
@@ -115,7 +113,6 @@ class CostModel:
             time=part_time(operations, cell, self.cluster, self.stack, host=self._layer_host()),
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
-            flops=forward_flops(operations),
             dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
             expert_parameters=experts // cell.ep,
         )
@@ -135,7 +132,6 @@ class CostModel:
             time=part_time(operations, kept_cell, self.cluster, self.stack),
             saved_bytes=saved_bytes(operations, "nothing", cell),
             recomputed_bytes=0.0,
-            flops=forward_flops(operations),
             dense_parameters=parameters,
             expert_parameters=0,
         )
@@ -174,16 +170,14 @@ def _sum(parts: list[PartCost], tied_copy: int) -> StageCost:
     time = NO_TIME
     for part in parts:
         time = time.plus(part.time)
-    layers = [part for part in parts if part.is_layer]
     return StageCost(
         time=time,
-        num_layers=len(layers),
+        num_layers=sum(p.is_layer for p in parts),
         saved_bytes=sum(p.saved_bytes for p in parts),
         recomputed_bytes=max((p.recomputed_bytes for p in parts), default=0.0),
-        flops=sum(p.flops for p in parts),
         dense_parameters=sum(p.dense_parameters for p in parts) + tied_copy,
         expert_parameters=sum(p.expert_parameters for p in parts),
-        largest_layer_parameters=max(
-            (p.dense_parameters + p.expert_parameters for p in layers), default=0
+        largest_part_parameters=max(
+            (p.dense_parameters + p.expert_parameters for p in parts), default=0
         ),
     )

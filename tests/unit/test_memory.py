@@ -6,7 +6,7 @@ from parsim.config import load_model
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
-from parsim.model import ModelSpec, num_parameters
+from parsim.model import ModelSpec, MoeSpec, num_parameters
 from parsim.plan import Job, ParallelPlan
 from parsim.search.search import fullest_rank
 from parsim.stack import Stack
@@ -75,6 +75,33 @@ def test_a_replica_of_7_5_billion_parameters_needs_120_gb() -> None:
     assert static[3] == pytest.approx(16 / 64)
 
 
+def test_fsdp_gathers_the_head_of_llama_too() -> None:
+    # The head, 128256 × 4096 in 16 bits, is larger than any layer (436 MB); two parts are whole at once.
+    model = load_model("llama-3.1-8b")
+    job = Job(model=model, seq_len=8192, global_batch=64)
+    plan = ParallelPlan(dp=64, zero=3)
+    stages = CostModel(model, round_cluster(), plain_stack()).stages(cell_of(job, plan), (32,))
+    buffers = rank_memory(stages, (1,), job, plan, plain_stack()).buffers
+    assert buffers == 2 * 2 * (128256 * 4096 + 4096)
+
+
+@pytest.mark.parametrize(
+    ("moe", "widest"),
+    [
+        (MoeSpec(experts=8, top_k=4, ffn_hidden=512), 4 * 512),
+        (MoeSpec(experts=8, top_k=1, ffn_hidden=512), 512),  # and no layer of ffn_hidden = 1024
+        (MoeSpec(experts=8, top_k=1, ffn_hidden=512, dense_layers=1), 1024),
+        (MoeSpec(experts=8, top_k=1, ffn_hidden=512, shared_ffn_hidden=4096), 4096),
+    ],
+)
+def test_the_widest_tensor_of_experts_has_all_routed_tokens(moe: MoeSpec, widest: int) -> None:
+    model = small_model(moe=moe, gated_mlp=True)
+    job, plan, stack = Job(model=model, seq_len=256, global_batch=1), ParallelPlan(), plain_stack()
+    stages = CostModel(model, round_cluster(), stack).stages(cell_of(job, plan), (8,))
+    boundary = 256 * 512 * 2
+    assert rank_memory(stages, (1,), job, plan, stack).working == 2 * boundary + 256 * 2 * widest * 2
+
+
 def test_optimizer_states() -> None:
     model = small_model()
     sizes = {
@@ -100,8 +127,6 @@ def test_more_ranks_never_need_more_memory() -> None:
 
 
 def test_experts_are_shared_by_ep_and_dense_parts_are_not() -> None:
-    from parsim.model import MoeSpec
-
     model = small_model(moe=MoeSpec(experts=8, top_k=2, ffn_hidden=1024))
     costs = CostModel(model, round_cluster(), plain_stack())
 
