@@ -17,8 +17,9 @@ from parsim.model import ModelSpec
 from parsim.stack import Stack
 
 
-def norm(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwise:
-    size = cell.local_tokens * model.hidden * cell.activation_bytes
+def norm(name: str, values: int, cell: Cell, stack: Stack) -> Elementwise:
+    """A norm of `values` values on this rank."""
+    size = values * cell.activation_bytes
     # Forward reads x and writes y; backward reads dy and x and writes dx. Unfused, the statistics,
     # the scaling and the casts to fp32 each pass over the tensor again.
     passes = (2, 3) if stack.fused_elementwise else (6, 9)

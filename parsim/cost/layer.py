@@ -19,6 +19,14 @@ from parsim.cost.self_attention import attention_operations, latent_attention_op
 from parsim.model import ModelSpec
 from parsim.stack import Stack
 
+LAYER_NORMS = (
+    "attention norm",
+    "feed-forward norm",
+    "attention output norm",
+    "feed-forward output norm",
+)
+"""In the order in which models have them: one that both parts share, one each, one after each too."""
+
 
 def layer_operations(model: ModelSpec, layer: int, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
     """Operations of layer `layer` (from 0) for one micro-batch."""
@@ -31,20 +39,37 @@ def layer_operations(model: ModelSpec, layer: int, cell: Cell, stack: Stack) -> 
         feed_forward = moe_operations(model, cell, stack)
     else:
         feed_forward = mlp_operations(model, model.ffn_hidden, cell, stack)
+    values = cell.local_tokens * model.hidden
+    norms = [norm(name, values, cell, stack) for name in LAYER_NORMS[: model.norms_per_layer]]
     return (
-        norm("attention norm", model, cell, stack),
+        *norms[:1],
         *enter_tensor_parallel("attention", model, cell, stack),
+        *_inner_norm(model, cell, stack),
         *attention,
         *leave_tensor_parallel("attention", model, cell),
+        *norms[2:3],
         residual("attention residual", model, cell, stack),
-        norm("feed-forward norm", model, cell, stack),
+        *norms[1:2],
         *feed_forward,
+        *norms[3:],
         residual("feed-forward residual", model, cell, stack),
     )
 
 
+def _inner_norm(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Elementwise, ...]:
+    """The norm on queries and keys, or on MLA's latents, which every tp rank has whole."""
+    if model.mla is not None:
+        width = model.mla.q_lora_rank + model.mla.kv_lora_rank
+    elif model.qk_norm:
+        heads = math.ceil(model.heads / cell.tp) + math.ceil(model.kv_heads / cell.tp)
+        width = heads * model.head_dim
+    else:
+        return ()
+    return (norm("norm inside attention", cell.tokens * width, cell, stack),)
+
+
 def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
-    """Token (and learned position) lookup, vocabulary-parallel over tp."""
+    """Token (and learned position) lookup, vocabulary-parallel over tp, and a norm in some models."""
     h, e, T = model.hidden, cell.activation_bytes, cell.tokens
     size = T * h * e
     tables = 2 if model.position == "learned" else 1
@@ -54,13 +79,16 @@ def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Op
         backward_bytes=(1 + 2 * tables) * size,  # reads dy, adds to rows of the gradient
         saved_bytes=cell.local_tokens * h if stack.dropout else 0,
     )
+    norms: tuple[Elementwise, ...] = ()
+    if model.embedding_norm:
+        norms = (norm("embedding norm", cell.local_tokens * h, cell, stack),)
     if cell.tp == 1:
-        return (lookup,)
+        return (lookup, *norms)
     kind = "reduce_scatter" if cell.sequence_parallel else "all_reduce"
     transfers = [tensor_parallel("embedding output", kind, size, "forward")]
     if cell.sequence_parallel:
         transfers.append(tensor_parallel("embedding gradient", "all_gather", size, "backward"))
-    return (lookup, *transfers)
+    return (lookup, *transfers, *norms)
 
 
 def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
@@ -85,6 +113,8 @@ def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operati
         reductions = tuple(
             tensor_parallel(name, "all_reduce", 4.0 * T, "forward") for name in ("max", "target", "sum")
         )
-    final_norm = (norm("final norm", model, cell, stack),) if model.final_norm else ()
+    final_norm: tuple[Elementwise, ...] = ()
+    if model.final_norm:
+        final_norm = (norm("final norm", cell.local_tokens * h, cell, stack),)
     head = Gemm(name="head", m=T, n=columns, k=h, saved_bytes=cell.local_tokens * h * e)
     return (*final_norm, *enter, head, loss, *reductions)

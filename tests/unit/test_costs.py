@@ -6,11 +6,11 @@ import pytest
 
 from parsim.cost.cell import cell_of
 from parsim.cost.flops import model_flops, model_flops_per_token
-from parsim.cost.layer import layer_operations
+from parsim.cost.layer import embedding_operations, layer_operations
 from parsim.cost.operation import Attention, Elementwise, Gemm, Transfer
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
-from parsim.model import ModelSpec, num_parameters
+from parsim.model import MlaSpec, ModelSpec, num_parameters
 from parsim.plan import Job, ParallelPlan
 from parsim.simulate.prediction import predict
 from tests.builders import plain_stack, round_cluster, small_model
@@ -191,3 +191,39 @@ def test_recomputing_the_attention_core_repeats_its_ring() -> None:
     plan = ParallelPlan(cp=16, recompute="selective")  # a ring over two nodes that attention cannot hide
     time = CostModel(GPT, round_cluster(), plain_stack()).layer(cell_of(job, plan), 0).time
     assert time.recompute.cp_s == time.forward.cp_s > 0
+
+
+def norm_bytes(model: ModelSpec, plan: ParallelPlan, layer: int = 0) -> tuple[float, float]:
+    """Bytes that the norms of a layer and of the embedding read and write in a forward."""
+    cell = cell_of(Job(model=model, seq_len=256, global_batch=1), plan)
+    layer_sum, embedding_sum = (
+        sum(op.forward_bytes for op in operations if isinstance(op, Elementwise) and "norm" in op.name)
+        for operations in (
+            layer_operations(model, layer, cell, plain_stack()),
+            embedding_operations(model, cell, plain_stack()),
+        )
+    )
+    return layer_sum, embedding_sum
+
+
+@pytest.mark.parametrize("norms_per_layer", [0, 1, 2, 3, 4])
+def test_every_norm_of_a_layer_reads_and_writes_its_tensor(norms_per_layer: int) -> None:
+    model = small_model(norms_per_layer=norms_per_layer)
+    assert norm_bytes(model, ParallelPlan()) == (norms_per_layer * 2 * 256 * 512 * 2, 0)
+
+
+def test_norms_inside_attention_and_after_the_embedding() -> None:
+    # BLOOM's embedding norm; Qwen3's norms on 8 query and 4 key heads of 64, cut by tp; DeepSeek's on
+    # latents of 96 and 32, which are whole on every tp rank.
+    hidden = 2 * 2 * 256 * 512
+    bloom = small_model(embedding_norm=True)
+    assert norm_bytes(bloom, ParallelPlan()) == (2 * hidden, hidden)
+    assert norm_bytes(bloom, ParallelPlan(tp=4, sequence_parallel=True))[1] == hidden / 4
+    qwen = small_model(qk_norm=True)
+    assert norm_bytes(qwen, ParallelPlan())[0] == 2 * hidden + 2 * 2 * 256 * 12 * 64
+    assert norm_bytes(qwen, ParallelPlan(tp=4))[0] == 2 * hidden + 2 * 2 * 256 * 3 * 64
+    mla = MlaSpec(
+        kv_lora_rank=32, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32
+    )
+    deepseek = small_model(mla=mla, kv_heads=8)
+    assert norm_bytes(deepseek, ParallelPlan(tp=4))[0] == 2 * hidden + 2 * 2 * 256 * 128
