@@ -124,6 +124,15 @@ def test_tied_embeddings_are_summed_after_everything_else() -> None:
     assert {spans(alone, "compute", r)[-1].start_s for r in range(4)} == {21.5}
 
 
+def test_tied_embeddings_wait_for_the_last_stage_s_own_gradients() -> None:
+    cost = flat_cost(2, tied_reduce_s=0.5)
+    late = replace(cost.syncs[1], reduce_s=9.0)
+    step = timeline(TWO, 4, replace(cost, syncs=(cost.syncs[0], late)))
+    # Rank 1's last backward ends a backward before the step's, at 13.
+    assert [(s.start_s, s.end_s) for s in spans(step, "dp", 1)] == [(13.0, 22.0), (22.0, 22.5)]
+    assert [(s.start_s, s.end_s) for s in spans(step, "dp", 0)] == [(22.0, 22.5)]
+
+
 # Parameters
 
 
@@ -226,6 +235,12 @@ def test_a_split_backward_frees_and_reduces_after_its_weight_gradient() -> None:
     held = [(sample.time_s, sample.num_bytes) for sample in step.memory if sample.rank == 1]
     assert held == [(0.0, 0.0), (1.0, 8.0), (4.0, 0.0)]  # F at 1, I to 3, W to 4
     assert [(s.start_s, s.end_s) for s in spans(step, "dp", 1)] == [(4.0, 4.5)]
+
+
+def test_a_weight_gradient_stays_where_it_is() -> None:
+    step = timeline(TWO, 1, flat_cost(2, send_s=0.5), csv=SPLIT)
+    sent = [s.name for s in step.spans if s.kind == "pp" and s.stream.startswith("pp_send")]
+    assert sorted(sent) == ["0F0", "1I0"]
 
 
 def test_a_split_backward_gathers_its_parameters_once() -> None:

@@ -1,7 +1,6 @@
 """What a prediction reports, from its definition; and the bytes and ranks of every collective.
 
-On round_cluster a collective inside a node has no latency and 80 GB/s, a transfer between nodes is not
-used here.
+On round_cluster a collective inside a node has no latency and 80 GB/s.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import pytest
 
 from parsim.cost.attention import attention_s
 from parsim.cost.cell import cell_of
+from parsim.cost.collective import send_recv_s
 from parsim.cost.layer import layer_operations
 from parsim.cost.memory import MemoryUse
 from parsim.cost.operation import Transfer
@@ -315,20 +315,30 @@ def test_tied_embeddings_are_summed_between_the_ends_of_the_pipeline() -> None:
     ("sequence_parallel", "scatter_gather", "share", "gathered"),
     [
         (False, False, 1.0, 0.0),
-        # Narayanan et al. 2021, section 4.1: 1/tp is sent, the receivers gather the rest.
+        # Narayanan et al. 2021, section 4.1: 1/tp goes over the network, NVLink gathers the rest.
         (False, True, 1 / 4, 3 / 4),
         # With sequence parallelism 1/tp of the tensor is all that a rank has and needs.
         (True, False, 1 / 4, 0.0),
         (True, True, 1 / 4, 0.0),
     ],
 )
-def test_what_a_pipeline_sends(
+def test_what_a_pipeline_sends_to_another_node(
     sequence_parallel: bool, scatter_gather: bool, share: float, gathered: float
 ) -> None:
     plan = ParallelPlan(tp=4, pp=2, micro_batch=3, sequence_parallel=sequence_parallel)
-    cost = step(small_model(), plan, pp_scatter_gather=scatter_gather)
-    whole_s = 3 * 256 * 512 * 2 / BYTES_PER_S
-    assert cost.send_s == pytest.approx(((share + gathered) * whole_s,))
+    cluster = round_cluster(gpus_per_node=4, scale_up_domain=4)
+    job = Job(model=small_model(), seq_len=256, global_batch=24)
+    stack = plain_stack(pp_scatter_gather=scatter_gather)
+    whole = 3 * 256 * 512 * 2
+    network_s = send_recv_s(cluster, share * whole, local=False)
+    found = step_cost(job, plan, CostModel(small_model(), cluster, stack)).send_s
+    assert found == pytest.approx((network_s + gathered * whole / BYTES_PER_S,))
+
+
+def test_what_a_pipeline_sends_inside_a_node() -> None:
+    assert step(small_model(), ParallelPlan(pp=2, micro_batch=3)).send_s == pytest.approx(
+        (3 * 256 * 512 * 2 / BYTES_PER_S,)
+    )
 
 
 def test_context_ranks_send_their_part_of_the_sequence() -> None:
