@@ -32,6 +32,9 @@ class Stack:
     """Bias, activation, dropout and residual run as one kernel each way."""
     fused_cross_entropy: bool = True
     """The loss reads the logits once and keeps them in the GEMMs' dtype."""
+    gemm_stream_k: bool = True
+    """The matrix library fills the last wave of tiles by sharing their k among SMs (cuBLAS 12); else
+    it is as long as a full wave."""
     dropout: bool = False
     """Models are trained with dropout on attention and residuals, as in the GPT-3 years."""
 
@@ -59,7 +62,8 @@ class Stack:
 
     # Communication
     collective_overhead_s: float = 0.0
-    """Time every tensor-parallel collective costs beyond the collective itself."""
+    """What a collective among layers costs beyond itself, for each doubling of its ranks: its launch,
+    and waiting for the rank that comes last."""
     tp_async_backward: bool = False
     """A column-parallel product's backward reduces its input's gradient beside the weight gradient and,
     with sequence parallelism, gathers the input again beside the input gradient (Megatron-LM from
@@ -70,6 +74,9 @@ class Stack:
     dp_overlap: bool = True
     """Gradients are reduced bucket by bucket behind the last backward (and ZeRO-1's parameters
     gathered before the first forward); else after it."""
+    dp_slowdown: float = 1.0
+    """Time of data-parallel collectives in training over the same alone: copies into and out of flat
+    buckets, a network that others use too."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
     zero_broadcast_s: float = 0.0
@@ -104,7 +111,7 @@ class Stack:
     """Half width of the 90 % interval of log(measured / predicted), from validation."""
 
     def __post_init__(self) -> None:
-        for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown"):
+        for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown", "dp_slowdown"):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
         for key in ("overlap_cost", "ep_exposed"):

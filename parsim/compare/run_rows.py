@@ -45,6 +45,11 @@ NEAREST_STACK = {
 }
 """Stands in for frameworks that have no Stack of their own."""
 
+OMNI_PATH_SHARE = 0.27
+"""Of the nominal 4 x 100 Gb/s a node, under all-reduces of BLOOM's trials (fitted to their dependence on
+the number of data-parallel ranks). GPUs cannot reach that network directly; the authors' own all_reduce
+over four nodes saw 5 of 50 GB/s (bigscience, experiments/bandwidth/all_reduce_bench-a100-n4.txt)."""
+
 NO_OVERLAP = "all comm overlap disabled"
 """What the notes of a row say where no communication runs beside compute."""
 
@@ -203,12 +208,20 @@ def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], C
         raise ParsimError(
             "a bandwidth is greater than zero", where="inter_node_gbit_per_gpu", got=gbit_per_s
         )
-    key = (cells.text("hardware"), node, (gbit_per_s or 0.0) * 1e9 / 8)
+    key = (cells.text("hardware"), node, _reached(cells, gbit_per_s or 0.0) * 1e9 / 8)
     cluster = library.cluster(key)
     if gbit_per_s is None and cells.whole("gpus") > cluster.scale_up_domain:
         gbit = cluster.inter_node.bandwidth_bytes_per_s * 8 / 1e9
         cells.assumed.append(f"inter_node_gbit_per_gpu not stated: {gbit:g}, as in {cluster.name}")
     return key, cluster
+
+
+def _reached(cells: _Cells, gbit_per_s: float) -> float:
+    """What a network gives of its nominal rate, where that is known to be far less."""
+    if gbit_per_s and "omni-path" in cells.text("interconnect").lower():
+        cells.assumed.append(f"Omni-Path gives {OMNI_PATH_SHARE:.0%} of its rate between GPUs")
+        return OMNI_PATH_SHARE * gbit_per_s
+    return gbit_per_s
 
 
 def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:

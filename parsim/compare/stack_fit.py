@@ -7,7 +7,7 @@ constants; a weak pull towards the starting values keeps constants that no row d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from statistics import quantiles
 from typing import Any
@@ -157,14 +157,12 @@ def _fit(measured: Sequence[_Measured], stack: Stack, bounds: Bounds) -> Stack:
         max_nfev=12,
     )
     values = low + found.x * (high - low)
-    return _with(stack, names, values)
+    # Three digits, as a profile states them.
+    return _with(stack, names, [float(f"{value:.3g}") for value in values])
 
 
-def _with(stack: Stack, names: Sequence[str], values: np.ndarray) -> Stack:
-    """The stack with constants of three digits, as a profile states them."""
-    changes: dict[str, Any] = {
-        name: float(f"{value:.3g}") for name, value in zip(names, values, strict=True)
-    }
+def _with(stack: Stack, names: Sequence[str], values: Iterable[float]) -> Stack:
+    changes: dict[str, Any] = dict(zip(names, map(float, values), strict=True))
     return replace(stack, **changes)
 
 

@@ -51,10 +51,19 @@ SCALAR = Arithmetic(math.ceil, max, min)
 
 
 def gemm_s(
-    cluster: Cluster, m: int, n: int, k: int, *, dtype: str, layout: str = "TN", batch: int = 1
+    cluster: Cluster,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: str,
+    layout: str = "TN",
+    batch: int = 1,
+    stream_k: bool = True,
 ) -> float:
     """Seconds of `batch` bare GEMMs C[m,n] = A[m,k] B[k,n] that run as one kernel.
 
+    Without `stream_k` a library shares a tile's k among SMs only where there are fewer tiles than SMs.
     Raises ParsimError for an unknown layout or a dtype that the device does not have.
     """
     if layout not in LAYOUTS:
@@ -67,7 +76,7 @@ def gemm_s(
         rates = [((m_, n_, k_), 2.0 * m_ * n_ * k_ / s) for m_, n_, k_, s in table.points]
         return flops / among_points(rates, (m * batch, n, k))
     floor_s = flops / peak_flops_per_s(cluster.device, dtype)
-    seconds = _aligned_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=batch)
+    seconds = _aligned_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=batch, stream_k=stream_k)
     return max(floor_s, seconds * _unaligned_slowdown(n, k, dtype, batch))
 
 
@@ -89,6 +98,7 @@ def fitted_gemm_s(
     *,
     batch: int = 1,
     layout: str = "TN",
+    stream_k: bool = True,
     of: Arithmetic = SCALAR,
 ) -> Any:
     """Seconds by the fitted form alone, without residuals and layout factor.
@@ -102,7 +112,8 @@ def fitted_gemm_s(
         tile_s = 2.0 * rows * columns / sm_flops_per_s
         for high, wide in {(rows, columns), (columns, rows)}:
             down, across = of.ceil(m / high), of.ceil(n / wide)
-            compute_s = tile_s * _steps_of_k(fit, batch * down * across / device.num_sms, k, of)
+            waves = batch * down * across / device.num_sms
+            compute_s = tile_s * _steps_of_k(fit, waves, k, of, stream_k)
             wave = (max(1.0, device.num_sms / batch), down, across, high, wide)
             traffic = _traffic_bytes(fit, m, n, k, wave, layout, of) * batch
             memory_s = traffic / (fit.memory_efficiency * device.memory_bandwidth_bytes_per_s)
@@ -117,13 +128,15 @@ def fitted_gemm_s(
     return fit.launch_s + best + cast_s
 
 
-def _steps_of_k(fit: GemmFit, waves: Any, k: Any, of: Arithmetic) -> Any:
+def _steps_of_k(fit: GemmFit, waves: Any, k: Any, of: Arithmetic, stream_k: bool) -> Any:
     """Steps of k on the busiest SM: whole tiles in waves, or k shared evenly, whatever is less.
 
     An SM whose even share is w tiles works on parts of about 1 + 2w, and exchanges partial sums for each.
     """
     q = fit.wave_quantisation
     whole = (q * of.ceil(waves) + (1 - q) * of.greater(waves, 1.0)) * (k + fit.ramp_k)
+    if not stream_k and waves > 1:
+        return whole
     return of.lesser(whole, waves * k + fit.split_k * (1 + 2 * waves))
 
 
@@ -148,12 +161,14 @@ def _traffic_bytes(
 
 
 def _aligned_s(
-    cluster: Cluster, m: int, n: int, k: int, *, dtype: str, layout: str, batch: int
+    cluster: Cluster, m: int, n: int, k: int, *, dtype: str, layout: str, batch: int, stream_k: bool
 ) -> float:
     fit = gemm_fit(cluster, dtype)
     if fit is None:
         return _roofline_s(cluster.device, m, n, k, dtype=dtype, batch=batch)
-    seconds: float = fitted_gemm_s(fit, cluster.device, m, n, k, batch=batch, layout=layout)
+    seconds: float = fitted_gemm_s(
+        fit, cluster.device, m, n, k, batch=batch, layout=layout, stream_k=stream_k
+    )
     if batch == 1:
         seconds *= residual_factor(fit.residuals, m, n, k)
     return seconds * fit.layout_slowdown.get(layout, 1.0)

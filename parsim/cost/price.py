@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from parsim.cost.attention import BACKWARD_FLOPS_RATIO, attention_flops, attention_s
@@ -139,7 +140,9 @@ def _gemm(
     op: Gemm, m: int, n: int, k: int, layout: str, cell: Cell, cluster: Cluster, stack: Stack
 ) -> float:
     dtype = cell.precision if op.low_precision else cell.activation_dtype
-    bare_s = gemm_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=op.batch)
+    bare_s = gemm_s(
+        cluster, m, n, k, dtype=dtype, layout=layout, batch=op.batch, stream_k=stack.gemm_stream_k
+    )
     return stack.gemm_slowdown * bare_s
 
 
@@ -234,7 +237,7 @@ def _transfers_s(
             total[op.stream] += seconds - hidden_s + stack.overlap_cost * hidden_s
         elif share:
             exposed = stack.ep_exposed if op.stream == "ep" else 1.0
-            total[op.stream] += exposed * seconds + share * stack.collective_overhead_s
+            total[op.stream] += exposed * seconds + share * _straggling_s(op, cell, stack)
     if behind_attention_s:
         cover_s = sum(
             _attention_s(op, cell, cluster, stack, backward=when == "backward")
@@ -260,6 +263,12 @@ def _cover_s(
     gemm = next(op for op in order if isinstance(op, Gemm))
     price = {"forward": _forward_s, "input_grad": _input_grad_s, "weight_grad": _weight_grad_s}
     return price[product](gemm, cell, cluster, stack)
+
+
+def _straggling_s(op: Transfer, cell: Cell, stack: Stack) -> float:
+    """What a collective in the way costs beyond itself; none among one rank."""
+    ranks = {"tp": cell.tp, "cp": cell.cp, "ep": cell.ep}[op.stream]
+    return stack.collective_overhead_s * math.log2(ranks)
 
 
 def transfer_s(op: Transfer, cell: Cell, cluster: Cluster) -> float:

@@ -132,12 +132,13 @@ def _core(
     )
     if fused:
         return (attention,)
-    softmax_passes = 2 if stack.attention == "fused_softmax" else 6
+    # Megatron-LM's scaled_upper_triang_masked_softmax reads the half under the mask and writes all.
+    forward, backward = (1.5, 2.0) if stack.attention == "fused_softmax" else (6, 7)
     dropout = scores * (2 * e + 1) if stack.dropout else 0
     softmax = Elementwise(
         name="softmax",
         attention_core=True,
-        forward_bytes=scores * softmax_passes * e + dropout,
-        backward_bytes=scores * (softmax_passes + 1) * e + dropout,
+        forward_bytes=scores * forward * e + dropout,
+        backward_bytes=scores * backward * e + dropout,
     )
     return attention, softmax

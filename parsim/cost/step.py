@@ -111,8 +111,8 @@ def _stage_sync(
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
     return StageSync(
-        reduce_s=reduce_s,
-        gather_s=gather_s,
+        reduce_s=stack.dp_slowdown * reduce_s,
+        gather_s=stack.dp_slowdown * gather_s,
         buckets=buckets,
         optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
     )
