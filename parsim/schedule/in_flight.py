@@ -9,23 +9,56 @@ from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action
 from parsim.schedule.interleaved import micro_batches_per_round, warmup_forwards
 
 
-def in_flight(plan: ParallelPlan, rank: int, num_micro_batches: int) -> tuple[int, ...]:
+def in_flight(
+    plan: ParallelPlan, rank: int, num_micro_batches: int, saved_bytes: Sequence[float] = ()
+) -> tuple[int, ...]:
     """Micro-batches kept by each chunk of a rank (first chunk first), in closed form.
 
-    For schedules made by parsim whose chunks keep alike; peak_in_flight walks any list of actions.
+    saved_bytes is what each chunk keeps of a micro-batch; without it they keep alike. For schedules made
+    by parsim; peak_in_flight walks any list of actions.
     """
     m = num_micro_batches
     if plan.schedule == "gpipe":
         return (m,)
     if plan.schedule == "1f1b":
         return (min(m, plan.pp - rank),)
-    # One forward follows the warm-up before the first backward.
-    forwards = min(warmup_forwards(plan.pp, plan.vpp, rank, m) + 1, plan.vpp * m)
-    rounds, rest = divmod(forwards, (per_round := micro_batches_per_round(plan.pp, m)) * plan.vpp)
-    return tuple(
-        rounds * per_round + min(per_round, max(0, rest - chunk * per_round))
-        for chunk in range(plan.vpp)
-    )
+    vpp, per_round = plan.vpp, micro_batches_per_round(plan.pp, m)
+    warmup = warmup_forwards(plan.pp, vpp, rank, m)
+
+    def done(turns: int, chunk: int) -> int:
+        """Micro-batches among the first turns that fall to the chunk-th chunk to have its turn."""
+        rounds, rest = divmod(turns, per_round * vpp)
+        return rounds * per_round + min(per_round, max(0, rest - chunk * per_round))
+
+    # One forward follows the warm-up before the first backward; then they alternate.
+    backwards = 0
+    if warmup < vpp * m and len(set(saved_bytes)) > 1:
+        backwards = _backwards_at_peak(saved_bytes, per_round, warmup, vpp * m - warmup)
+    forwards = min(warmup + 1 + backwards, vpp * m)
+    return tuple(done(forwards, c) - done(backwards, vpp - 1 - c) for c in range(vpp))
+
+
+def _backwards_at_peak(
+    saved_bytes: Sequence[float], per_round: int, warmup: int, alternations: int
+) -> int:
+    """Backwards that interleaved 1F1B has run when a rank keeps most.
+
+    Forward warmup + k follows backward k − 1. What is kept then is a sum of two periodic terms, each
+    straight until its pass turns to the next chunk: the peak lies where one of them turns.
+    """
+    vpp = len(saved_bytes)
+    last = min(alternations, per_round * vpp) - 1
+    turns = {*range(0, last, per_round), *range(-(warmup + 1) % per_round, last, per_round), last}
+    now = most = 0.0
+    peak = at = 0
+    for k in sorted(turns):
+        forward = saved_bytes[(warmup + 1 + at) // per_round % vpp]
+        backward = saved_bytes[vpp - 1 - at // per_round % vpp]
+        now += (k - at) * (forward - backward)
+        at = k
+        if now > most:
+            most, peak = now, k
+    return peak
 
 
 def peak_in_flight(

@@ -1,6 +1,8 @@
 """Memory against the papers that derive it."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from parsim.config import load_model
 from parsim.cost.cell import Cell, cell_of
@@ -8,6 +10,8 @@ from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec, num_parameters
 from parsim.plan import Job, ParallelPlan
+from parsim.schedule import make_schedule
+from parsim.schedule.in_flight import in_flight, peak_in_flight
 from parsim.search.search import fullest_rank
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
@@ -166,3 +170,34 @@ def test_norms_biases_after_a_sum_and_positions_are_whole_on_every_tensor_parall
     first, *_, last = CostModel(GPT3, round_cluster(), plain_stack()).stages(cell, (0, 96, 0))
     assert first.dense_parameters == 51200 * h // tp + 2048 * h
     assert last.dense_parameters == 51200 * h // tp + 2 * h
+
+
+@st.composite
+def ranks_with_unequal_chunks(draw: st.DrawFn) -> tuple[ParallelPlan, int, int, list[int]]:
+    """An interleaved plan, a rank of it, the micro-batches, and bytes that each of its chunks keeps."""
+    pp, vpp = draw(st.integers(2, 8)), draw(st.integers(2, 6))
+    rounds = draw(st.integers(1, 5))
+    num_micro_batches = rounds * pp if rounds > 1 else draw(st.integers(1, 2 * pp - 1))
+    saved = draw(st.lists(st.integers(0, 100), min_size=vpp, max_size=vpp))
+    plan = ParallelPlan(pp=pp, vpp=vpp, schedule="interleaved")
+    return plan, draw(st.integers(0, pp - 1)), num_micro_batches, saved
+
+
+@given(ranks_with_unequal_chunks())
+def test_the_fullest_moment_of_unequal_chunks_is_that_of_the_walk(
+    case: tuple[ParallelPlan, int, int, list[int]],
+) -> None:
+    plan, rank, m, saved = case
+    actions = make_schedule(plan, m).ranks[rank]
+    most, _ = peak_in_flight(actions, {chunk * plan.pp + rank: size for chunk, size in enumerate(saved)})
+    kept = in_flight(plan, rank, m, saved)
+    assert sum(count * size for count, size in zip(kept, saved, strict=True)) == most
+    assert all(0 <= count <= m for count in kept)
+
+
+def test_a_heavy_first_chunk_is_fullest_one_forward_after_the_warm_up() -> None:
+    # Rank 0 of 4 with 4 chunks: 18 forwards of warm-up and one more leave 7 + 4 + 4 + 4; the next ends
+    # the first chunk's second round and follows a backward of the last chunk: 8 + 4 + 4 + 3.
+    plan = ParallelPlan(pp=4, vpp=4, schedule="interleaved")
+    assert in_flight(plan, 0, 16) == (7, 4, 4, 4)
+    assert in_flight(plan, 0, 16, (10, 1, 1, 1)) == (8, 4, 4, 3)
