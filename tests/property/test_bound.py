@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import assume, given, settings
 
 from parsim.cost.stage import CostModel
-from parsim.cost.step import step_cost
-from parsim.plan import Job, parse_plan
+from parsim.cost.step import StepCost, step_cost
+from parsim.plan import Job, ParallelPlan, parse_plan
 from parsim.schedule import make_schedule
+from parsim.schedule.lower import lower
 from parsim.schedule.program import step_time_s
 from parsim.search.bound import lower_bound_s
 from parsim.search.search import fullest_rank
 from parsim.simulate.prediction import memory_by_rank, program_of
-from tests.builders import plain_stack, round_cluster, small_model
+from tests.builders import flat_cost, plain_stack, round_cluster, small_model
 from tests.strategies import CASES, Case
 
 
@@ -23,6 +27,36 @@ def test_no_plan_beats_its_bound(case: Case) -> None:
     job, plan, costs = case
     bound_s = lower_bound_s(step_cost(job, plan, costs), job, plan, costs.stack)
     assert bound_s <= step_time_s(program_of(job, plan, costs)[0]) * (1 + 1e-12)
+
+
+def bound_and_step_s(plan: ParallelPlan, m: int, cost: StepCost, **stack: Any) -> tuple[float, float]:
+    job = Job(model=small_model(), seq_len=256, global_batch=m * plan.dp)
+    program = lower(make_schedule(plan, m), cost, plan, plain_stack(**stack))
+    return lower_bound_s(cost, job, plan, plain_stack(**stack)), step_time_s(program)
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_1f1b_on_equal_stages_reaches_the_bound(pp: int, overlap: bool) -> None:
+    # Narayanan et al. 2021, section 2.2.1, and then the update and the host's work. Of a reduction the
+    # bound counts what a rank without a pipeline must wait for.
+    reduce_s = 1.0 if pp == 1 else 0.0
+    cost = flat_cost(pp, reduce_s=reduce_s, buckets=4, optimizer_s=0.5)
+    bound_s, step_s = bound_and_step_s(
+        ParallelPlan(dp=2, pp=pp), 8, cost, dp_overlap=overlap, action_host_s=0.25, step_overhead_s=0.125
+    )
+    each_s = 3.0 + (0.5 if pp > 1 else 0.0)
+    assert bound_s == pytest.approx((8 + pp - 1) * each_s + reduce_s / (4 if overlap else 1) + 0.625)
+    assert step_s == pytest.approx(bound_s)
+
+
+def test_only_the_last_chunk_s_reduction_is_certain() -> None:
+    # Stage 3 reduces beside the backwards of stage 1; that stage's own reduction is short.
+    plan = ParallelPlan(dp=2, pp=2, vpp=2, schedule="interleaved")
+    cost = flat_cost(4, reduce_s=0.5)
+    cost = replace(cost, syncs=(*cost.syncs[:3], replace(cost.syncs[3], reduce_s=3.0)))
+    bound_s, step_s = bound_and_step_s(plan, 2, cost, dp_overlap=True)
+    assert bound_s <= step_s == pytest.approx(2 * 2 * 3.0 + 3.0 + 0.5)
 
 
 def memory_peaks(case: Case) -> tuple[float, float]:
