@@ -41,7 +41,9 @@ def test_1f1b_on_equal_stages_reaches_the_bound(pp: int, overlap: bool) -> None:
     # Narayanan et al. 2021, section 2.2.1, and then the update and the host's work. Of a reduction the
     # bound counts what a rank without a pipeline must wait for.
     reduce_s = 1.0 if pp == 1 else 0.0
-    cost = flat_cost(pp, reduce_s=reduce_s, buckets=4, optimizer_s=0.5)
+    cost = flat_cost(pp, reduce_s=reduce_s, buckets=4, optimizer_s=0.25)
+    slowest = replace(cost.syncs[-1], optimizer_s=0.5)
+    cost = replace(cost, syncs=(*cost.syncs[:-1], slowest))
     bound_s, step_s = bound_and_step_s(
         ParallelPlan(dp=2, pp=pp), 8, cost, dp_overlap=overlap, action_host_s=0.25, step_overhead_s=0.125
     )
