@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py RUNS.csv [RUNS.csv …] [--out reports]
 
-writes reports/accuracy.md and one chart a stack. The tables have the columns of `parsim validate --runs`.
+writes reports/accuracy.md and one chart a stack. Tables have the columns of `parsim validate --runs`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _head(reports: dict[str, RunReport], seconds: float) -> Iterator[str]:
     yield "# Accuracy against published runs"
     yield ""
     yield (
-        "Step times that others measured and published, against what parsim predicts for the same model, "
+        "Step times that others measured and published, and what parsim predicts for the same model, "
         "plan, hardware and software. Error = predicted / measured − 1. Written by "
         "`python benchmarks/accuracy.py RUNS.csv …`."
     )
@@ -105,7 +105,7 @@ def _table_section(name: str, report: RunReport, rows: Sequence[Row]) -> Iterato
         yield _summary_row("peak memory", report.memory)
     yield ""
     if report.coverage is not None:
-        yield f"{report.coverage:.0%} of the measured times lie in the 90 % interval of their prediction."
+        yield f"{report.coverage:.0%} of the measured times lie in their prediction's 90 % interval."
         yield ""
     yield from _ranking(report.ranking)
     unsupported = Counter(row.reason for row in report.rows if row.status != "ok")
@@ -135,7 +135,7 @@ def _ranking(ranking: tuple[Ranking, ...]) -> Iterator[str]:
     worst = max(ranking, key=lambda group: group.regret)
     yield (
         f"Ranking of plans: {len(ranking)} groups of three rows or more that differ only in the plan. "
-        f"The plan parsim likes best took on average {regret:.1%} longer than the best that was measured "
+        f"The plan parsim likes best took on average {regret:.1%} longer than the best one measured "
         f"(at worst {worst.regret:.1%}); mean Kendall tau {tau}."
     )
     yield ""
@@ -181,7 +181,8 @@ def _guess(row: RunResult, cells: Row, neighbours: Neighbours) -> str:
             continue
         surprise = row.measured_s / other.measured_s / (row.predicted_s / (other.predicted_s or 1))
         if max(surprise, 1 / surprise) > IRREGULAR:
-            return f"measured {row.measured_s / other.measured_s:.2f} × {other.id}, its neighbour: irregular"
+            ratio = row.measured_s / other.measured_s
+            return f"measured {ratio:.2f} × {other.id}, its neighbour: irregular"
     if row.is_moe:
         return "mixture of experts: routing, exchange and settings are the framework's, not stated"
     if "fp8" in cells.get("precision", "") or "fp4" in cells.get("precision", ""):

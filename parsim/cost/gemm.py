@@ -131,7 +131,7 @@ def fitted_gemm_s(
 def _steps_of_k(fit: GemmFit, waves: Any, k: Any, of: Arithmetic, stream_k: bool) -> Any:
     """Steps of k on the busiest SM: whole tiles in waves, or k shared evenly, whatever is less.
 
-    An SM whose even share is w tiles works on parts of about 1 + 2w, and exchanges partial sums for each.
+    An SM whose even share is w tiles works on parts of about 1 + 2w and exchanges sums for each.
     """
     q = fit.wave_quantisation
     whole = (q * of.ceil(waves) + (1 - q) * of.greater(waves, 1.0)) * (k + fit.ramp_k)

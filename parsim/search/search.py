@@ -178,6 +178,6 @@ def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
         own = stages[rank :: plan.pp]
         key = tuple(id(stage) for stage in own)
         if key not in uses:
-            kept = in_flight(plan, rank, num_micro_batches)
+            kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in own])
             uses[key] = rank_memory(own, kept, job, plan, costs.stack)
     return max(uses.values(), key=lambda use: use.peak)
