@@ -186,9 +186,10 @@ def run_of(row: Row, library: Library) -> Run:
 
 def _stack(cells: _Cells, library: Library) -> Stack:
     framework = cells.text("framework")
-    known = shipped("hardware_profiles/stacks")
-    name = framework
-    if framework not in known and framework not in library.stacks:
+    known = {*shipped("hardware_profiles/stacks"), *library.stacks}
+    of_that_year = f"{framework}-{cells.text('year').removesuffix('.0')}"
+    name = of_that_year if of_that_year in known else framework
+    if name not in known:
         name = NEAREST_STACK.get(framework, "megatron-core-2025")
         cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
     stack = library.stack(name)

@@ -45,26 +45,30 @@ def residual(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwi
     )
 
 
-def enter_tensor_parallel(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Transfer, ...]:
+def enter_tensor_parallel(
+    name: str, model: ModelSpec, cell: Cell, stack: Stack, *, fp8: bool = True
+) -> tuple[Transfer, ...]:
     """Before a column-parallel GEMM: gather the sequence; its backward scatters the gradient.
 
-    Without sequence parallelism the forward has nothing to do and the backward sums the gradient.
+    Without sequence parallelism the forward has nothing to do and the backward sums the gradient. What
+    a narrow GEMM reads is gathered in its dtype; `fp8`: whether this one is narrow where the job is.
     """
     if cell.tp == 1:
         return ()
     size = cell.tokens * model.hidden * cell.activation_bytes
+    sent = size * _narrowed(cell) if fp8 else size
     summed: Beside | None = "next weight_grad" if stack.tp_async_backward else None
     gradient = f"{name} input gradient"
     if not cell.sequence_parallel:
         return (tensor_parallel(gradient, "all_reduce", size, "backward", summed),)
     gathered: Beside | None = "next forward" if cell.tp_overlap else None
     transfers = (
-        tensor_parallel(f"{name} input", "all_gather", size, "forward", gathered),
+        tensor_parallel(f"{name} input", "all_gather", sent, "forward", gathered),
         tensor_parallel(gradient, "reduce_scatter", size, "backward", summed),
     )
     if not stack.tp_async_backward:
         return transfers
-    again = tensor_parallel(f"{name} input", "all_gather", size, "backward", "next input_grad")
+    again = tensor_parallel(f"{name} input", "all_gather", sent, "backward", "next input_grad")
     return (*transfers, again)
 
 
@@ -79,7 +83,9 @@ def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Tran
     backward: Beside | None = "previous input_grad" if cell.tp_overlap else None
     return (
         tensor_parallel(f"{name} output", "reduce_scatter", size, "forward", forward),
-        tensor_parallel(f"{name} output gradient", "all_gather", size, "backward", backward),
+        tensor_parallel(
+            f"{name} output gradient", "all_gather", size * _narrowed(cell), "backward", backward
+        ),
     )
 
 
@@ -89,21 +95,39 @@ def tensor_parallel(
     return Transfer(name=name, stream="tp", kind=kind, num_bytes=num_bytes, when=when, beside=beside)
 
 
+def _narrowed(cell: Cell) -> float:
+    """Bytes of a GEMM's operand over those of an activation."""
+    return DTYPE_BYTES[cell.precision] / cell.activation_bytes if cell.low_precision else 1.0
+
+
 def linear(
-    name: str, m: int, n: int, k: int, cell: Cell, *, saved_bytes: float, columns: tuple[int, ...] = ()
+    name: str,
+    m: int,
+    n: int,
+    k: int,
+    cell: Cell,
+    *,
+    saved_bytes: float,
+    columns: tuple[int, ...] = (),
+    after_norm: bool = False,
+    before_residual: bool = False,
 ) -> tuple[Operation, ...]:
     """A linear layer: its GEMM, and with fp8 the casts of its operands.
 
-    Casting reads the activation and writes it in fp8, once as it is and once transposed for the
-    weight gradient (Transformer Engine's recipe on Hopper); the saved copy is then the fp8 one.
+    A cast reads an activation and writes it in fp8, once as it is and once transposed for the weight
+    gradient (Transformer Engine's recipe on Hopper); the saved copy is then the fp8 one. A norm writes
+    fp8 itself (`after_norm`), and what is gathered over tp is cast before and transposed after.
     """
     if not cell.low_precision:
         return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
     narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
+    gradient_bytes = m * n * (wide + 2 * narrow)
+    if before_residual and cell.sequence_parallel:
+        gradient_bytes = m * n * ((wide + narrow) / cell.tp + 2 * narrow)
     cast = Elementwise(
         name=f"{name} cast",
-        forward_bytes=m * k * (wide + 2 * narrow),
-        backward_bytes=m * n * (wide + 2 * narrow),
+        forward_bytes=m * k * (2 * narrow if after_norm else wide + 2 * narrow),
+        backward_bytes=gradient_bytes,
     )
     kept = saved_bytes * narrow / wide
     gemm = Gemm(name=name, m=m, n=n, k=k, columns=columns, low_precision=True, saved_bytes=kept)
@@ -118,9 +142,9 @@ def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) 
     x = cell.local_tokens * h * e
     return (
         *enter_tensor_parallel("feed-forward", model, cell, stack),
-        *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns),
+        *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns, after_norm=True),
         activation(T, f, model.gated_mlp, cell, stack),
-        *linear("fc2", T, h, f, cell, saved_bytes=T * f * e),
+        *linear("fc2", T, h, f, cell, saved_bytes=T * f * e, before_residual=True),
         *leave_tensor_parallel("feed-forward", model, cell),
     )
 

@@ -107,7 +107,7 @@ def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operati
         backward_bytes=logits * backward,
         saved_bytes=logits * (e if stack.fused_cross_entropy else e + 4),
     )
-    enter = enter_tensor_parallel("head", model, cell, stack)
+    enter = enter_tensor_parallel("head", model, cell, stack, fp8=False)
     reductions: tuple[Transfer, ...] = ()
     if cell.tp > 1:  # the maximum, the target's logit and the sum of exponentials of every token
         reductions = tuple(

@@ -30,12 +30,21 @@ def attention_operations(
     rope = Elementwise(
         name="rotary positions", forward_bytes=passes * rotated, backward_bytes=passes * rotated
     )
+    x = cell.local_tokens * h * e
     return (
-        *linear("qkv", T, qkv_width, h, cell, saved_bytes=cell.local_tokens * h * e, columns=columns),
+        *linear("qkv", T, qkv_width, h, cell, saved_bytes=x, columns=columns, after_norm=True),
         *((rope,) if model.position == "rope" else ()),
         *_ring(cell, 2 * kv_heads * d),
         *core,
-        *linear("attention output", T, h, heads * d, cell, saved_bytes=T * heads * d * e),
+        *linear(
+            "attention output",
+            T,
+            h,
+            heads * d,
+            cell,
+            saved_bytes=T * heads * d * e,
+            before_residual=True,
+        ),
     )
 
 
@@ -73,7 +82,9 @@ def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> t
     core = _core(cell, stack, heads, heads, qk_dim, mla.v_head_dim, 0, qkv_bytes=qkv_bytes)
     width = heads * mla.v_head_dim
     ring = _ring(cell, heads * (qk_dim + mla.v_head_dim))
-    output = linear("attention output", T, h, width, cell, saved_bytes=T * width * e)
+    output = linear(
+        "attention output", T, h, width, cell, saved_bytes=T * width * e, before_residual=True
+    )
     return (*operations, assembled, *ring, *core, *output)
 
 

@@ -97,3 +97,13 @@ def test_broadcasts_of_zero_cost_by_the_rank() -> None:
         for stack in (plain_stack(), plain_stack(zero_broadcast_s=3e-3))
     ]
     assert gathers[1] - gathers[0] == pytest.approx(16 * 3e-3)
+
+
+def test_fp8_operands_are_gathered_as_fp8_and_gradients_reduced_in_16_bits() -> None:
+    def num_bytes(precision: str, kind: str) -> float:
+        at = cell(PLAN)._replace(precision=precision)
+        operations = layer_operations(gpt(4096), 0, at, plain_stack())
+        return sum(op.num_bytes for op in operations if isinstance(op, Transfer) and op.kind == kind)
+
+    assert num_bytes("fp8", "all_gather") == num_bytes("bf16", "all_gather") / 2
+    assert num_bytes("fp8", "reduce_scatter") == num_bytes("bf16", "reduce_scatter")
