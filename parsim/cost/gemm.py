@@ -60,10 +60,12 @@ def gemm_s(
     layout: str = "TN",
     batch: int = 1,
     stream_k: bool = True,
+    cast: bool = True,
 ) -> float:
     """Seconds of `batch` bare GEMMs C[m,n] = A[m,k] B[k,n] that run as one kernel.
 
-    Without `stream_k` a library shares a tile's k among SMs only where there are fewer tiles than SMs.
+    Without `stream_k` a library shares a tile's k among SMs only where there are fewer tiles than SMs;
+    without `cast` a fp8 product finds A in fp8, else it reads A in 16 bits as inference frameworks do.
     Raises ParsimError for an unknown layout or a dtype that the device does not have.
     """
     if layout not in LAYOUTS:
@@ -76,7 +78,9 @@ def gemm_s(
         rates = [((m_, n_, k_), 2.0 * m_ * n_ * k_ / s) for m_, n_, k_, s in table.points]
         return flops / among_points(rates, (m * batch, n, k))
     floor_s = flops / peak_flops_per_s(cluster.device, dtype)
-    seconds = _aligned_s(cluster, m, n, k, dtype=dtype, layout=layout, batch=batch, stream_k=stream_k)
+    seconds = _aligned_s(
+        cluster, m, n, k, dtype=dtype, layout=layout, batch=batch, stream_k=stream_k, cast=cast
+    )
     return max(floor_s, seconds * _unaligned_slowdown(n, k, dtype, batch))
 
 
@@ -99,6 +103,7 @@ def fitted_gemm_s(
     batch: int = 1,
     layout: str = "TN",
     stream_k: bool = True,
+    cast: bool = True,
     of: Arithmetic = SCALAR,
 ) -> Any:
     """Seconds by the fitted form alone, without residuals and layout factor.
@@ -122,7 +127,7 @@ def fitted_gemm_s(
     if fit.droop:
         best = best * (1 + fit.droop * best / (best + fit.droop_s))
     cast_s = 0.0
-    if fit.quantize_bytes:  # of A, padded first where m is no multiple of 16
+    if cast and fit.quantize_bytes:  # of A, padded first where m is no multiple of 16
         padded = 1 + fit.quantize_unaligned * (m % 16 != 0)
         cast_s = batch * m * k * fit.quantize_bytes * padded / device.memory_bandwidth_bytes_per_s
     return fit.launch_s + best + cast_s
@@ -161,13 +166,22 @@ def _traffic_bytes(
 
 
 def _aligned_s(
-    cluster: Cluster, m: int, n: int, k: int, *, dtype: str, layout: str, batch: int, stream_k: bool
+    cluster: Cluster,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    dtype: str,
+    layout: str,
+    batch: int,
+    stream_k: bool,
+    cast: bool,
 ) -> float:
     fit = gemm_fit(cluster, dtype)
     if fit is None:
         return _roofline_s(cluster.device, m, n, k, dtype=dtype, batch=batch)
     seconds: float = fitted_gemm_s(
-        fit, cluster.device, m, n, k, batch=batch, layout=layout, stream_k=stream_k
+        fit, cluster.device, m, n, k, batch=batch, layout=layout, stream_k=stream_k, cast=cast
     )
     if batch == 1:
         seconds *= residual_factor(fit.residuals, m, n, k)

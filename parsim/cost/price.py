@@ -141,7 +141,15 @@ def _gemm(
 ) -> float:
     dtype = cell.precision if op.low_precision else cell.activation_dtype
     bare_s = gemm_s(
-        cluster, m, n, k, dtype=dtype, layout=layout, batch=op.batch, stream_k=stack.gemm_stream_k
+        cluster,
+        m,
+        n,
+        k,
+        dtype=dtype,
+        layout=layout,
+        batch=op.batch,
+        stream_k=stack.gemm_stream_k,
+        cast=False,  # casts are operations of their own
     )
     return stack.gemm_slowdown * bare_s
 
