@@ -295,6 +295,10 @@ def _schedule(cells: _Cells, pp: int) -> tuple[str, int]:
     """Schedule and model chunks a rank; a pipeline of one has neither."""
     text = re.sub(r"\(.*\)", "", cells.text("schedule")).strip().lower()
     vpp = cells.whole("vpp", 1)
+    other = re.search(r"lists (\d+) for the same model\) - vpp uncertain", cells.text("notes"))
+    if other is not None:
+        vpp = int(other[1])
+        cells.assumed.append(f"vpp uncertain: {vpp}, as another release of the source lists")
     if pp == 1:
         if vpp > 1:
             cells.assumed.append(f"vpp {vpp} without a pipeline: 1")
