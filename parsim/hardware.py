@@ -64,6 +64,9 @@ class Device:
     """Board power limit, for energy."""
     is_host: bool = False
     """The device is a core of the host itself: launching a kernel takes time from running one."""
+    training_slowdown: dict[str, float] = field(default_factory=dict)
+    """Time of matrix products inside training over the same alone, by dtype: what the clock yields to
+    the power limit under a load that never pauses. 1 where nothing is said."""
     source: str
     date: str
 
@@ -86,6 +89,13 @@ class Device:
             if not rate > 0:
                 raise ParsimError(
                     "this must be greater than zero", where=f"peak_flops_per_s.{dtype}", got=rate
+                )
+        for dtype, factor in self.training_slowdown.items():
+            if dtype not in DTYPE_BYTES or not 0.5 <= factor <= 3:
+                raise ParsimError(
+                    "a slowdown is a factor near 1, by dtype",
+                    where=f"training_slowdown.{dtype}",
+                    got=factor,
                 )
         _positive(self, "memory_bytes", "memory_bandwidth_bytes_per_s", "num_sms", "l2_bytes", "power_w")
 

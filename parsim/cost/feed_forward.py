@@ -114,20 +114,27 @@ def linear(
 ) -> tuple[Operation, ...]:
     """A linear layer: its GEMM, and with fp8 the casts of its operands.
 
-    A cast reads an activation and writes it in fp8, once as it is and once transposed for the weight
-    gradient (Transformer Engine's recipe on Hopper); the saved copy is then the fp8 one. A norm writes
-    fp8 itself (`after_norm`), and what is gathered over tp is cast before and transposed after.
+    A cast reads an activation and writes it narrow, once as it is and once transposed for the weight
+    gradient; the saved copy is then the narrow one. With one scale a tensor (fp8, Transformer Engine's
+    recipe on Hopper) a norm writes fp8 itself (`after_norm`), and what is gathered over tp is transposed
+    after; scales of blocks (mxfp8, nvfp4) need both copies made before.
     """
     if not cell.low_precision:
         return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
     narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
-    gradient_bytes = m * n * (wide + 2 * narrow)
-    if before_residual and cell.sequence_parallel:
-        gradient_bytes = m * n * ((wide + narrow) / cell.tp + 2 * narrow)
+    both = wide + 2 * narrow
+    share = 1 / cell.tp if cell.sequence_parallel else 1.0
+    if cell.precision == "fp8":
+        value_bytes = 2 * narrow if after_norm else both
+        gathered_bytes = share * (wide + narrow) + 2 * narrow if share < 1 else both
+        gradient_bytes = gathered_bytes if before_residual else both
+    else:
+        value_bytes = share * both if after_norm else both
+        gradient_bytes = share * both if before_residual else both
     cast = Elementwise(
         name=f"{name} cast",
-        forward_bytes=m * k * (2 * narrow if after_norm else wide + 2 * narrow),
-        backward_bytes=gradient_bytes,
+        forward_bytes=m * k * value_bytes,
+        backward_bytes=m * n * gradient_bytes,
     )
     kept = saved_bytes * narrow / wide
     gemm = Gemm(name=name, m=m, n=n, k=k, columns=columns, low_precision=True, saved_bytes=kept)

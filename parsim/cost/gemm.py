@@ -60,12 +60,13 @@ def gemm_s(
     layout: str = "TN",
     batch: int = 1,
     stream_k: bool = True,
-    cast: bool = True,
+    training: bool = False,
 ) -> float:
     """Seconds of `batch` bare GEMMs C[m,n] = A[m,k] B[k,n] that run as one kernel.
 
     Without `stream_k` a library shares a tile's k among SMs only where there are fewer tiles than SMs;
-    without `cast` a fp8 product finds A in fp8, else it reads A in 16 bits as inference frameworks do.
+    in `training` a fp8 product finds A in fp8 (inference frameworks hand it over in 16 bits) and the
+    clock yields to the power limit.
     Raises ParsimError for an unknown layout or a dtype that the device does not have.
     """
     if layout not in LAYOUTS:
@@ -79,9 +80,17 @@ def gemm_s(
         return flops / among_points(rates, (m * batch, n, k))
     floor_s = flops / peak_flops_per_s(cluster.device, dtype)
     seconds = _aligned_s(
-        cluster, m, n, k, dtype=dtype, layout=layout, batch=batch, stream_k=stream_k, cast=cast
+        cluster, m, n, k, dtype=dtype, layout=layout, batch=batch, stream_k=stream_k, cast=not training
     )
+    if training:
+        seconds *= training_slowdown(cluster.device, dtype)
     return max(floor_s, seconds * _unaligned_slowdown(n, k, dtype, batch))
+
+
+def training_slowdown(device: Device, dtype: str) -> float:
+    """What the device's profile says of products in training, for a dtype or one like it."""
+    slowdown = device.training_slowdown
+    return slowdown.get(dtype, slowdown.get(_SAME_KERNELS.get(dtype, dtype), 1.0))
 
 
 def gemm_fit(cluster: Cluster, dtype: str) -> GemmFit | None:

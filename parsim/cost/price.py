@@ -149,7 +149,7 @@ def _gemm(
         layout=layout,
         batch=op.batch,
         stream_k=stack.gemm_stream_k,
-        cast=False,  # casts are operations of their own
+        training=True,
     )
     return stack.gemm_slowdown * bare_s
 
