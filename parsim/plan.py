@@ -66,6 +66,8 @@ class ParallelPlan:
     """Context-parallel ranks that share every sequence."""
     ep: int = 1
     """Expert-parallel ranks that share the experts of an MoE layer."""
+    expert_tp: int = 1
+    """Tensor-parallel ranks that share each expert: 1, or tp as the dense layers have."""
     vpp: int = 1
     """Model chunks on each pipeline rank."""
     micro_batch: int = 1
@@ -83,7 +85,7 @@ class ParallelPlan:
     """Layers of every stage in order; empty: as even as can be, embedding and head counted."""
 
     def __post_init__(self) -> None:
-        for key in ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch"):
+        for key in ("dp", "tp", "pp", "cp", "ep", "expert_tp", "vpp", "micro_batch"):
             if getattr(self, key) < 1:
                 raise ParsimError(
                     "a plan's sizes are whole numbers from 1", where=key, got=getattr(self, key)
@@ -110,6 +112,11 @@ class ParallelPlan:
     @property
     def gpus(self) -> int:
         return self.dp * self.tp * self.pp * self.cp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks of a stage that together hold its experts once."""
+        return self.ep * self.expert_tp
 
     @property
     def num_stages(self) -> int:

@@ -8,7 +8,7 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from parsim.errors import ParsimError
@@ -41,6 +41,9 @@ class Stack:
     # How fast they are in training, against the same kernel alone on a hot device
     gemm_slowdown: float = 1.0
     """Time of a GEMM in training over the bare kernel's."""
+    expert_gemm_slowdown: float = 1.0
+    """Time of the experts' products over one batched kernel: a launch for each expert on a few streams,
+    and the rank with the most tokens."""
     attention_slowdown: float = 1.0
     attention_max_flops_per_s: float = 0.0
     """The most its fused attention reaches on any device: a kernel written for one generation does not
@@ -50,6 +53,11 @@ class Stack:
     # Host
     layer_host_s: float = 0.0
     """Host time to launch one layer's forward; its backward takes as much. See cost.price.part_time."""
+    moe_host_s: float = 0.0
+    """The same of a layer with experts, on top: router, permutations, launches for each expert, and the
+    counts of tokens that the host waits for."""
+    graphed_hardware: tuple[str, ...] = ()
+    """Hardware profiles on which its recipes launch all but the experts' products by graphs."""
     action_host_s: float = 0.0
     """Host time of every pipeline action beyond its kernels: the schedule's loop, posting transfers."""
     step_overhead_s: float = 0.0
@@ -84,8 +92,18 @@ class Stack:
     time beyond its transfer (InternEvo); 0: by one all-gather."""
     fsdp_prefetch: bool = True
     """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
-    ep_exposed: float = 1.0
-    """Share of the expert all-to-all that compute does not hide."""
+    moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
+    """How tokens reach their experts. all_to_all: a copy for each of top_k experts; deduplicated: one
+    copy a node that holds any of them, handed on over the scale-up links (DeepEP, HybridEP)."""
+    ep_overlap: Literal["never", "network"] = "never"
+    """Which exchanges of tokens run beside the compute of another micro-batch: those that leave the
+    scale-up domain, or none."""
+    ep_slowdown: float = 1.0
+    """Time of these exchanges in training over the same alone: ranks that come late, and tokens that
+    are not spread evenly over the receivers."""
+    fused_experts: bool = False
+    """Casts, biases and the activation run inside the experts' grouped products, graphs launch the whole
+    layer, and every exchange has another micro-batch's compute beside it."""
     pp_overlap: bool = True
     """Pipeline sends run beside compute; else both ends wait for them."""
     pp_scatter_gather: bool = False
@@ -102,6 +120,8 @@ class Stack:
     default_recompute: Literal["none", "selective", "full"] = "none"
     default_tp_overlap: bool = False
     default_zero: int = 0
+    default_expert_tp: bool = False
+    """Experts are cut over tp as the dense layers are (Megatron-Core's own default)."""
 
     # Memory beyond the model's tensors
     context_bytes: float = 1.2e9
@@ -111,9 +131,10 @@ class Stack:
     """Half width of the 90 % interval of log(measured / predicted), from validation."""
 
     def __post_init__(self) -> None:
-        for key in ("gemm_slowdown", "attention_slowdown", "memory_bound_slowdown", "dp_slowdown"):
+        for key in (f.name for f in fields(self) if f.name.endswith("_slowdown")):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
-        for key in ("overlap_cost", "ep_exposed"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))
+        if not 0 <= self.overlap_cost <= 1:
+            raise ParsimError(
+                "a share lies between 0 and 1", where="overlap_cost", got=self.overlap_cost
+            )

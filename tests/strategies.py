@@ -50,7 +50,8 @@ def stacks(draw: st.DrawFn) -> Stack:
         dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),
         zero_broadcast_s=draw(st.sampled_from([0.0, 1e-4])),
         fsdp_prefetch=draw(st.booleans()),
-        ep_exposed=draw(st.sampled_from([0.5, 1.0])),
+        moe_dispatch=draw(st.sampled_from(["all_to_all", "deduplicated"])),
+        ep_overlap=draw(st.sampled_from(["never", "network"])),
         pp_overlap=draw(st.booleans()),
         pp_scatter_gather=draw(st.booleans()),
     )

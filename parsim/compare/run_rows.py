@@ -53,7 +53,11 @@ over four nodes saw 5 of 50 GB/s (bigscience, experiments/bandwidth/all_reduce_b
 NO_OVERLAP = "all comm overlap disabled"
 """What the notes of a row say where no communication runs beside compute."""
 
-ROW_SETTINGS = ("fused_elementwise", "dp_overlap", "pp_overlap", "fsdp_prefetch")
+FUSED_EXPERTS_SINCE = "26.06"
+"""Container of NeMo from which Megatron-Bridge's recipes fuse an expert's kernels where scales are of
+blocks: cutedsl_fused_grouped_mlp, full_iteration graphs and moe_a2a_overlap in its workload configs."""
+
+ROW_SETTINGS = ("fused_elementwise", "dp_overlap", "pp_overlap", "fsdp_prefetch", "fused_experts")
 """Settings of a Stack that a row may state for itself."""
 
 MAX_ACTIONS = 2_000_000
@@ -196,10 +200,19 @@ def _stack(cells: _Cells, library: Library) -> Stack:
     compiled = cells.flag("compile")
     if compiled is not None and compiled != stack.fused_elementwise:
         stack = replace(stack, fused_elementwise=compiled)
+    if _fuses_experts(cells):
+        cells.assumed.append(f"experts fused, as in recipes since container {FUSED_EXPERTS_SINCE}")
+        stack = replace(stack, fused_experts=True)
     if NO_OVERLAP in cells.text("notes").lower():
         cells.assumed.append("no overlap of communication, by the row's notes")
         stack = replace(stack, dp_overlap=False, pp_overlap=False, fsdp_prefetch=False)
     return stack
+
+
+def _fuses_experts(cells: _Cells) -> bool:
+    container = re.search(r"\bcontainer (\d\d\.\d\d)", cells.text("source"))
+    narrow = _precision(cells) in ("mxfp8", "nvfp4") and cells.whole("experts", 0) > 0
+    return narrow and container is not None and container[1] >= FUSED_EXPERTS_SINCE
 
 
 def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], Cluster]:
@@ -236,6 +249,7 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
         )
     zero, zero_group = _zero(cells, stack, dp=dp, cp=cp, node_ranks=max(1, cluster.gpus_per_node // tp))
     schedule, vpp = _schedule(cells, pp)
+    ep = cells.whole("ep", 1)
     recompute = cells.text("recompute")
     if not recompute:
         recompute = stack.default_recompute
@@ -245,7 +259,8 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
         tp=tp,
         pp=pp,
         cp=cp,
-        ep=cells.whole("ep", 1),
+        ep=ep,
+        expert_tp=_expert_tp(cells, stack, ranks=dp * cp * tp, ep=ep, tp=tp),
         vpp=vpp,
         micro_batch=cells.whole("micro_batch"),
         schedule=schedule,
@@ -255,6 +270,18 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
         recompute=recompute,  # type: ignore[arg-type]  # ParallelPlan refuses other words
         tp_overlap=_tp_overlap(cells, stack, tp),
     )
+
+
+def _expert_tp(cells: _Cells, stack: Stack, *, ranks: int, ep: int, tp: int) -> int:
+    """Ranks that share an expert: as the notes say (ETP=4), or the stack's default where it fits."""
+    stated = re.search(r"\bETP=(\d+)", cells.text("notes"))
+    if stated is not None:
+        return int(stated[1])
+    if cells.whole("experts", 0) == 0 or tp == 1:
+        return 1
+    expert_tp = tp if stack.default_expert_tp and ranks % (ep * tp) == 0 else 1
+    cells.assumed.append(f"tensor parallelism of experts not stated: {expert_tp}")
+    return expert_tp
 
 
 def _tp_overlap(cells: _Cells, stack: Stack, tp: int) -> bool:

@@ -40,7 +40,9 @@ BOUNDS: Bounds = {
     "overlap_cost": (0.0, 1.0),
     "dp_slowdown": (0.8, 3.0),
     "zero_broadcast_s": (0.0, 1e-2),
-    "ep_exposed": (0.0, 1.0),
+    "expert_gemm_slowdown": (0.95, 1.6),
+    "moe_host_s": (0.0, 1e-2),
+    "ep_slowdown": (0.8, 3.0),
 }
 """Kernels hardly faster than bare ones, and host times of the frameworks' order. Memory-bound kernels
 may be: what profiles know of them is the traffic of GEMMs."""
@@ -109,6 +111,7 @@ def _decided_by(measured: Sequence[_Measured], stack: Stack) -> Bounds:
     """Bounds of the constants that these runs depend on."""
     plans = [row.run.plan for row in measured]
     has_tp = any(plan.tp > 1 for plan in plans)
+    has_experts = any(row.run.job.model.moe is not None for row in measured)
     depends = {
         "attention_slowdown": stack.attention == "flash",
         "attention_max_flops_per_s": stack.attention_max_flops_per_s > 0,
@@ -116,7 +119,9 @@ def _decided_by(measured: Sequence[_Measured], stack: Stack) -> Bounds:
         "overlap_cost": has_tp and (stack.tp_async_backward or any(plan.tp_overlap for plan in plans)),
         "dp_slowdown": any(plan.dp * plan.cp > 1 for plan in plans),
         "zero_broadcast_s": stack.zero_broadcast_s > 0,
-        "ep_exposed": any(plan.ep > 1 for plan in plans),
+        "expert_gemm_slowdown": has_experts,
+        "moe_host_s": has_experts,
+        "ep_slowdown": any(plan.ep > 1 for plan in plans),
     }
     return {name: bound for name, bound in BOUNDS.items() if depends.get(name, True)}
 

@@ -23,6 +23,7 @@ class Cell(NamedTuple):
     recompute: str
     precision: str
     tp_overlap: bool
+    expert_tp: int = 1
 
     @property
     def tokens(self) -> int:
@@ -62,4 +63,5 @@ def cell_of(job: Job, plan: ParallelPlan) -> Cell:
         recompute=plan.recompute,
         precision=job.precision,
         tp_overlap=plan.tp_overlap,
+        expert_tp=plan.expert_tp,
     )

@@ -228,6 +228,33 @@ def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     return latency_s + _hop_s(cluster.inter_node) + _slower(inside_s, network_s)
 
 
+def dispatch_s(cluster: Cluster, num_bytes: float, top_k: int, group: Group) -> float:
+    """Seconds to send a rank's tokens of `num_bytes` to top_k ranks each, one copy a domain and a rank.
+
+    A token crosses the network once for each other domain that holds any of its ranks and is handed on
+    there; routing is balanced, as independent draws. Sources: DeepSeek-AI, DeepEP (kernels that forward
+    from the network to NVLink); DeepSeek-V3, arXiv 2412.19437, section 3.2.2.
+    """
+    if group.size == 1 or num_bytes <= 0:
+        return 0.0
+    latency_s, bus = _inside(cluster, "all_to_all", group.local)
+    inside = expected_distinct(group.size, top_k) * (group.local - 1) / group.local
+    if group.domains == 1:
+        return latency_s + inside * num_bytes / bus
+    between = expected_distinct(group.domains, top_k) * (group.domains - 1) / group.domains
+    network_s = between * num_bytes / _network_bytes_per_s(cluster, 1)
+    return latency_s + _hop_s(cluster.inter_node) + _slower(inside * num_bytes / bus, network_s)
+
+
+def expected_distinct(places: int, draws: int) -> float:
+    """How many of `places` a number of independent uniform draws hits: n(1 − (1 − 1/n)^k).
+
+    >>> expected_distinct(1, 8), expected_distinct(2, 2)
+    (1.0, 1.5)
+    """
+    return places * (1 - (1 - 1 / places) ** draws)
+
+
 def _network_bytes_per_s(cluster: Cluster, interfaces: int) -> float:
     return NETWORK_EFFICIENCY * interfaces * cluster.inter_node.bandwidth_bytes_per_s
 

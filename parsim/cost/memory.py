@@ -75,7 +75,7 @@ def shard_counts(plan: ParallelPlan) -> tuple[int, int]:
     """Ranks that share the optimizer states of dense and of expert parameters."""
     if plan.zero == 0:
         return 1, 1
-    experts = max(1, plan.dp * plan.cp * plan.tp // plan.ep)
+    experts = max(1, plan.dp * plan.cp * plan.tp // plan.expert_ranks)
     return plan.shard_group, min(experts, plan.shard_group) if plan.zero_group else experts
 
 

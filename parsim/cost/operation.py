@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
+Stream = Literal["tp", "cp", "ep"]
 
 
 Beside = Literal[
@@ -34,6 +35,8 @@ class Gemm:
     batch: int = 1
     columns: tuple[int, ...] = ()
     """Widths of the matrices that are multiplied as one (they add up to n); empty: one."""
+    grouped: bool = False
+    """The products of a rank's experts."""
     low_precision: bool = False
     """Runs in the job's narrow dtype (fp8 …) where it has one; else in that of the activations."""
     saved_bytes: float = 0.0
@@ -91,11 +94,14 @@ class Transfer:
     """A collective among the ranks that share this part of the model."""
 
     name: str
-    stream: Literal["tp", "cp", "ep"]
+    stream: Stream
     kind: str
     num_bytes: float
     """Of the full buffer, as nccl-tests counts."""
     when: Pass
+    top_k: int = 0
+    """Of a dispatch to experts: ranks that each token goes to, drawn among the group's; the buffer holds
+    a copy for each."""
     beside: Beside | None = None
     """Compute that this runs beside; None: in the way."""
 

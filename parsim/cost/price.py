@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from parsim.cost.attention import BACKWARD_FLOPS_RATIO, attention_flops, attention_s
 from parsim.cost.cell import Cell
-from parsim.cost.collective import collective_s, group_of
+from parsim.cost.collective import Group, collective_s, dispatch_s, group_of
 from parsim.cost.gemm import gemm_s
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.operation import (
@@ -18,6 +18,7 @@ from parsim.cost.operation import (
     Gemm,
     Operation,
     Pass,
+    Stream,
     Transfer,
 )
 from parsim.cost.recompute import recomputed, recomputed_shares
@@ -96,10 +97,25 @@ def part_time(
         compute_s=sum(_input_grad_s(op, cell, cluster, stack) for op in operations)
     )
     weight_grad = PassTime(sum(_weight_grad_s(op, cell, cluster, stack) for op in operations))
+    if _overlaps_exchange(cell, cluster, stack):
+        forward = _beside_compute(forward, stack)
+        input_grad = _beside_compute(input_grad, stack, also_s=weight_grad.compute_s)
     forward = _with_host(forward, host.forward_s, cluster)
     input_grad = _with_host(input_grad, host.backward_s, cluster, beside_s=weight_grad.total_s)
     recompute = _recompute(operations, forward, cell, cluster, stack, host.forward_s)
     return PartTime(forward, input_grad, weight_grad, recompute)
+
+
+def _overlaps_exchange(cell: Cell, cluster: Cluster, stack: Stack) -> bool:
+    """Whether tokens travel to and from their experts beside another micro-batch's compute."""
+    leaves_domain = _group(cell, cluster, "ep").domains > 1
+    return stack.fused_experts or (stack.ep_overlap == "network" and leaves_domain)
+
+
+def _beside_compute(time: PassTime, stack: Stack, *, also_s: float = 0.0) -> PassTime:
+    """A pass whose exchange of tokens has compute beside it: its own, and `also_s` of another pass."""
+    hidden_s = min(time.ep_s, time.compute_s + also_s)
+    return time._replace(ep_s=time.ep_s - hidden_s + stack.overlap_cost * hidden_s)
 
 
 def _with_host(time: PassTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0) -> PassTime:
@@ -151,7 +167,8 @@ def _gemm(
         stream_k=stack.gemm_stream_k,
         training=True,
     )
-    return stack.gemm_slowdown * bare_s
+    grouped = stack.expert_gemm_slowdown if op.grouped else 1.0
+    return grouped * stack.gemm_slowdown * bare_s
 
 
 def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
@@ -236,7 +253,7 @@ def _transfers_s(
         if not isinstance(op, Transfer) or op.when != when:
             continue
         share = 1.0 if shares is None else shares[i]
-        seconds = share * transfer_s(op, cell, cluster)
+        seconds = share * transfer_s(op, cell, cluster, stack)
         if op.beside == "attention":
             behind_attention_s += seconds
         elif op.beside is not None:
@@ -244,8 +261,7 @@ def _transfers_s(
             hidden_s = min(seconds, cover_s)
             total[op.stream] += seconds - hidden_s + stack.overlap_cost * hidden_s
         elif share:
-            exposed = stack.ep_exposed if op.stream == "ep" else 1.0
-            total[op.stream] += exposed * seconds + share * _straggling_s(op, cell, stack)
+            total[op.stream] += seconds + share * _straggling_s(op, cell, stack)
     if behind_attention_s:
         cover_s = sum(
             _attention_s(op, cell, cluster, stack, backward=when == "backward")
@@ -279,11 +295,20 @@ def _straggling_s(op: Transfer, cell: Cell, stack: Stack) -> float:
     return stack.collective_overhead_s * math.log2(ranks)
 
 
-def transfer_s(op: Transfer, cell: Cell, cluster: Cluster) -> float:
+def transfer_s(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> float:
     """Seconds of one collective: tp ranks lie next to each other, then cp, then dp (and ep over all)."""
+    group = _group(cell, cluster, op.stream)
+    if not op.top_k:
+        return collective_s(cluster, op.kind, op.num_bytes, group)
+    if stack.moe_dispatch == "deduplicated":
+        return stack.ep_slowdown * dispatch_s(cluster, op.num_bytes / op.top_k, op.top_k, group)
+    return stack.ep_slowdown * collective_s(cluster, op.kind, op.num_bytes, group)
+
+
+def _group(cell: Cell, cluster: Cluster, stream: Stream) -> Group:
     size, stride = {
         "tp": (cell.tp, 1),
         "cp": (cell.cp, cell.tp),
-        "ep": (cell.ep, 1),
-    }[op.stream]
-    return collective_s(cluster, op.kind, op.num_bytes, group_of(cluster, size=size, stride=stride))
+        "ep": (cell.ep, cell.expert_tp),
+    }[stream]
+    return group_of(cluster, size=size, stride=stride)

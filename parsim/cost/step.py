@@ -89,14 +89,14 @@ def _stage_sync(
 ) -> StageSync:
     gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     dense_ranks = plan.dp * plan.cp
-    expert_ranks = max(1, dense_ranks * plan.tp // plan.ep)
+    expert_ranks = max(1, dense_ranks * plan.tp // plan.expert_ranks)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
     if plan.zero == 3:
         buckets = max(1, stage.num_layers)
     reduce_s = gather_s = 0.0
     for parameters, ranks, stride in (
         (stage.dense_parameters, dense_ranks, plan.tp),
-        (stage.expert_parameters, expert_ranks, plan.ep),
+        (stage.expert_parameters, expert_ranks, plan.expert_ranks),
     ):
         reduce_s += buckets * _reduce_s(cluster, parameters * gradients / buckets, ranks, stride, plan)
         if plan.zero:

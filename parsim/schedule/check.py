@@ -163,11 +163,18 @@ def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             hint=f"legal: {_listed(divisors(moe.experts))}",
         )
     ranks = plan.dp * plan.cp * plan.tp
-    if ranks % plan.ep:
+    if plan.expert_tp not in (1, plan.tp):
         yield ParsimError(
-            "ep regroups the dp·cp·tp ranks of a stage",
+            "an expert is whole on a rank, or cut as the dense layers are",
+            where="expert_tp",
+            got=plan.expert_tp,
+            expected=f"1 or tp = {plan.tp}",
+        )
+    if ranks % plan.expert_ranks:
+        yield ParsimError(
+            "ep·expert_tp regroups the dp·cp·tp ranks of a stage",
             where="ep",
-            got=plan.ep,
+            got=plan.expert_ranks,
             expected=f"a divisor of dp·cp·tp = {ranks}",
         )
     if moe is not None and plan.tp > 1 and not plan.sequence_parallel:

@@ -235,14 +235,12 @@ def test_a_ring_hides_behind_all_of_the_attention_but_its_first_chunk() -> None:
     assert quick.layer(cell, 0).time.forward.cp_s == 0
 
 
-def test_the_share_of_the_all_to_all_that_is_exposed() -> None:
-    plan = ParallelPlan(dp=8, ep=8)
+def test_an_all_to_all_there_and_back_in_each_pass() -> None:
     whole_s = 2 * 7 / 8 * (256 * 2 * 512 * 2) / (0.8 * 1e8)
-    for share in (1.0, 0.25, 0.0):
-        time = layer_time(EXPERTS, plan, ep_exposed=share)
-        assert time.forward.ep_s == pytest.approx(share * whole_s)
-        assert time.input_grad.ep_s == pytest.approx(share * whole_s)
-        assert time.weight_grad.ep_s == 0
+    time = layer_time(EXPERTS, ParallelPlan(dp=8, ep=8))
+    assert time.forward.ep_s == pytest.approx(whole_s)
+    assert time.input_grad.ep_s == pytest.approx(whole_s)
+    assert time.weight_grad.ep_s == 0
 
 
 @pytest.mark.parametrize(("sequence_parallel", "collectives"), [(False, 2), (True, 4)])

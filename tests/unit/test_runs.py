@@ -226,6 +226,30 @@ def test_a_new_shape_takes_its_family_from_the_vocabulary(library: Library) -> N
 # Settings that the row does not state
 
 
+def test_experts_are_cut_as_the_notes_say_or_as_the_stack_does(library: Library) -> None:
+    grok = {"hidden": "6144", "heads": "48", "kv_heads": "8", "ffn_hidden": "32768", "vocab": "131072"}
+    grok |= {"experts": "8", "top_k": "2", "ep": "8", "layers": "4", "pp": "1", "tp": "4", "dp": "64"}
+    row = DEEPSEEK | grok | {"gpus": "256", "framework": "nemo"}
+    assert read(library, row).plan.expert_tp == 4
+    assert read(library, row, notes="MoE 8 experts; ETP=1").plan.expert_tp == 1
+    assert read(library, row, framework="megatron-core-2025").plan.expert_tp == 1
+    # Two ranks cannot hold 8 experts in 32 parts.
+    assert read(library, row, gpus="8", dp="2", global_batch="8").plan.expert_tp == 1
+
+
+@pytest.mark.parametrize(
+    ("container", "precision", "fused"),
+    [("26.06", "mxfp8", True), ("26.08", "mxfp8", True), ("26.06", "bf16", False),
+     ("26.04", "mxfp8", False)],
+)  # fmt: skip
+def test_experts_are_fused_from_a_release_on(
+    library: Library, container: str, precision: str, fused: bool
+) -> None:
+    source = f"performance-summary.md; container {container}; Pre-Training"
+    changes = {"source": source, "precision": precision, "hardware": "b200-sxm-180gb"}
+    assert read(library, DEEPSEEK, **changes).stack.fused_experts is fused
+
+
 def test_what_is_not_stated_is_assumed_aloud(library: Library) -> None:
     run = read(library, DEEPSEEK, framework="some-framework", inter_node_gbit_per_gpu="", tp_overlap="")
     text = "\n".join(run.assumed)
