@@ -130,6 +130,10 @@ class ModelSpec:
     """The first of each `window_every` layers slides, the rest are full (gpt-oss, Gemma 2: 2)."""
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
+    mtp_layers: int = 0
+    """Modules that predict one token further each, trained beside the model (DeepSeek-V3, arXiv
+    2412.19437, section 2.2): a projection, a layer, and the model's own head again. Parameters and FLOPs
+    of the model do not count them, as its own figures do not."""
     source: str = ""
     """Where the shape was published."""
 
@@ -138,6 +142,7 @@ class ModelSpec:
         _require_range(self, 1, MAX_SIZE, "hidden", "heads", "ffn_hidden", "vocab", "max_seq_len")
         _require_range(self, 1, MAX_SIZE, "window_every")
         _require_range(self, 0, MAX_SIZE, "kv_heads", "head_dim", "position_rows", "window")
+        _require_range(self, 0, 1, "mtp_layers")
         _require_range(self, 0, 4, "norms_per_layer")
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
@@ -294,6 +299,15 @@ def replicated_layer_parameters(model: ModelSpec, layer: int) -> int:
         return total + (model.hidden if model.linear_bias else 0)
     shared_bias = model.hidden if moe.shared_ffn_hidden and moe.expert_bias else 0
     return total + _router_parameters(model, moe) + shared_bias
+
+
+def mtp_parameters(model: ModelSpec) -> int:
+    """Parameters of a module that predicts one token further: its layer, projection and two norms.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 21 to 23; embedding and head are the model's.
+    """
+    own = 2 * model.hidden * model.hidden + 2 * _norm_parameters(model, model.hidden)
+    return layer_parameters(model, model.layers - 1) + own
 
 
 def embedding_parameters(model: ModelSpec) -> int:

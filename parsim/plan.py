@@ -236,7 +236,9 @@ def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
 
     Even where pp·vpp divides the layers. Else embedding and head count as one layer each where that
     makes it even (as Llama 3 405B: 126 + 2 on 16 stages, arXiv 2407.21783 section 3.3.2); else the
-    remainder goes to the stages in the middle, away from embedding and head.
+    remainder goes to the stages in the middle, away from embedding and head. A multi-token prediction
+    module and the head count as three layers where that makes it even (layouts of Megatron-Bridge for
+    DeepSeek-V3: 61 + 3 on 16 stages), or as two and the embedding as one in small stages.
 
     >>> from parsim.model import ModelSpec
     >>> spec = ModelSpec(name="x", layers=14, hidden=8, heads=1, ffn_hidden=8, gated_mlp=True, vocab=8,
@@ -250,6 +252,10 @@ def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
     each, rest = divmod(model.layers, n)
     if rest == 0:
         return (each,) * n
+    if n > 1 and model.mtp_layers and (model.layers + 3) % n == 0:
+        each = (model.layers + 3) // n
+        first = each if each >= 3 else each - 1
+        return (first, *(each for _ in range(n - 2)), model.layers - first - each * (n - 2))
     if n > 1 and (model.layers + 2) % n == 0:
         each = (model.layers + 2) // n
         return (each - 1, *(each for _ in range(n - 2)), each - 1)

@@ -89,6 +89,9 @@ def _adapt(shape: Shape, model: ModelSpec) -> tuple[ModelSpec, list[str]]:
         moe = replace(moe, experts=shape.experts, top_k=shape.top_k)
         changes.append(f"{shape.experts} experts, {shape.top_k} a token")
     adapted = replace(model, name=shape.name, layers=shape.layers, vocab=shape.vocab, moe=moe)
+    if "w/o MTP" in shape.name and model.mtp_layers:
+        adapted = replace(adapted, mtp_layers=0)
+        changes.append("no multi-token prediction")
     text = f"architecture of {model.name}" + (f" with {' and '.join(changes)}" if changes else "")
     return adapted, [text]
 

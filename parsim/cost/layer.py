@@ -8,6 +8,7 @@ from parsim.cost.cell import Cell
 from parsim.cost.feed_forward import (
     enter_tensor_parallel,
     leave_tensor_parallel,
+    linear,
     mlp_operations,
     norm,
     residual,
@@ -66,6 +67,22 @@ def _inner_norm(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Elementwise
     else:
         return ()
     return (norm("norm inside attention", cell.tokens * width, cell, stack),)
+
+
+def mtp_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
+    """A module that predicts one token further: projection of state and embedding, a layer, the head.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, equations 21 to 24.
+    """
+    h, e, T = model.hidden, cell.activation_bytes, cell.tokens
+    columns = math.ceil(h / cell.tp)
+    both = 2 * cell.local_tokens * h
+    return (
+        norm("norms before projection", both, cell, stack),
+        *linear("projection", T, columns, 2 * h, cell, saved_bytes=both * e, after_norm=True),
+        *layer_operations(model, model.layers - 1, cell, stack),
+        *head_operations(model, cell, stack),
+    )
 
 
 def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:

@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
-from parsim.cost.layer import embedding_operations, head_operations, layer_operations
+from parsim.cost.layer import (
+    embedding_operations,
+    head_operations,
+    layer_operations,
+    mtp_operations,
+)
 from parsim.cost.operation import Operation
 from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
 from parsim.cost.recompute import recomputed, saved_bytes
@@ -17,13 +22,14 @@ from parsim.model import (
     expert_parameters,
     head_parameters,
     layer_parameters,
+    mtp_parameters,
     replicated_embedding_parameters,
     replicated_head_parameters,
     replicated_layer_parameters,
 )
 from parsim.stack import Stack
 
-EMBEDDING, HEAD = "embedding", "head"
+EMBEDDING, MTP, HEAD = "embedding", "multi-token prediction", "head"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +93,14 @@ class CostModel:
                 replicated = replicated_head_parameters(self.model)
                 parameters = _on_rank(head_parameters(self.model), replicated, cell.tp)
                 part = self._end_part(operations, cell, parameters)
+            elif kind == MTP:
+                last = self.model.layers - 1
+                operations = mtp_operations(self.model, cell, self.stack)
+                part = self._layer(cell, last, operations, mtp_parameters(self.model))
             else:
-                layers = range(self.model.layers)
-                part = self._layer(cell, next(i for i in layers if self._kind(i) == kind))
+                layer = next(i for i in range(self.model.layers) if self._kind(i) == kind)
+                operations = layer_operations(self.model, layer, cell, self.stack)
+                part = self._layer(cell, layer, operations, layer_parameters(self.model, layer))
             self._parts[cell, kind] = part
         return self._parts[cell, kind]
 
@@ -97,8 +108,9 @@ class CostModel:
         """Layer `layer` (from 0)."""
         return self._part(cell, self._kind(layer))
 
-    def _layer(self, cell: Cell, layer: int) -> PartCost:
-        operations = layer_operations(self.model, layer, cell, self.stack)
+    def _layer(
+        self, cell: Cell, layer: int, operations: tuple[Operation, ...], parameters: int
+    ) -> PartCost:
         again = recomputed(cell, self.stack)
         kept = saved_bytes(operations, again, cell)
         recomputed_bytes = saved_bytes(operations, "nothing", cell) - kept
@@ -107,7 +119,7 @@ class CostModel:
         experts = 0
         if self.model.moe is not None and self.model.is_moe_layer(layer):
             experts = self.model.moe.experts * expert_parameters(self.model)
-        dense = layer_parameters(self.model, layer) - experts
+        dense = parameters - experts
         return PartCost(
             is_layer=True,
             time=part_time(operations, cell, self.cluster, self.stack, host=self._layer_host(layer)),
@@ -150,7 +162,7 @@ class CostModel:
             if index == 0:
                 kinds.insert(0, EMBEDDING)
             if index == len(split) - 1:
-                kinds.append(HEAD)
+                kinds.extend([MTP] * self.model.mtp_layers + [HEAD])
             stages.append(self._stage(cell, tuple(kinds)))
         return tuple(stages)
 

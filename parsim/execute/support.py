@@ -43,6 +43,8 @@ def _check_model(model: ModelSpec, plan: ParallelPlan) -> None:
         raise _refuse("mixtures of experts", "model.moe", f"{model.moe.experts} experts")
     if model.mla is not None:
         raise _refuse("multi-head latent attention", "model.mla", "MLA")
+    if model.mtp_layers:
+        raise _refuse("multi-token prediction", "model.mtp_layers", model.mtp_layers)
     if model.window:
         raise _refuse("sliding-window attention", "model.window", model.window)
     if model.attention_sinks:

@@ -128,6 +128,7 @@ class DeepseekV2(LlamaLike):
     moe_intermediate_size: Size
     first_k_dense_replace: Count
     moe_layer_freq: Literal[1] = 1
+    num_nextn_predict_layers: Count = 0
 
     def moe(self) -> MoeSpec:
         """The experts; shared ones are as wide as routed ones."""
@@ -149,6 +150,7 @@ class DeepseekV2(LlamaLike):
         )
         # transformers writes the rotated part's width as head_dim; here it follows from the two parts.
         own = {"mla": mla, "moe": self.moe(), "kv_heads": 0, "head_dim": 0}
+        own["mtp_layers"] = self.num_nextn_predict_layers
         return super().shape() | own
 
 

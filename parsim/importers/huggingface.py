@@ -47,7 +47,7 @@ def model_from_config(data: object, *, where: str) -> ModelSpec:
     """The model that a parsed config.json describes; `where` is the file, for messages and the name.
 
     The model is called as the file, or as its folder where the file is a plain config.json. Modules
-    beside the decoder (multi-token prediction, vision) are not part of it.
+    beside the decoder (vision) are not part of it.
 
     Raises ParsimError naming every wrong or missing key at once.
     """

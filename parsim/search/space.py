@@ -97,16 +97,18 @@ def _splits(job: Job, constraints: Constraints, split: ParallelPlan) -> Iterator
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
     """(schedule, vpp) choices: one chunk a rank, or interleaved with chunks that are all equal.
 
-    Equal with embedding and head counted as a layer each or not, as frameworks ask for.
+    Equal with embedding, multi-token prediction and head counted as a layer each or not, as frameworks
+    ask for.
     """
     layers = job.model.layers
+    ends = 2 + job.model.mtp_layers
     for schedule in constraints.schedule or ("1f1b", "interleaved"):
         if schedule != "interleaved":
             yield from ((schedule, vpp) for vpp in _allowed([1], constraints.vpp))
         elif pp > 1:
             even = [
                 v
-                for v in range(2, (layers + 2) // pp + 1)
-                if not layers % (pp * v) or not (layers + 2) % (pp * v)
+                for v in range(2, (layers + ends) // pp + 1)
+                if not layers % (pp * v) or not (layers + ends) % (pp * v)
             ]
             yield from ((schedule, vpp) for vpp in _allowed(even, constraints.vpp))

@@ -58,6 +58,7 @@ def test_what_runs_is_let_through(plan: str, model: dict[str, object]) -> None:
         ),
         ({"window": 8}, "sliding-window"),
         ({"attention_sinks": True}, "sinks"),
+        ({"mtp_layers": 1}, "multi-token"),
         ({"position": "alibi"}, "ALiBi"),
         ({"norms_per_layer": 4}, "two norms"),
         ({"head_dim": 5}, "odd width"),
