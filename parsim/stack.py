@@ -68,6 +68,10 @@ class Stack:
     """What recompute = selective runs again: attention_core, softmax(QKᵀ)V (Megatron-LM); or
     every_other_gemm, all but each second matrix product and the attention (torchtitan)."""
 
+    recompute_stops_early: bool = False
+    """Full recomputation ends with the last tensor that the backward needs: a layer's last product does
+    not run again (PyTorch from 2.1, torch.utils.checkpoint without re-entry)."""
+
     # Communication
     collective_overhead_s: float = 0.0
     """What a collective among layers costs beyond itself, for each doubling of its ranks: its launch,
@@ -82,14 +86,17 @@ class Stack:
     dp_overlap: bool = True
     """Gradients are reduced bucket by bucket behind the last backward (and ZeRO-1's parameters
     gathered before the first forward); else after it."""
+    dp_overlap_cost: float = 0.0
+    """Share of data-parallel communication beside compute that costs time all the same: it takes SMs
+    and memory bandwidth, and the host holds gathers back for want of memory. 1: nothing is hidden."""
     dp_slowdown: float = 1.0
     """Time of data-parallel collectives in training over the same alone: copies into and out of flat
     buckets, a network that others use too."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
     zero_broadcast_s: float = 0.0
-    """ZeRO's parameters come back by one broadcast from each rank of the shard group, each of this
-    time beyond its transfer (InternEvo); 0: by one all-gather."""
+    """ZeRO's parameters come back after the update by one broadcast from each rank of the shard group,
+    each of this time beyond its transfer (InternEvo); 0: by one all-gather."""
     fsdp_prefetch: bool = True
     """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
     moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
@@ -134,7 +141,6 @@ class Stack:
         for key in (f.name for f in fields(self) if f.name.endswith("_slowdown")):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
-        if not 0 <= self.overlap_cost <= 1:
-            raise ParsimError(
-                "a share lies between 0 and 1", where="overlap_cost", got=self.overlap_cost
-            )
+        for key in ("overlap_cost", "dp_overlap_cost"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

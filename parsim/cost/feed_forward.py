@@ -17,12 +17,14 @@ from parsim.model import ModelSpec
 from parsim.stack import Stack
 
 
-def norm(name: str, values: int, cell: Cell, stack: Stack) -> Elementwise:
+def norm(name: str, values: int, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwise:
     """A norm of `values` values on this rank."""
     size = values * cell.activation_bytes
-    # Forward reads x and writes y; backward reads dy and x and writes dx. Unfused, the statistics,
-    # the scaling and the casts to fp32 each pass over the tensor again.
-    passes = (2, 3) if stack.fused_elementwise else (6, 9)
+    # Forward reads x and writes y; backward reads dy and x and writes dx. PyTorch has a kernel for the
+    # layernorm; an rmsnorm out of single operations passes over the tensor again for the statistics,
+    # the scaling and the casts to fp32.
+    one_kernel = stack.fused_elementwise or model.norm == "layernorm"
+    passes = (2, 3) if one_kernel else (6, 9)
     return Elementwise(
         name=name,
         forward_bytes=passes[0] * size,
@@ -150,19 +152,19 @@ def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) 
     return (
         *enter_tensor_parallel("feed-forward", model, cell, stack),
         *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns, after_norm=True),
-        activation(T, f, model.gated_mlp, cell, stack),
+        activation(T, f, model, cell, stack),
         *linear("fc2", T, h, f, cell, saved_bytes=T * f * e, before_residual=True),
         *leave_tensor_parallel("feed-forward", model, cell),
     )
 
 
-def activation(tokens: int, f: int, gated: bool, cell: Cell, stack: Stack) -> Elementwise:
-    """GELU(x + bias) or SiLU(x)·y: fused, each tensor is read or written once."""
+def activation(tokens: int, f: int, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwise:
+    """GELU(x + bias) or SiLU(x)·y: fused, each tensor is read or written once; GELU(x) is one kernel."""
     size = tokens * f * cell.activation_bytes
-    inputs = 2 if gated else 1
+    inputs = 2 if model.gated_mlp else 1
     forward, backward = inputs + 1, 2 * inputs + 1
-    extra = 0 if stack.fused_elementwise else 2
-    unfused_saved = size if gated and not stack.fused_elementwise else 0
+    extra = 0 if stack.fused_elementwise or not (model.gated_mlp or model.linear_bias) else 2
+    unfused_saved = size if model.gated_mlp and not stack.fused_elementwise else 0
     return Elementwise(
         name="activation",
         forward_bytes=(forward + extra) * size,

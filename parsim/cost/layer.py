@@ -41,7 +41,7 @@ def layer_operations(model: ModelSpec, layer: int, cell: Cell, stack: Stack) -> 
     else:
         feed_forward = mlp_operations(model, model.ffn_hidden, cell, stack)
     values = cell.local_tokens * model.hidden
-    norms = [norm(name, values, cell, stack) for name in LAYER_NORMS[: model.norms_per_layer]]
+    norms = [norm(name, values, model, cell, stack) for name in LAYER_NORMS[: model.norms_per_layer]]
     return (
         *norms[:1],
         *enter_tensor_parallel("attention", model, cell, stack),
@@ -66,7 +66,7 @@ def _inner_norm(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Elementwise
         width = heads * model.head_dim
     else:
         return ()
-    return (norm("norm inside attention", cell.tokens * width, cell, stack),)
+    return (norm("norm inside attention", cell.tokens * width, model, cell, stack),)
 
 
 def mtp_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
@@ -98,7 +98,7 @@ def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Op
     )
     norms: tuple[Elementwise, ...] = ()
     if model.embedding_norm:
-        norms = (norm("embedding norm", cell.local_tokens * h, cell, stack),)
+        norms = (norm("embedding norm", cell.local_tokens * h, model, cell, stack),)
     if cell.tp == 1:
         return (lookup, *norms)
     kind = "reduce_scatter" if cell.sequence_parallel else "all_reduce"
@@ -132,6 +132,6 @@ def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operati
         )
     final_norm: tuple[Elementwise, ...] = ()
     if model.final_norm:
-        final_norm = (norm("final norm", cell.local_tokens * h, cell, stack),)
+        final_norm = (norm("final norm", cell.local_tokens * h, model, cell, stack),)
     head = Gemm(name="head", m=T, n=columns, k=h, saved_bytes=cell.local_tokens * h * e)
     return (*final_norm, *enter, head, loss, *reductions)

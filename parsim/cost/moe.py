@@ -139,7 +139,7 @@ def _experts(model: ModelSpec, cell: Cell, stack: Stack, routed: int) -> tuple[O
         )
         for name, n, k in (("expert fc1", columns, h), ("expert fc2", h, f))
     )
-    act = activation(routed, f, model.gated_mlp, cell, stack)
+    act = activation(routed, f, model, cell, stack)
     if stack.fused_experts:
         return fc1, replace(act, forward_bytes=0.0, backward_bytes=0.0), fc2
     return (*operations, fc1, act, fc2, *_bias(moe, routed * h))

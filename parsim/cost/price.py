@@ -137,11 +137,11 @@ def _recompute(
 ) -> PassTime:
     """The part of the forward that the backward runs again."""
     what = recomputed(cell, stack)
-    if what == "everything":
-        return forward
     if what == "nothing":
         return PassTime()
-    shares = recomputed_shares(operations, what)
+    if what == "everything" and not stack.recompute_stops_early:
+        return forward
+    shares = recomputed_shares(operations, what, stops_early=stack.recompute_stops_early)
     compute_s = sum(
         share * _forward_s(op, cell, cluster, stack)
         for op, share in zip(operations, shares, strict=True)
@@ -149,7 +149,7 @@ def _recompute(
     )
     time = _transfers_s(operations, "forward", cell, cluster, stack, shares)
     time = time._replace(compute_s=compute_s)
-    return _with_host(time, host_s, cluster) if what == "every_other_gemm" else time
+    return time if what == "attention_core" else _with_host(time, host_s, cluster)
 
 
 def _gemm(

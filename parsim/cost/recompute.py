@@ -18,16 +18,20 @@ def recomputed(cell: Cell, stack: Stack) -> Recomputed:
     return "everything" if cell.recompute == "full" else "nothing"
 
 
-def recomputed_shares(operations: tuple[Operation, ...], what: Recomputed) -> tuple[float, ...]:
+def recomputed_shares(
+    operations: tuple[Operation, ...], what: Recomputed, *, stops_early: bool = False
+) -> tuple[float, ...]:
     """The share of each operation's forward that the backward runs again.
 
     attention_core: softmax(QKᵀ)V with all that belongs to it (Korthikanti et al. 2022, arXiv 2205.05198,
     section 5); with context parallelism also its ring, as keys and values are kept of this rank alone.
     every_other_gemm: the second, fourth … matrix product of a layer and everything that is
     none, but neither attention nor reductions over tp (torchtitan, activation_checkpoint.py).
+    everything may stop early: with the last operation that leaves something for the backward.
     """
     if what == "everything":
-        return (1.0,) * len(operations)
+        needed = _needed(operations) if stops_early else len(operations)
+        return tuple(float(i < needed) for i in range(len(operations)))
     if what == "nothing":
         return (0.0,) * len(operations)
     if what == "attention_core":
@@ -44,6 +48,14 @@ def recomputed_shares(operations: tuple[Operation, ...], what: Recomputed) -> tu
         else:
             shares.append(float(isinstance(op, Elementwise)))
     return tuple(shares)
+
+
+def _needed(operations: tuple[Operation, ...]) -> int:
+    """How many operations must run for all that the backward reads: a product leaves only its input."""
+    last = max(
+        i for i, op in enumerate(operations) if not isinstance(op, Transfer) and op.saved_bytes > 0
+    )
+    return last if isinstance(operations[last], Gemm) else last + 1
 
 
 def _in_attention_core(op: Operation) -> bool:

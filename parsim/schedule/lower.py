@@ -146,13 +146,18 @@ class _Lowering:
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
         self.first_forward = {a.stage: a for a in reversed(actions) if a.kind == FORWARD}
         self.chain = {rank: [] for rank in range(self.schedule.pp)}
-        if self.plan.zero in (1, 2) and self.stack.dp_overlap:
+        if self._gathers_ahead():
             for stage, rank in self.rank_of.items():
                 self._gather_before_step(rank, stage)
 
     def _action_s(self) -> float:
         """Host time of an action; a rank without a pipeline just runs its forwards and backwards."""
         return self.stack.action_host_s if self.schedule.pp > 1 else 0.0
+
+    def _gathers_ahead(self) -> bool:
+        """Whether parameters that ZeRO-1 and 2 updated elsewhere come back beside the next forwards."""
+        stack = self.stack
+        return self.plan.zero in (1, 2) and stack.dp_overlap and not stack.zero_broadcast_s
 
     def _add(self, task: Task) -> int:
         self.tasks.append(task)
@@ -173,6 +178,7 @@ class _Lowering:
         fully_sharded = self.plan.zero == 3 and action.kind != WEIGHT_GRAD and sync.gather_s > 0
         reduces = self._reduces(action)
         pieces = sync.buckets if first_gather or fully_sharded or reduces else 1
+        ahead: int | None = None
         for piece in range(pieces):
             after = tuple(self.chain[rank][-1:])
             source = self._source(action)
@@ -181,12 +187,19 @@ class _Lowering:
             if first_gather:
                 after += (self.gathered[action.stage][piece],)
             elif fully_sharded:
-                after += (self._gather(rank, action, after),)
+                after += (self._gather(rank, action, after) if ahead is None else ahead,)
             part = time if pieces == 1 else time.times(1 / pieces)
+            beside_s = reduces * sync.reduce_s
+            if first_gather or (fully_sharded and self.stack.fsdp_prefetch):
+                beside_s += sync.gather_s
+            part = part.plus(PassTime(self.stack.dp_overlap_cost * beside_s / pieces))
             end = self._compute(rank, action, part, after, piece, pieces)
-            if reduces:
-                self._reduce(rank, action.stage, sync.reduce_s / pieces, (end,))
             self.chain[rank] = [*self.chain[rank][-1:], end]
+            if reduces:
+                # What is gathered ahead goes out before this piece's gradients are there to be reduced.
+                gathers_next = fully_sharded and self.stack.fsdp_prefetch and piece + 1 < pieces
+                ahead = self._gather(rank, action, ()) if gathers_next else None
+                self._reduce(rank, action.stage, sync.reduce_s / pieces, (end,))
         self._send(rank, action)
 
     def _source(self, action: Action) -> int | None:
@@ -302,7 +315,7 @@ class _Lowering:
         seconds = sum(sync.optimizer_s for sync in syncs)
         end = self._add(Task(rank, COMPUTE, "optimizer", "optimizer", seconds, ready))
         gather_s = sum(sync.gather_s for sync in syncs)
-        if gather_s > 0 and self.plan.zero in (1, 2) and not self.stack.dp_overlap:
+        if gather_s > 0 and self.plan.zero in (1, 2) and not self._gathers_ahead():
             end = self._add(Task(rank, DP, "parameters", "dp", gather_s, (end,)))
         if self.stack.step_overhead_s > 0:
             self._add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))

@@ -227,3 +227,23 @@ def test_norms_inside_attention_and_after_the_embedding() -> None:
     )
     deepseek = small_model(mla=mla, kv_heads=8)
     assert norm_bytes(deepseek, ParallelPlan(tp=4))[0] == 2 * hidden + 2 * 2 * 256 * 128
+
+
+def test_kernels_of_an_eager_stack() -> None:
+    """PyTorch has one kernel for a layernorm and for GELU; an rmsnorm and SiLU(x)·y are several."""
+
+    def passes(model: ModelSpec, *, fused: bool) -> dict[str, float]:
+        """Tensors of the residual stream's width that norms and the activation move."""
+        cell = cell_of(Job(model=model, seq_len=2048, global_batch=1), ParallelPlan())
+        operations = layer_operations(model, 0, cell, plain_stack(fused_elementwise=fused))
+        return {
+            op.name: (op.forward_bytes + op.backward_bytes) / (2 * 2048 * model.hidden)
+            for op in operations
+            if isinstance(op, Elementwise) and op.name in ("attention norm", "activation")
+        }
+
+    mpt = replace(GPT, linear_bias=False)
+    assert passes(mpt, fused=False) == passes(mpt, fused=True) == {"attention norm": 5, "activation": 20}
+    llama = replace(mpt, norm="rmsnorm", gated_mlp=True)
+    assert passes(llama, fused=True) == {"attention norm": 5, "activation": 8 * 4}
+    assert passes(llama, fused=False) == {"attention norm": 15, "activation": 12 * 4}

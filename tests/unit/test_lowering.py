@@ -169,6 +169,22 @@ def test_fsdp_gathers_one_layer_ahead() -> None:
     assert seconds(plan, 3, slow, fsdp_prefetch=True) == pytest.approx(3 * 2 * 4.0 + 2.0 / 4)
 
 
+def test_what_hidden_communication_costs_lies_between_nothing_and_all_of_it() -> None:
+    """Share 0: a micro-batch's first gather and last reduction show. Share 1: all of them do."""
+    plan = ParallelPlan(dp=2, zero=3)
+    cost = flat_cost(1, gather_s=0.5, reduce_s=0.25, buckets=4)
+    ends = [seconds(plan, 3, cost, dp_overlap_cost=share) for share in (0.0, 0.5, 1.0)]
+    shown_s, beside_s = (0.5 + 0.25) / 4, 2 * 0.5 + 0.25
+    assert ends == pytest.approx([3 * (3.0 + shown_s + share * beside_s) for share in (0.0, 0.5, 1.0)])
+
+
+def test_broadcast_parameters_follow_the_update() -> None:
+    plan, cost = ParallelPlan(dp=2, zero=1), flat_cost(1, gather_s=0.5, optimizer_s=0.25, buckets=4)
+    step = timeline(plan, 3, cost, dp_overlap=True, zero_broadcast_s=1e-3)
+    (gather,) = spans(step, "dp")
+    assert (gather.start_s, gather.end_s) == (9.25, 9.75)
+
+
 # Host and optimizer
 
 

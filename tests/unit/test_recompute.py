@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from parsim.cost.cell import Cell, cell_of
@@ -53,6 +55,40 @@ def test_megatron_runs_only_the_attention_core_again() -> None:
     names = [op.name if not isinstance(op, Attention) else "core" for op in operations]
     again = [name for name, share in zip(names, shares, strict=True) if share]
     assert again == ["core", "softmax"]
+
+
+def test_recomputation_that_stops_early_spares_the_last_product() -> None:
+    """w2 of q k v o w1 w3 w2: its output is added to the residual, whose backward needs no tensor."""
+    operations, _ = layer(plain_stack())
+    shares = recomputed_shares(operations, "everything", stops_early=True)
+    spared = [op for op, share in zip(operations, shares, strict=True) if not share]
+    assert spared == list(operations[-2:])
+    assert isinstance(spared[0], Gemm)
+    assert spared[0].name == "fc2"
+    assert set(recomputed_shares(operations, "everything")) == {1.0}
+
+
+def test_a_norm_after_the_feed_forward_needs_its_last_product() -> None:
+    model = replace(LLAMA, norms_per_layer=4)
+    cell = cell_of(Job(model=model, seq_len=8192, global_batch=1), ParallelPlan())
+    operations = layer_operations(model, 0, cell, plain_stack())
+    shares = recomputed_shares(operations, "everything", stops_early=True)
+    assert shares == (1.0,) * (len(operations) - 1) + (0.0,)
+
+
+def test_an_early_stop_saves_its_share_of_the_time() -> None:
+    times = [
+        CostModel(LLAMA, round_cluster(), plain_stack(recompute_stops_early=early))
+        .layer(
+            cell_of(Job(model=LLAMA, seq_len=8192, global_batch=1), ParallelPlan(recompute="full")), 0
+        )
+        .time
+        for early in (False, True)
+    ]
+    assert times[0].recompute == times[0].forward == times[1].forward
+    saved_s = times[0].recompute.compute_s - times[1].recompute.compute_s
+    product_s = 2 * 8192 * 4096 * 14336 / 0.7e14  # GEMMs of the round device reach 0.7 of its peak
+    assert saved_s == pytest.approx(product_s, rel=0.05)
 
 
 def test_kept_activations_shrink_in_order() -> None:
