@@ -78,7 +78,7 @@ def mtp_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operatio
     columns = math.ceil(h / cell.tp)
     both = 2 * cell.local_tokens * h
     return (
-        norm("norms before projection", both, cell, stack),
+        norm("norms before projection", both, model, cell, stack),
         *linear("projection", T, columns, 2 * h, cell, saved_bytes=both * e, after_norm=True),
         *layer_operations(model, model.layers - 1, cell, stack),
         *head_operations(model, cell, stack),
