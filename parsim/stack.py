@@ -41,9 +41,9 @@ class Stack:
     # How fast they are in training, against the same kernel alone on a hot device
     gemm_slowdown: float = 1.0
     """Time of a GEMM in training over the bare kernel's."""
-    expert_gemm_slowdown: float = 1.0
-    """Time of the experts' products over one batched kernel: a launch for each expert on a few streams,
-    and the rank with the most tokens."""
+    routed_slowdown: float = 1.0
+    """Time of the kernels on routed tokens over memory-bound ones of as many bytes: rows gathered by
+    index, padding, a launch for each expert."""
     attention_slowdown: float = 1.0
     attention_max_flops_per_s: float = 0.0
     """The most its fused attention reaches on any device: a kernel written for one generation does not

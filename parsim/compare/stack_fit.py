@@ -40,7 +40,7 @@ BOUNDS: Bounds = {
     "overlap_cost": (0.0, 1.0),
     "dp_slowdown": (0.8, 3.0),
     "zero_broadcast_s": (0.0, 1e-2),
-    "expert_gemm_slowdown": (0.95, 1.6),
+    "routed_slowdown": (0.8, 4.0),
     "moe_host_s": (0.0, 1e-2),
     "ep_slowdown": (0.8, 3.0),
 }
@@ -119,7 +119,7 @@ def _decided_by(measured: Sequence[_Measured], stack: Stack) -> Bounds:
         "overlap_cost": has_tp and (stack.tp_async_backward or any(plan.tp_overlap for plan in plans)),
         "dp_slowdown": any(plan.dp * plan.cp > 1 for plan in plans),
         "zero_broadcast_s": stack.zero_broadcast_s > 0,
-        "expert_gemm_slowdown": has_experts,
+        "routed_slowdown": has_experts,
         "moe_host_s": has_experts,
         "ep_slowdown": any(plan.ep > 1 for plan in plans),
     }

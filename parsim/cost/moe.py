@@ -36,6 +36,7 @@ def moe_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operatio
         forward_bytes=tokens * h * e + moved,
         backward_bytes=tokens * h * e + 2 * moved,
         saved_bytes=moved,
+        routed=True,
     )
     shared: tuple[Operation, ...] = ()
     if moe.shared_ffn_hidden:
@@ -70,7 +71,7 @@ def _router(moe: MoeSpec, tokens: int, h: int, e: int) -> tuple[Operation, ...]:
 
 def _copy(name: str, num_bytes: float) -> Elementwise:
     """A permutation of tokens, and back in the backward."""
-    return Elementwise(name=name, forward_bytes=num_bytes, backward_bytes=num_bytes)
+    return Elementwise(name=name, forward_bytes=num_bytes, backward_bytes=num_bytes, routed=True)
 
 
 def _sort(name: str, moe: MoeSpec, cell: Cell, stack: Stack, moved: float) -> tuple[Elementwise, ...]:
@@ -124,6 +125,7 @@ def _experts(model: ModelSpec, cell: Cell, stack: Stack, routed: int) -> tuple[O
                 name="expert casts",
                 forward_bytes=routed * (h + f) * (e + 2 * narrow),
                 backward_bytes=routed * (columns + h) * (e + 2 * narrow),
+                routed=True,
             )
         )
     fc1, fc2 = (
@@ -133,7 +135,6 @@ def _experts(model: ModelSpec, cell: Cell, stack: Stack, routed: int) -> tuple[O
             n=n,
             k=k,
             batch=local,
-            grouped=True,
             low_precision=True,
             saved_bytes=routed * k * narrow,
         )
@@ -154,4 +155,7 @@ def _bias(moe: MoeSpec, values: int) -> tuple[Elementwise, ...]:
     """
     if not moe.expert_bias:
         return ()
-    return (Elementwise(name="expert bias", forward_bytes=28.0 * values, backward_bytes=36.0 * values),)
+    size = float(values)
+    return (
+        Elementwise(name="expert bias", forward_bytes=28 * size, backward_bytes=36 * size, routed=True),
+    )

@@ -35,8 +35,6 @@ class Gemm:
     batch: int = 1
     columns: tuple[int, ...] = ()
     """Widths of the matrices that are multiplied as one (they add up to n); empty: one."""
-    grouped: bool = False
-    """The products of a rank's experts."""
     low_precision: bool = False
     """Runs in the job's narrow dtype (fp8 …) where it has one; else in that of the activations."""
     saved_bytes: float = 0.0
@@ -85,6 +83,8 @@ class Elementwise:
     """Bytes read and written by the forward."""
     backward_bytes: float
     saved_bytes: float = 0.0
+    routed: bool = False
+    """Works on tokens in the order of their experts, or brings them into it and back."""
     attention_core: bool = False
     """Belongs to the part of attention that selective recomputation runs again."""
 

@@ -167,8 +167,12 @@ def _gemm(
         stream_k=stack.gemm_stream_k,
         training=True,
     )
-    grouped = stack.expert_gemm_slowdown if op.grouped else 1.0
-    return grouped * stack.gemm_slowdown * bare_s
+    return stack.gemm_slowdown * bare_s
+
+
+def _elementwise_s(op: Elementwise, num_bytes: float, cluster: Cluster, stack: Stack) -> float:
+    routed = stack.routed_slowdown if op.routed else 1.0
+    return routed * stack.memory_bound_slowdown * memory_bound_s(cluster, num_bytes)
 
 
 def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
@@ -177,7 +181,7 @@ def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> flo
     if isinstance(op, Attention):
         return _attention_s(op, cell, cluster, stack, backward=False)
     if isinstance(op, Elementwise):
-        return stack.memory_bound_slowdown * memory_bound_s(cluster, op.forward_bytes)
+        return _elementwise_s(op, op.forward_bytes, cluster, stack)
     return 0.0
 
 
@@ -187,7 +191,7 @@ def _input_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> 
     if isinstance(op, Attention):
         return _attention_s(op, cell, cluster, stack, backward=True)
     if isinstance(op, Elementwise):
-        return stack.memory_bound_slowdown * memory_bound_s(cluster, op.backward_bytes)
+        return _elementwise_s(op, op.backward_bytes, cluster, stack)
     return 0.0
 
 

@@ -10,6 +10,7 @@ import pytest
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import Group, collective_s, dispatch_s, expected_distinct
 from parsim.cost.layer import layer_operations
+from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.operation import Elementwise, Gemm, Operation, Transfer
 from parsim.cost.price import PartTime
 from parsim.cost.stage import CostModel
@@ -168,8 +169,12 @@ def test_the_host_of_a_layer_with_experts_unless_graphs_launch_it() -> None:
     assert layer_time(1e11, moe_host_s=1.0, graphed_hardware=("round",)) == plain
 
 
-def test_experts_slow_their_products_and_exchanges() -> None:
+def test_routed_tokens_and_exchanges_are_slower_in_training() -> None:
     plain = layer_time(1e9)
-    slow = layer_time(1e9, ep_slowdown=1.5, expert_gemm_slowdown=1.5)
+    slow = layer_time(1e9, ep_slowdown=1.5, routed_slowdown=3.0)
     assert slow.forward.ep_s == pytest.approx(1.5 * plain.forward.ep_s)
-    assert slow.weight_grad.compute_s > plain.weight_grad.compute_s
+    routed = [op for op in operations(EXPERTS, PLAN) if isinstance(op, Elementwise) and op.routed]
+    assert {op.name for op in routed} == {"permute", "combine"}
+    once_s = sum(memory_bound_s(round_cluster(), op.forward_bytes) for op in routed)
+    assert slow.forward.compute_s - plain.forward.compute_s == pytest.approx(2 * once_s)
+    assert slow.weight_grad == plain.weight_grad
