@@ -1,4 +1,4 @@
-"""`parsim calibrate`: microbenchmarks of this machine become a hardware profile."""
+"""`parsim calibrate`: microbenchmarks of this machine become a hardware profile, or runs a stack."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from parsim.cli.calibrate_runs import calibrate_runs
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, progress, say
 
@@ -29,23 +30,70 @@ DeviceOption = Annotated[
 
 
 def calibrate(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The profile to write.")] = Path(
-        "profile.toml"
-    ),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="The profile to write [default: profile.toml; with --runs: none]."
+        ),
+    ] = None,
     device: DeviceOption = DeviceKind.AUTO,
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="Devices busy at once [default: all].")
     ] = None,
     budget_s: Annotated[float, typer.Option("--budget-s", min=1, help="Seconds to spend.")] = 60.0,
+    runs: Annotated[
+        Path | None, typer.Option("--runs", help="A CSV of measured training runs, one a row.")
+    ] = None,
+    stack: Annotated[
+        str | None, typer.Option("--stack", help="With --runs: the stack to fit, a name or a file.")
+    ] = None,
+    constant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--constant", help="With --runs: fit this one (repeatable) [default: what the rows tell]."
+        ),
+    ] = None,
+    afresh: Annotated[
+        bool,
+        typer.Option("--afresh", help="With --runs: start from typical values, not the stack's own."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time GEMMs, attention, memory-bound kernels and collectives here, and write a profile.
+    """Time GEMMs, attention, memory-bound kernels and collectives here, and write a hardware profile.
+
+    With --runs: fit the few constants of a training stack to measured runs, of your own cluster or of
+    others, and say how far off it is on runs left out.
 
     \b
     Examples:
       parsim calibrate -o here.toml
       parsim plan --model tiny-llama-8l --hardware here.toml --gpus 2 --global-batch 32
+      parsim calibrate --runs my_runs.csv --stack torchtitan -o mine.toml
     """
+    from parsim.errors import ParsimError
+
+    if runs is not None:
+        if stack is None:
+            raise ParsimError(
+                "--stack is missing", where="--stack", hint="a name as in `parsim validate`, or a file"
+            )
+        calibrate_runs(
+            runs,
+            stack,
+            output=output,
+            constants=constant or (),
+            is_afresh=afresh,
+            as_json=as_json,
+        )
+        return
+    if stack is not None or constant or afresh:
+        raise ParsimError("--stack, --constant and --afresh go with --runs", where="--runs")
+    _calibrate_hardware(output or Path("profile.toml"), device, ranks, budget_s, as_json)
+
+
+def _calibrate_hardware(
+    output: Path, device: DeviceKind, ranks: int | None, budget_s: float, as_json: bool
+) -> None:
     from parsim.execute.calibrate_profile import write_profile
 
     found = run_calibration(device, ranks, budget_s)

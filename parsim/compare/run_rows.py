@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from parsim.compare.csv_table import Row
@@ -188,13 +188,25 @@ def run_of(row: Row, library: Library) -> Run:
     )
 
 
+def stack_named(framework: str, year: str, known: Collection[str]) -> str | None:
+    """The stack that stands for a framework: of that year, of its name, or the nearest one; None for
+    a framework that nothing is known of.
+    """
+    for name in (_of_year(framework, year), framework):
+        if name in known:
+            return name
+    return NEAREST_STACK.get(framework)
+
+
+def _of_year(framework: str, year: str) -> str:
+    return f"{framework}-{year.strip().removesuffix('.0')}"
+
+
 def _stack(cells: _Cells, library: Library) -> Stack:
     framework = cells.text("framework")
     known = {*shipped("hardware_profiles/stacks"), *library.stacks}
-    of_that_year = f"{framework}-{cells.text('year').removesuffix('.0')}"
-    name = of_that_year if of_that_year in known else framework
-    if name not in known:
-        name = NEAREST_STACK.get(framework, "megatron-core-2025")
+    name = stack_named(framework, cells.text("year"), known) or "megatron-core-2025"
+    if name not in (framework, _of_year(framework, cells.text("year"))):
         cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
     stack = library.stack(name)
     compiled = cells.flag("compile")

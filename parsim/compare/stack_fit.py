@@ -7,55 +7,76 @@ constants; a weak pull towards the starting values keeps constants that no row d
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from statistics import quantiles
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from parsim.compare.csv_table import Row
-from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import ROW_SETTINGS, Library, Run, measured_s, run_of
+from parsim.compare.held_out import HeldOut, halves, held_out
+from parsim.compare.intervals import half_width
+from parsim.compare.linear import Linear
+from parsim.compare.measured_steps import LeftOut, MeasuredStep, QuickSteps, measured_steps
+from parsim.compare.stack_constants import Bounds, check_bounds, told_by
 from parsim.compare.statistics import Summary, summarize
-from parsim.cost.stage import CostModel
-from parsim.errors import ParsimError, did_you_mean
-from parsim.schedule.program import step_time_s
-from parsim.simulate.prediction import program_of
+from parsim.errors import ParsimError
 from parsim.stack import Stack
 
-Bounds = Mapping[str, tuple[float, float]]
-"""Least and greatest plausible value of each constant that is fitted."""
-
-BOUNDS: Bounds = {
-    "gemm_slowdown": (0.95, 1.6),
-    "attention_slowdown": (0.8, 3.0),
-    "attention_max_flops_per_s": (5e13, 1e15),
-    "memory_bound_slowdown": (0.6, 3.0),
-    "layer_host_s": (0.0, 3e-3),
-    "step_overhead_s": (0.0, 0.5),
-    "collective_overhead_s": (0.0, 6e-4),
-    "overlap_cost": (0.0, 1.0),
-    "dp_slowdown": (0.8, 3.0),
-    "zero_broadcast_s": (0.0, 1e-2),
-    "routed_slowdown": (0.8, 4.0),
-    "moe_host_s": (0.0, 1e-2),
-    "ep_slowdown": (0.8, 3.0),
-}
-"""Kernels hardly faster than bare ones, and host times of the frameworks' order. Memory-bound kernels
-may be: what profiles know of them is the traffic of GEMMs."""
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the steps that are done, and the most there will be."""
 
 ROBUST_ERROR = 0.05
 """Errors below count squared, errors above by their size."""
 PULL = 0.2
 """Weight of the starting values: a constant at the other end of its bounds costs as much as one row that
 is off by this much, times the square root of the rows."""
+FEWEST_ROWS = 4
+MOST_ROWS = 120
+"""A fit looks at so many rows, drawn evenly over models and plans; errors are stated over all."""
+MOST_ROUNDS = 12
+"""Steps of the least-squares solver; it converges in fewer."""
+DIFFERENCE = 0.02
+"""Of a constant's range, for derivatives."""
+ON_BOUND = 0.01
+"""A constant within this share of its range from an end sits on the bound."""
 
 
-FOLDS = 4
-"""Fits in which each has some models left out."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedConstant:
+    """One constant before and after."""
+
+    name: str
+    before: float
+    after: float
+    low: float
+    high: float
+
+    @property
+    def on_bound(self) -> bool:
+        """Whether a bound decided it and not the rows."""
+        margin = ON_BOUND * (self.high - self.low)
+        return not self.low + margin < self.after < self.high - margin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedRow:
+    """A run, what the fitted stack says of it, and what a fit says that has not seen its model."""
+
+    id: str
+    group: str
+    measured_s: float
+    predicted_s: float
+    held_out_s: float | None
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+    @property
+    def held_out_error(self) -> float | None:
+        return None if self.held_out_s is None else self.held_out_s / self.measured_s - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,183 +84,253 @@ class StackFit:
     """A fitted stack and how far off it is."""
 
     stack: Stack
-    fitted: Summary
-    """Over the rows that it was fitted to."""
-    held_out: Summary | None
-    """Over the same rows, each predicted by a fit that had not seen its model."""
+    constants: tuple[FittedConstant, ...]
+    rows: tuple[FittedRow, ...]
+    left_out: tuple[LeftOut, ...]
+    """Rows of the table that were not fitted."""
+    tested: HeldOut | None
+    """What was left out in turn; None where nothing was."""
+    larger: Summary | None
+    """Over the larger half of the models, by parameters, fitted on the smaller half."""
+    complete: bool
+    """Whether the fit ran to its end; else it was interrupted and this is the best so far."""
 
+    @property
+    def fitted(self) -> Summary:
+        """Over the rows that it was fitted to."""
+        return summarize([row.error for row in self.rows])
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    """A run that constants are fitted to."""
+    @property
+    def held_out(self) -> Summary | None:
+        """Over the same rows, each predicted by a fit that had not seen its group."""
+        errors = [row.held_out_error for row in self.rows if row.held_out_s is not None]
+        return summarize(errors) if errors else None
 
-    run: Run
-    seconds: float
-    model: str
-    """Rows of one model are held out together."""
+    def to_data(self) -> dict[str, Any]:
+        """The answer of `calibrate --runs --json`; errors are fractions."""
+        return {
+            "stack": self.stack.name,
+            "complete": self.complete,
+            "constants": [
+                {"name": c.name, "before": c.before, "after": c.after, "low": c.low, "high": c.high,
+                 "on_bound": c.on_bound}
+                for c in self.constants
+            ],
+            "fitted": self.fitted.to_data(),
+            "held_out": None if self.held_out is None else self.held_out.to_data(),
+            "groups": None if self.tested is None else self.tested.groups,
+            "grouped_by": None if self.tested is None else self.tested.by,
+            "larger_models": None if self.larger is None else self.larger.to_data(),
+            "relative_error": self.stack.relative_error,
+            "rows": [
+                {"id": r.id, "group": r.group, "measured_s": r.measured_s, "predicted_s": r.predicted_s,
+                 "error": r.error, "held_out_s": r.held_out_s, "held_out_error": r.held_out_error}
+                for r in self.rows
+            ],
+            "left_out": [{"id": r.id, "reason": r.reason} for r in self.left_out],
+        }  # fmt: skip
 
 
 def fit_stack(
-    rows: Sequence[Row], stack: Stack, bounds: Bounds | None = None, *, cross_validate: bool = True
+    rows: Sequence[Row],
+    stack: Stack,
+    bounds: Bounds | None = None,
+    *,
+    cross_validate: bool = True,
+    progress: Progress | None = None,
 ) -> StackFit:
     """The stack with the constants named in `bounds` fitted to the rows that run on it.
 
-    Without bounds those constants are fitted that the rows can tell of. Rows that cannot be predicted
-    are left out. Raises ParsimError for an unknown constant, and where there are fewer rows than
-    constants.
+    Without bounds those constants are fitted that the rows can tell of: the fewer rows, the fewer.
+    Ctrl-C ends the fit with the best found so far. Raises ParsimError for an unknown constant, and where
+    too few rows run on the stack.
     """
-    measured = _measured(rows, stack)
-    bounds = _decided_by(measured, stack) if bounds is None else bounds
-    _check(stack, bounds)
-    if len(measured) < len(bounds):
-        raise ParsimError(
-            "there are too few runs to fit this stack",
-            where=stack.name,
-            got=f"{len(measured)} runs",
-            expected=f"at least {len(bounds)}, one for each constant",
-        )
-    best = _fit(measured, stack, bounds)
-    errors = _errors(measured, best)
-    held_out = summarize(_held_out_errors(measured, stack, bounds)) if cross_validate else None
-    spread = _interval(errors)
-    return StackFit(
-        stack=replace(best, relative_error=spread), fitted=summarize(errors), held_out=held_out
-    )
-
-
-def _decided_by(measured: Sequence[_Measured], stack: Stack) -> Bounds:
-    """Bounds of the constants that these runs depend on."""
-    plans = [row.run.plan for row in measured]
-    has_tp = any(plan.tp > 1 for plan in plans)
-    has_experts = any(row.run.job.model.moe is not None for row in measured)
-    depends = {
-        "attention_slowdown": stack.attention == "flash",
-        "attention_max_flops_per_s": stack.attention_max_flops_per_s > 0,
-        "collective_overhead_s": has_tp,
-        "overlap_cost": has_tp and (stack.tp_async_backward or any(plan.tp_overlap for plan in plans)),
-        "dp_slowdown": any(plan.dp * plan.cp > 1 for plan in plans),
-        "zero_broadcast_s": stack.zero_broadcast_s > 0,
-        "routed_slowdown": has_experts,
-        "moe_host_s": has_experts,
-        "ep_slowdown": any(plan.ep > 1 for plan in plans),
-    }
-    return {name: bound for name, bound in BOUNDS.items() if depends.get(name, True)}
-
-
-def _held_out_errors(measured: Sequence[_Measured], stack: Stack, bounds: Bounds) -> list[float]:
-    """Errors of rows whose model a fit has not seen; whole models are held out, some at a time."""
-    counts = Counter(row.model for row in measured)
-    by_size = sorted(counts, key=lambda model: (-counts[model], model))
-    errors: list[float] = []
-    for fold in range(min(FOLDS, len(by_size))):
-        left_out = set(by_size[fold::FOLDS])
-        seen = [row for row in measured if row.model not in left_out]
-        unseen = [row for row in measured if row.model in left_out]
-        if len(seen) >= len(bounds):
-            errors.extend(_errors(unseen, _fit(seen, stack, bounds)))
-    return errors
-
-
-def _check(stack: Stack, bounds: Bounds) -> None:
-    known = [field.name for field in fields(stack)]
-    for name, (low, high) in bounds.items():
-        if name not in known:
-            raise ParsimError("a stack has no such constant", where=name, hint=did_you_mean(name, known))
-        if not low < high:
-            raise ParsimError("bounds are low and high", where=name, got=(low, high))
-
-
-def _measured(rows: Sequence[Row], stack: Stack) -> list[_Measured]:
-    """The rows that run on the stack and can be predicted."""
-    library = Library(models=shipped_models(), stacks={stack.name: stack})
-    measured = []
-    for row in rows:
+    steps, left_out = measured_steps(rows, stack)
+    _check_rows(steps, left_out, stack, bounds)
+    fitter = _Fitter(stack=stack, quick=QuickSteps(), progress=progress)
+    chosen = told_by(_sample(steps), stack, fitter.quick) if bounds is None else bounds
+    check_bounds(stack, chosen)
+    best, complete = fitter.fit(steps, chosen, "fitting all rows")
+    predicted = fitter.quick.predicted_s(steps, best)
+    tested, larger = None, None
+    unseen: list[float | None] = [None] * len(steps)
+    if cross_validate and complete:
         try:
-            run, seconds = run_of(row, library), measured_s(row)
-        except ParsimError:
-            continue
-        if run.stack.name == stack.name:
-            shape = run.job.model
-            name = f"{shape.hidden} x {shape.heads} heads"
-            measured.append(_Measured(run=run, seconds=seconds, model=name))
-    return measured
-
-
-def _fit(measured: Sequence[_Measured], stack: Stack, bounds: Bounds) -> Stack:
-    names = list(bounds)
-    low = np.array([bounds[name][0] for name in names])
-    high = np.array([bounds[name][1] for name in names])
-    start = np.clip([getattr(stack, name) for name in names], low, high)
-    unit_start = (start - low) / (high - low)
-    pull = PULL * math.sqrt(len(measured))
-
-    def residuals(unit: np.ndarray) -> np.ndarray:
-        values = low + unit * (high - low)
-        candidate = _with(stack, names, values)
-        logs = [math.log1p(error) for error in _errors(measured, candidate)]
-        return np.concatenate([logs, pull * ROBUST_ERROR * (unit - unit_start)])
-
-    found = least_squares(
-        residuals,
-        np.clip(unit_start, 0.02, 0.98),
-        bounds=(0.0, 1.0),
-        loss="soft_l1",
-        f_scale=ROBUST_ERROR,
-        diff_step=np.full(len(names), 0.02),
-        max_nfev=12,
+            tested, unseen = fitter.held_out(steps, chosen, best)
+            larger = fitter.larger(steps, chosen, best)
+        except KeyboardInterrupt:
+            complete = False
+    groups = tested.names if tested else [step.model for step in steps]
+    found = tuple(
+        FittedRow(
+            id=step.id, group=group, measured_s=step.seconds, predicted_s=seconds, held_out_s=other
+        )
+        for step, group, seconds, other in zip(steps, groups, predicted, unseen, strict=True)
     )
-    values = low + found.x * (high - low)
-    # Three digits, as a profile states them.
-    return _with(stack, names, [float(f"{value:.3g}") for value in values])
+    errors = [row.error if row.held_out_error is None else row.held_out_error for row in found]
+    return StackFit(
+        stack=replace(best, relative_error=half_width(errors)),
+        constants=tuple(
+            FittedConstant(name=name, before=getattr(stack, name), after=getattr(best, name), low=low,
+                           high=high)
+            for name, (low, high) in chosen.items()
+        ),
+        rows=found,
+        left_out=left_out,
+        tested=tested,
+        larger=larger,
+        complete=complete,
+    )  # fmt: skip
 
 
-def _with(stack: Stack, names: Sequence[str], values: Iterable[float]) -> Stack:
-    changes: dict[str, Any] = dict(zip(names, map(float, values), strict=True))
-    return replace(stack, **changes)
+def _check_rows(
+    steps: Sequence[MeasuredStep], left_out: Sequence[LeftOut], stack: Stack, bounds: Bounds | None
+) -> None:
+    needed = max(FEWEST_ROWS, len(bounds or ()))
+    if len(steps) >= needed:
+        return
+    reasons = sorted({f"{row.framework or 'no framework'}: {row.reason}" for row in left_out})
+    raise ParsimError(
+        "too few runs to fit this stack",
+        where=stack.name,
+        got=f"{len(steps)} runs on it" + (f", and {len(left_out)} other rows" if left_out else ""),
+        expected=f"at least {needed}",
+        hint=(f"{'; '.join(reasons[:4])}" + (" …" if len(reasons) > 4 else "")) if reasons else None,
+    )
 
 
-def _errors(measured: Sequence[_Measured], stack: Stack) -> list[float]:
-    """predicted / measured - 1 of runs under another stack."""
-    costs: dict[tuple[object, ...], CostModel] = {}
-    steps: dict[tuple[object, ...], float] = {}
-    errors = []
-    for row in measured:
-        run = row.run
-        own = _with_settings_of(stack, run.stack)
-        key = (run.job.model, run.cluster_key, own)
-        if key not in costs:
-            costs[key] = CostModel(run.job.model, run.cluster, own)
-        step = (run.job, run.plan, key)
-        if step not in steps:
-            steps[step] = quick_step_s(run, costs[key])
-        errors.append(steps[step] / row.seconds - 1)
-    return errors
+def _sample(steps: Sequence[MeasuredStep]) -> Sequence[MeasuredStep]:
+    """At most MOST_ROWS of the rows, evenly over models, clusters and plans."""
+    if len(steps) <= MOST_ROWS:
+        return steps
+    ordered = sorted(steps, key=lambda step: (step.model, step.configuration, step.seconds, step.id))
+    return [ordered[i * len(ordered) // MOST_ROWS] for i in range(MOST_ROWS)]
 
 
-def _with_settings_of(stack: Stack, row: Stack) -> Stack:
-    """A candidate with the settings that a row states for itself."""
-    return replace(stack, **{name: getattr(row, name) for name in ROW_SETTINGS})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fitter:
+    """Fits of one stack to one set of rows after another."""
+
+    stack: Stack
+    quick: QuickSteps
+    progress: Progress | None
+
+    def fit(
+        self, steps: Sequence[MeasuredStep], bounds: Bounds, what: str, begin: Stack | None = None
+    ) -> tuple[Stack, bool]:
+        """The stack fitted to the steps, and whether the fit was not interrupted.
+
+        `begin` tells the solver where to look first; the pull is always to the stack itself.
+        """
+        if not bounds:
+            return self.stack, True
+        loss = _Loss(self, _sample(steps), bounds, what)
+        try:
+            least_squares(
+                loss.residuals,
+                np.clip(loss.unit_of(begin or self.stack), 0.02, 0.98),
+                bounds=(0.0, 1.0),
+                jac=loss.jacobian,
+                loss="soft_l1",
+                f_scale=ROBUST_ERROR,
+                xtol=1e-3,
+                ftol=1e-3,
+                max_nfev=MOST_ROUNDS,
+            )
+        except KeyboardInterrupt:
+            if begin is not None:
+                raise
+            return loss.best(), False
+        return loss.best(), True
+
+    def held_out(
+        self, steps: Sequence[MeasuredStep], bounds: Bounds, best: Stack
+    ) -> tuple[HeldOut | None, list[float | None]]:
+        """How rows were grouped, and each row's time by a fit that has not seen its group."""
+        tested = held_out(steps)
+        unseen: list[float | None] = [None] * len(steps)
+        if tested is None:
+            return None, unseen
+        for number, fold in enumerate(tested.folds, start=1):
+            seen = [step for i, step in enumerate(steps) if i not in fold]
+            if len(seen) < max(FEWEST_ROWS, len(bounds)):
+                continue
+            what = f"fitting without some models ({number} of {len(tested.folds)})"
+            stack, _ = self.fit(seen, bounds, what, best)
+            others = sorted(fold)
+            times = self.quick.predicted_s([steps[i] for i in others], stack)
+            for i, seconds in zip(others, times, strict=True):
+                unseen[i] = seconds
+        return tested, unseen
+
+    def larger(self, steps: Sequence[MeasuredStep], bounds: Bounds, best: Stack) -> Summary | None:
+        """Errors on the larger models of a fit to the smaller ones."""
+        small, large = halves(steps)
+        if len(small) < max(FEWEST_ROWS, len(bounds)) or not large:
+            return None
+        stack, _ = self.fit(small, bounds, "fitting the smaller models", best)
+        times = self.quick.predicted_s(large, stack)
+        return summarize([s / step.seconds - 1 for s, step in zip(times, large, strict=True)])
 
 
-def quick_step_s(run: Run, costs: CostModel) -> float:
-    """Step time from two steps with fewer micro-batches: in a full pipeline each more takes as long.
+class _Loss:
+    """What a fit makes small, over constants as shares of their range; remembers the best it saw."""
 
-    Exact for steps that are periodic after the warm-up, as those of all schedules here are.
-    """
-    m = run.plan.num_micro_batches(run.job)
-    few, more = run.plan.pp, 2 * run.plan.pp
-    if m <= more:
-        return _step_s(run, costs, m)
-    few_s, more_s = _step_s(run, costs, few), _step_s(run, costs, more)
-    return more_s + (m - more) * (more_s - few_s) / (more - few)
+    def __init__(
+        self, fitter: _Fitter, steps: Sequence[MeasuredStep], bounds: Bounds, what: str
+    ) -> None:
+        self._fitter, self._steps, self._what = fitter, steps, what
+        self._names = list(bounds)
+        self._low = np.array([bounds[name][0] for name in self._names])
+        self._range = np.array([bounds[name][1] for name in self._names]) - self._low
+        self.start = self.unit_of(fitter.stack)
+        self._least = (math.inf, self.start)
+        self._pull = PULL * math.sqrt(len(steps)) * ROBUST_ERROR
+        self._rounds = 0
+        self._paths: list[Linear] = []
+        self._paths_of = np.array([])
 
+    def unit_of(self, stack: Stack) -> np.ndarray:
+        """A stack's constants as shares of their range."""
+        values = np.array([getattr(stack, name) for name in self._names])
+        share: np.ndarray = (values - self._low) / self._range
+        return share.clip(0.0, 1.0)
 
-def _step_s(run: Run, costs: CostModel, num_micro_batches: int) -> float:
-    job = replace(run.job, global_batch=num_micro_batches * run.plan.dp * run.plan.micro_batch)
-    return step_time_s(program_of(job, run.plan, costs)[0])
+    def residuals(self, unit: np.ndarray) -> np.ndarray:
+        """Log errors of the rows, and the pull to the starting values."""
+        self._paths = self._fitter.quick.paths(self._steps, self._stack(unit))
+        self._paths_of = unit.copy()
+        logs = [math.log(s / step.seconds) for s, step in zip(self._paths, self._steps, strict=True)]
+        all_residuals = np.concatenate([logs, self._pull * (unit - self.start)])
+        loss = float(np.sum(np.sqrt(1 + (all_residuals / ROBUST_ERROR) ** 2) - 1))
+        self._least = min(self._least, (loss, unit), key=lambda pair: pair[0])
+        self._rounds += 1
+        if self._fitter.progress is not None:
+            self._fitter.progress(self._what, self._rounds, MOST_ROUNDS)
+        return all_residuals
 
+    def jacobian(self, unit: np.ndarray) -> np.ndarray:
+        """Derivatives of the residuals, from the tasks that decide each step."""
+        if not np.array_equal(unit, self._paths_of):
+            self.residuals(unit)
+        quick, steps, paths = self._fitter.quick, self._steps, self._paths
+        columns = []
+        for i in range(len(unit)):
+            moved = unit.copy()
+            moved[i] += DIFFERENCE if unit[i] < 0.5 else -DIFFERENCE
+            seconds = quick.along(steps, paths, self._stack(moved))
+            columns.append(
+                [math.log(s / p) / (moved[i] - unit[i]) for s, p in zip(seconds, paths, strict=True)]
+            )
+        return np.vstack([np.array(columns).T, self._pull * np.eye(len(unit))])
 
-def _interval(errors: Sequence[float]) -> float:
-    """Half width of the 90 % interval of log(measured / predicted)."""
-    sizes = [abs(math.log1p(error)) for error in errors]
-    return float(f"{quantiles(sizes, n=10)[-1]:.2g}")
+    def best(self) -> Stack:
+        """The best stack so far; three digits, as a profile states them."""
+        return self._stack(self._least[1], digits=3)
+
+    def _stack(self, unit: Iterable[float], digits: int = 17) -> Stack:
+        values = self._low + np.asarray(unit) * self._range
+        changes: dict[str, Any] = {
+            name: float(f"{value:.{digits}g}") for name, value in zip(self._names, values, strict=True)
+        }
+        return replace(self._fitter.stack, **changes)

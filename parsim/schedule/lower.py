@@ -8,6 +8,7 @@ same time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from parsim.cost.price import PartTime, PassTime
@@ -40,15 +41,16 @@ def lower(
     plan: ParallelPlan,
     stack: Stack,
     *,
+    order: Sequence[tuple[int, Action]] | None = None,
     static_bytes: tuple[float, ...] = (),
     title: str = "",
 ) -> Program:
-    """The Program of one step.
+    """The Program of one step; `order` is the schedule's running order where the caller has it already.
 
     Raises ParsimError naming the actions that wait for each other where the schedule deadlocks.
     """
     lowering = _Lowering(schedule=schedule, cost=cost, plan=plan, stack=stack)
-    for rank, action in in_running_order(schedule):
+    for rank, action in in_running_order(schedule) if order is None else order:
         lowering.add_action(rank, action)
     lowering.finish()
     return Program(tasks=tuple(lowering.tasks), static_bytes=static_bytes, title=title)
