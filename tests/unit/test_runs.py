@@ -208,6 +208,13 @@ def test_latent_attention_and_dense_layers_come_from_the_shipped_model(library: 
     assert (model.moe.dense_layers, model.ffn_hidden) == (3, 18432)
 
 
+def test_multi_token_prediction_unless_the_row_goes_without(library: Library) -> None:
+    assert read(library, DEEPSEEK, model_name="DeepSeekV3").job.model.mtp_layers == 1
+    run = read(library, DEEPSEEK, model_name="DeepSeekV3 (w/o MTP)")
+    assert run.job.model.mtp_layers == 0
+    assert "architecture of deepseek-v3 with no multi-token prediction" in run.assumed
+
+
 def test_a_shortened_model_keeps_its_family(library: Library) -> None:
     grok = {"hidden": "6144", "heads": "48", "kv_heads": "8", "ffn_hidden": "32768", "vocab": "131072"}
     moe = {"experts": "8", "top_k": "2", "ep": "8", "layers": "4", "sequence_parallel": "1"}
