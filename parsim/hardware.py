@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
+from statistics import NormalDist
 from typing import NamedTuple, TypeVar
 
 from parsim.errors import ParsimError, did_you_mean
@@ -64,9 +65,14 @@ class Device:
     """Board power limit, for energy."""
     is_host: bool = False
     """The device is a core of the host itself: launching a kernel takes time from running one."""
+    host_slowdown: float = 1.0
+    """Time that the host beside the device takes to launch a layer, over an x86 server's."""
     training_slowdown: dict[str, float] = field(default_factory=dict)
     """Time of matrix products inside training over the same alone, by dtype: what the clock yields to
     the power limit under a load that never pauses. 1 where nothing is said."""
+    clock_spread: float = 0.0
+    """Relative standard deviation of the time that devices of this kind take for the same products: under
+    a power limit each has a clock of its own."""
     source: str
     date: str
 
@@ -97,6 +103,9 @@ class Device:
                     where=f"training_slowdown.{dtype}",
                     got=factor,
                 )
+        if not 0 <= self.clock_spread <= 0.2:
+            raise ParsimError("a spread is a small share", where="clock_spread", got=self.clock_spread)
+        _positive(self, "host_slowdown")
         _positive(self, "memory_bytes", "memory_bandwidth_bytes_per_s", "num_sms", "l2_bytes", "power_w")
 
 
@@ -225,6 +234,21 @@ def peak_flops_per_s(device: Device, dtype: str) -> float:
         expected=", ".join(device.peak_flops_per_s),
         hint=hint,
     )
+
+
+@cache
+def slowest_of(devices: int, clock_spread: float) -> float:
+    """Expected time of the slowest of some devices over the mean one's.
+
+    1 + spread · E[greatest of n standard normals], the latter as the normal quantile of
+    (n − 0.375) / (n + 0.25). Source: G. Blom, "Statistical Estimates and Transformed Beta-Variables", 1958.
+
+    >>> round(slowest_of(8, 0.01), 4), slowest_of(1, 0.01)
+    (1.0143, 1.0)
+    """
+    if devices == 1 or clock_spread == 0:
+        return 1.0
+    return 1.0 + clock_spread * NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
 
 
 def default_precision(device: Device) -> str:

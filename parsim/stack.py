@@ -14,6 +14,7 @@ from typing import Literal
 from parsim.errors import ParsimError
 
 AttentionKernel = Literal["flash", "fused_softmax", "unfused"]
+Fp8Scaling = Literal["delayed", "tensor"]
 SelectiveRecompute = Literal["attention_core", "every_other_gemm"]
 
 
@@ -35,6 +36,10 @@ class Stack:
     gemm_stream_k: bool = True
     """The matrix library fills the last wave of tiles by sharing their k among SMs (cuBLAS 12); else
     it is as long as a full wave."""
+    fp8_scaling: Fp8Scaling = "delayed"
+    """Where the one scale of a fp8 tensor comes from. delayed: from earlier passes, whose extremes all
+    ranks of a stage share after each pass of a chunk (Transformer Engine's first recipe); tensor: from
+    this pass's own values, which are read once more for it."""
     dropout: bool = False
     """Models are trained with dropout on attention and residuals, as in the GPT-3 years."""
 
@@ -58,6 +63,12 @@ class Stack:
     counts of tokens that the host waits for."""
     graphed_hardware: tuple[str, ...] = ()
     """Hardware profiles on which its recipes launch all but the experts' products by graphs."""
+    narrow_host_s: float = 0.0
+    """What a layer's pass takes longer on the host where its GEMMs are narrower than 16 bits: casts,
+    scales, and modules that keep track of both."""
+    ring_host_s: float = 0.0
+    """The same for each step of a ring beyond the first (context parallelism): its slices, kernels,
+    transfers and sums are launched one by one."""
     action_host_s: float = 0.0
     """Host time of every pipeline action beyond its kernels: the schedule's loop, posting transfers."""
     step_overhead_s: float = 0.0
@@ -97,6 +108,8 @@ class Stack:
     zero_broadcast_s: float = 0.0
     """ZeRO's parameters come back after the update by one broadcast from each rank of the shard group,
     each of this time beyond its transfer (InternEvo); 0: by one all-gather."""
+    fp8_gather: bool = False
+    """ZeRO gathers parameters as fp8 products read them (Megatron-Core's fp8-param-gather)."""
     fsdp_prefetch: bool = True
     """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
     moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"

@@ -57,8 +57,15 @@ FUSED_EXPERTS_SINCE = "26.06"
 """Container of NeMo from which Megatron-Bridge's recipes fuse an expert's kernels where scales are of
 blocks: cutedsl_fused_grouped_mlp, full_iteration graphs and moe_a2a_overlap in its workload configs."""
 
-ROW_SETTINGS = ("fused_elementwise", "dp_overlap", "pp_overlap", "fsdp_prefetch", "fused_experts")
+ROW_SETTINGS = (
+    *("fused_elementwise", "dp_overlap", "pp_overlap", "tp_async_backward", "fsdp_prefetch"),
+    *("gradient_dtype", "fused_experts"),
+)
 """Settings of a Stack that a row may state for itself."""
+
+REDUCED_IN_BF16 = "scripts/performance recipe"
+"""What the notes of a row say where it ran with Megatron-Bridge's performance recipes, which set
+grad_reduce_in_fp32 = False."""
 
 MAX_ACTIONS = 2_000_000
 """Forwards of all stages in a step; more is a slip of the pen, and would run for hours."""
@@ -217,7 +224,12 @@ def _stack(cells: _Cells, library: Library) -> Stack:
         stack = replace(stack, fused_experts=True)
     if NO_OVERLAP in cells.text("notes").lower():
         cells.assumed.append("no overlap of communication, by the row's notes")
-        stack = replace(stack, dp_overlap=False, pp_overlap=False, fsdp_prefetch=False)
+        stack = replace(
+            stack, dp_overlap=False, pp_overlap=False, tp_async_backward=False, fsdp_prefetch=False
+        )
+    if REDUCED_IN_BF16 in cells.text("notes"):
+        cells.assumed.append("gradients reduced in bf16, as the performance recipes set")
+        stack = replace(stack, gradient_dtype="bf16")
     return stack
 
 
@@ -299,6 +311,9 @@ def _expert_tp(cells: _Cells, stack: Stack, *, ranks: int, ep: int, tp: int) -> 
 def _tp_overlap(cells: _Cells, stack: Stack, tp: int) -> bool:
     stated, notes = cells.flag("tp_overlap"), cells.text("notes").lower()
     if tp == 1 or NO_OVERLAP in notes or "tp-comm-overlap off" in notes:
+        return False
+    if stated is None and cells.text("precision").lower().startswith("nvfp4"):
+        cells.assumed.append("tp_overlap not stated: off, as Megatron-Bridge's nvfp4 recipes set")
         return False
     if stated is None:
         stated = stack.default_tp_overlap

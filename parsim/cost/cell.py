@@ -24,6 +24,8 @@ class Cell(NamedTuple):
     precision: str
     tp_overlap: bool
     expert_tp: int = 1
+    gpus: int = 1
+    """Devices of the whole plan: a synchronous step goes at the pace of the slowest."""
 
     @property
     def tokens(self) -> int:
@@ -64,4 +66,5 @@ def cell_of(job: Job, plan: ParallelPlan) -> Cell:
         precision=job.precision,
         tp_overlap=plan.tp_overlap,
         expert_tp=plan.expert_tp,
+        gpus=plan.gpus,
     )

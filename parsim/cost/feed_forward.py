@@ -108,39 +108,49 @@ def linear(
     n: int,
     k: int,
     cell: Cell,
+    stack: Stack,
     *,
     saved_bytes: float,
     columns: tuple[int, ...] = (),
     after_norm: bool = False,
     before_residual: bool = False,
 ) -> tuple[Operation, ...]:
-    """A linear layer: its GEMM, and with fp8 the casts of its operands.
+    """A linear layer: its GEMM, and where that is narrow the casts of its operands.
 
-    A cast reads an activation and writes it narrow, once as it is and once transposed for the weight
-    gradient; the saved copy is then the narrow one. With one scale a tensor (fp8, Transformer Engine's
-    recipe on Hopper) a norm writes fp8 itself (`after_norm`), and what is gathered over tp is transposed
-    after; scales of blocks (mxfp8, nvfp4) need both copies made before.
+    `after_norm`: X is a norm's output; `before_residual`: dY is that of a residual. Both have the rows of
+    this rank alone under sequence parallelism, and are gathered narrow.
     """
     if not cell.low_precision:
         return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
-    narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
-    both = wide + 2 * narrow
-    share = 1 / cell.tp if cell.sequence_parallel else 1.0
-    if cell.precision == "fp8":
-        value_bytes = 2 * narrow if after_norm else both
-        gathered_bytes = share * (wide + narrow) + 2 * narrow if share < 1 else both
-        gradient_bytes = gathered_bytes if before_residual else both
-    else:
-        value_bytes = share * both if after_norm else both
-        gradient_bytes = share * both if before_residual else both
     cast = Elementwise(
         name=f"{name} cast",
-        forward_bytes=m * k * value_bytes,
-        backward_bytes=m * n * gradient_bytes,
+        forward_bytes=m * k * _cast_bytes(cell, stack, local=after_norm, normed=after_norm),
+        backward_bytes=m * n * _cast_bytes(cell, stack, local=before_residual),
     )
-    kept = saved_bytes * narrow / wide
+    kept = saved_bytes * DTYPE_BYTES[cell.precision] / cell.activation_bytes
     gemm = Gemm(name=name, m=m, n=n, k=k, columns=columns, low_precision=True, saved_bytes=kept)
     return cast, gemm
+
+
+def _cast_bytes(cell: Cell, stack: Stack, *, local: bool, normed: bool = False) -> float:
+    """Memory traffic of casting one value to the narrow dtype, over the rows that the GEMM reads.
+
+    A cast reads a value and writes it narrow, once as it is and once transposed for the weight gradient.
+    What is `local` to a rank and gathered in fp8 is transposed after; scales of blocks (mxfp8, nvfp4) need
+    both copies made before. A scale of the current values takes one more pass to find, as does nvfp4's of
+    the whole tensor, whose transposed copy is made in a pass of its own, for it is rotated (NVIDIA,
+    "Pretraining Large Language Models with NVFP4", arXiv 2509.25149); with a scale from earlier passes a
+    norm writes fp8 itself. Source of the rest: Transformer Engine's recipes.
+    """
+    narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
+    share = 1 / cell.tp if local and cell.sequence_parallel else 1.0
+    if cell.precision != "fp8":
+        passes = 3 if cell.precision == "nvfp4" else 1
+        return share * (passes * wide + 2 * narrow)
+    if normed and stack.fp8_scaling == "delayed":
+        return 2 * narrow
+    read = wide if stack.fp8_scaling == "delayed" else 2 * wide
+    return share * (read + narrow) + 2 * narrow if share < 1 else read + 2 * narrow
 
 
 def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
@@ -151,9 +161,9 @@ def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) 
     x = cell.local_tokens * h * e
     return (
         *enter_tensor_parallel("feed-forward", model, cell, stack),
-        *linear("fc1", T, sum(columns), h, cell, saved_bytes=x, columns=columns, after_norm=True),
+        *linear("fc1", T, sum(columns), h, cell, stack, saved_bytes=x, columns=columns, after_norm=True),
         activation(T, f, model, cell, stack),
-        *linear("fc2", T, h, f, cell, saved_bytes=T * f * e, before_residual=True),
+        *linear("fc2", T, h, f, cell, stack, saved_bytes=T * f * e, before_residual=True),
         *leave_tensor_parallel("feed-forward", model, cell),
     )
 

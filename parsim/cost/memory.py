@@ -51,6 +51,13 @@ def weight_bytes(precision: str) -> float:
     return max(2, DTYPE_BYTES[precision])
 
 
+def gathered_bytes(precision: str, stack: Stack) -> float:
+    """Bytes of a parameter as ZeRO gathers it: that of the GEMMs where the stack keeps them so."""
+    if stack.fp8_gather and precision in ("fp8", "mxfp8"):
+        return DTYPE_BYTES[precision]
+    return weight_bytes(precision)
+
+
 def gradient_bytes(precision: str, stack: Stack) -> float:
     """Bytes of a gradient as it is accumulated and reduced."""
     kind = stack.gradient_dtype

@@ -22,7 +22,7 @@ from parsim.cost.operation import (
     Transfer,
 )
 from parsim.cost.recompute import recomputed, recomputed_shares
-from parsim.hardware import Cluster
+from parsim.hardware import Cluster, slowest_of
 from parsim.stack import Stack
 
 
@@ -167,7 +167,12 @@ def _gemm(
         stream_k=stack.gemm_stream_k,
         training=True,
     )
-    return stack.gemm_slowdown * bare_s
+    return stack.gemm_slowdown * _pace(cell, cluster) * bare_s
+
+
+def _pace(cell: Cell, cluster: Cluster) -> float:
+    """What waiting for the slowest device adds to compute under a power limit."""
+    return slowest_of(cell.gpus, cluster.device.clock_spread)
 
 
 def _elementwise_s(op: Elementwise, num_bytes: float, cluster: Cluster, stack: Stack) -> float:
@@ -217,7 +222,7 @@ def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, b
             dtype=dtype,
             backward=backward,
         )
-        whole_s *= stack.attention_slowdown
+        whole_s *= stack.attention_slowdown * _pace(cell, cluster)
         if stack.attention_max_flops_per_s:
             whole_s = max(whole_s, _useful_flops(op, backward) / stack.attention_max_flops_per_s)
         return whole_s / op.context_ranks
@@ -225,7 +230,7 @@ def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, b
     queries = op.seq_len // op.context_ranks
     scores = gemm_s(cluster, queries, op.seq_len, op.head_dim, dtype=dtype, batch=batch)
     values = gemm_s(cluster, queries, op.v_head_dim, op.seq_len, dtype=dtype, batch=batch)
-    return stack.gemm_slowdown * (scores + values) * (2 if backward else 1)
+    return stack.gemm_slowdown * _pace(cell, cluster) * (scores + values) * (2 if backward else 1)
 
 
 def _useful_flops(op: Attention, backward: bool) -> float:

@@ -32,16 +32,18 @@ def attention_operations(
     )
     x = cell.local_tokens * h * e
     return (
-        *linear("qkv", T, qkv_width, h, cell, saved_bytes=x, columns=columns, after_norm=True),
+        *linear("qkv", T, qkv_width, h, cell, stack, saved_bytes=x, columns=columns, after_norm=True),
         *((rope,) if model.position == "rope" else ()),
         *_ring(cell, 2 * kv_heads * d),
         *core,
+        *_merges(cell, heads * d),
         *linear(
             "attention output",
             T,
             h,
             heads * d,
             cell,
+            stack,
             saved_bytes=T * heads * d * e,
             before_residual=True,
         ),
@@ -62,16 +64,16 @@ def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> t
     x = cell.local_tokens * h * e
     operations: tuple[Operation, ...] = ()
     if mla.q_lora_rank:
-        operations += linear("query down", T, mla.q_lora_rank, h, cell, saved_bytes=x)
+        operations += linear("query down", T, mla.q_lora_rank, h, cell, stack, saved_bytes=x)
         operations += linear(
-            "query up", T, heads * qk_dim, mla.q_lora_rank, cell, saved_bytes=T * mla.q_lora_rank * e
+            "query up", T, heads * qk_dim, mla.q_lora_rank, cell, stack, saved_bytes=T * mla.q_lora_rank * e
         )
     else:
-        operations += linear("query", T, heads * qk_dim, h, cell, saved_bytes=x)
-    operations += linear("latent down", T, kv_latent, h, cell, saved_bytes=0)  # shares x
+        operations += linear("query", T, heads * qk_dim, h, cell, stack, saved_bytes=x)
+    operations += linear("latent down", T, kv_latent, h, cell, stack, saved_bytes=0)  # shares x
     kv_width = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
     operations += linear(
-        "latent up", T, kv_width, mla.kv_lora_rank, cell, saved_bytes=T * mla.kv_lora_rank * e
+        "latent up", T, kv_width, mla.kv_lora_rank, cell, stack, saved_bytes=T * mla.kv_lora_rank * e
     )
     qkv_bytes = T * heads * (2 * qk_dim + mla.v_head_dim) * e
     assembled = Elementwise(
@@ -83,9 +85,10 @@ def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> t
     width = heads * mla.v_head_dim
     ring = _ring(cell, heads * (qk_dim + mla.v_head_dim))
     output = linear(
-        "attention output", T, h, width, cell, saved_bytes=T * width * e, before_residual=True
+        "attention output", T, h, width, cell, stack, saved_bytes=T * width * e, before_residual=True
     )
-    return (*operations, assembled, *ring, *core, *output)
+    merges = _merges(cell, heads * mla.v_head_dim)
+    return (*operations, assembled, *ring, *core, *merges, *output)
 
 
 def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
@@ -107,6 +110,21 @@ def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
         )
         for when, factor in zip(PASSES, (1, 2), strict=True)
     )
+
+
+def _merges(cell: Cell, width: int) -> tuple[Elementwise, ...]:
+    """Sums over the steps of a ring: each but the first reads its part of the output, or of the gradient
+    of the queries, and adds it to a sum kept in fp32.
+
+    With two chunks of the sequence a rank, one from each end, so that the causal mask gives all ranks the
+    same work, half of these steps have all queries and half have half of them. Source: Transformer
+    Engine's attention over point-to-point transfers.
+    """
+    if cell.cp == 1:
+        return ()
+    values = 0.75 * (cell.cp - 1) * cell.tokens * width
+    moved = values * (cell.activation_bytes + 2 * 4)
+    return (Elementwise(name="parts of attention", forward_bytes=moved, backward_bytes=moved),)
 
 
 def _core(

@@ -122,22 +122,26 @@ class CostModel:
         dense = parameters - experts
         return PartCost(
             is_layer=True,
-            time=part_time(operations, cell, self.cluster, self.stack, host=self._layer_host(layer)),
+            time=part_time(
+                operations, cell, self.cluster, self.stack, host=self._layer_host(layer, cell)
+            ),
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
             dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
             expert_parameters=experts // (cell.ep * cell.expert_tp),
         )
 
-    def _layer_host(self, layer: int) -> HostTime:
+    def _layer_host(self, layer: int, cell: Cell) -> HostTime:
         """As measured on this machine, or as the stack says: the backward launches as much again."""
         measured = self.cluster.kernels.measured_host
         if measured is not None:
             return HostTime(measured.layer_forward_s, measured.layer_backward_s)
-        host_s = self.stack.layer_host_s
-        graphed = self.stack.fused_experts or self.cluster.name in self.stack.graphed_hardware
-        if self.model.is_moe_layer(layer) and not graphed:
-            host_s += self.stack.moe_host_s
+        stack, is_moe = self.stack, self.model.is_moe_layer(layer)
+        host_s = stack.layer_host_s
+        if not (is_moe and (stack.fused_experts or self.cluster.name in stack.graphed_hardware)):
+            host_s += (cell.cp - 1) * stack.ring_host_s + cell.low_precision * stack.narrow_host_s
+            host_s += is_moe * stack.moe_host_s
+        host_s *= self.cluster.device.host_slowdown
         return HostTime(host_s, host_s)
 
     def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import Group, collective_s, send_recv_s
 from parsim.cost.interpolation import along_line
-from parsim.cost.memory import gradient_bytes, optimizer_bytes, sharded, weight_bytes
+from parsim.cost.memory import gathered_bytes, gradient_bytes, optimizer_bytes, sharded, weight_bytes
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import CostModel, StageCost
 from parsim.hardware import Cluster
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.stack import Stack
+
+
+EXTREMES_BYTES = 1024.0
+"""A scale each for two operands and a gradient of the few products of a chunk, in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,8 @@ class StepCost:
     """Transfer of one micro-batch from stage i to stage i + 1 (and of its gradient back)."""
     tied_reduce_s: float
     """All-reduce of tied embedding gradients between the first and the last stage."""
+    extremes_s: float = 0.0
+    """All-reduce of the extremes of fp8 tensors after each pass of a stage (delayed scaling)."""
 
 
 def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
@@ -56,7 +63,22 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
         syncs=tuple(_stage_sync(stage, job, plan, costs.cluster, costs.stack) for stage in stages),
         send_s=tuple(_send_s(i, job, plan, costs) for i in range(len(stages) - 1)),
         tied_reduce_s=tied_s,
+        extremes_s=_extremes_s(job, plan, costs),
     )
+
+
+def _extremes_s(job: Job, plan: ParallelPlan, costs: CostModel) -> float:
+    """All-reduce of a few kilobytes over every rank that holds a part of the stage.
+
+    Source: Transformer Engine, FP8GlobalStateManager.reduce_and_update_fp8_tensors, which ends the
+    outermost autocast; Megatron-Core gives it the ranks of tensor, context and data parallelism.
+    """
+    ranks = plan.tp * plan.cp * plan.dp
+    if job.precision != "fp8" or costs.stack.fp8_scaling != "delayed" or ranks == 1:
+        return 0.0
+    group = _group(costs.cluster, plan, size=ranks, stride=1)
+    waiting_s = costs.stack.collective_overhead_s * math.log2(ranks)
+    return collective_s(costs.cluster, "all_reduce", EXTREMES_BYTES, group) + waiting_s
 
 
 def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float:
@@ -87,7 +109,7 @@ def _group(cluster: Cluster, plan: ParallelPlan, *, size: int, stride: int) -> G
 def _stage_sync(
     stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack
 ) -> StageSync:
-    gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
+    gradients = gradient_bytes(job.precision, stack)
     dense_ranks = plan.dp * plan.cp
     expert_ranks = max(1, dense_ranks * plan.tp // plan.expert_ranks)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
@@ -104,7 +126,7 @@ def _stage_sync(
             gather_s += buckets * collective_s(
                 cluster,
                 "all_gather",
-                parameters * weights / buckets,
+                parameters * gathered_bytes(job.precision, stack) / buckets,
                 _group(cluster, plan, size=group, stride=stride),
             )
     if plan.zero in (1, 2) and plan.shard_group > 1:

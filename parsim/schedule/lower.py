@@ -142,7 +142,7 @@ class _Lowering:
         self.times = {
             (stage, kind): time
             for stage, cost in enumerate(self.cost.stages)
-            for kind, time in _times(cost.time, self._action_s()).items()
+            for kind, time in _times(cost.time, self._action_s(), self.cost.extremes_s).items()
         }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
@@ -323,12 +323,12 @@ class _Lowering:
             self._add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))
 
 
-def _times(time: PartTime, action_s: float) -> dict[str, PassTime]:
+def _times(time: PartTime, action_s: float, extremes_s: float) -> dict[str, PassTime]:
     """What each kind of action takes; the input gradient of a split backward recomputes first."""
-    host = PassTime(action_s)
+    host = PassTime(action_s, extremes_s)
     return {
         FORWARD: time.forward.plus(host),
         BACKWARD: time.backward.plus(host),
         INPUT_GRAD: time.recompute.plus(time.input_grad).plus(host),
-        WEIGHT_GRAD: time.weight_grad.plus(host),
+        WEIGHT_GRAD: time.weight_grad.plus(PassTime(action_s)),
     }
