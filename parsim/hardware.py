@@ -71,8 +71,8 @@ class Device:
     """Time of matrix products inside training over the same alone, by dtype: what the clock yields to
     the power limit under a load that never pauses. 1 where nothing is said."""
     clock_spread: float = 0.0
-    """Relative standard deviation of the time that devices of this kind take for the same products: under
-    a power limit each has a clock of its own."""
+    """Relative standard deviation of the time that devices of this kind take for the same products:
+    under a power limit each has a clock of its own."""
     source: str
     date: str
 
@@ -241,7 +241,8 @@ def slowest_of(devices: int, clock_spread: float) -> float:
     """Expected time of the slowest of some devices over the mean one's.
 
     1 + spread · E[greatest of n standard normals], the latter as the normal quantile of
-    (n − 0.375) / (n + 0.25). Source: G. Blom, "Statistical Estimates and Transformed Beta-Variables", 1958.
+    (n − 0.375) / (n + 0.25). Source: G. Blom, "Statistical Estimates and Transformed Beta-Variables",
+    Wiley, 1958.
 
     >>> round(slowest_of(8, 0.01), 4), slowest_of(1, 0.01)
     (1.0143, 1.0)

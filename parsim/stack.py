@@ -136,6 +136,10 @@ class Stack:
     master_weights: bool = True
     """The optimizer keeps fp32 weights beside 16-bit ones."""
 
+    empty_gradients: bool = False
+    """Products that add a weight's gradient to its buffer still hand autograd an empty tensor of its
+    shape; Transformer Engine keeps one of each (get_dummy_wgrad)."""
+
     # What a run does where its source does not say
     default_recompute: Literal["none", "selective", "full"] = "none"
     default_tp_overlap: bool = False

@@ -65,6 +65,7 @@ def flat_cost(
     stage = StageCost(
         time=time, num_layers=1, saved_bytes=saved_bytes, recomputed_bytes=0.0,
         dense_parameters=1, expert_parameters=0, largest_part_parameters=1,
+        distinct_parameters=1,
     )  # fmt: skip
     sync = StageSync(reduce_s=reduce_s, gather_s=gather_s, buckets=buckets, optimizer_s=optimizer_s)
     return StepCost(

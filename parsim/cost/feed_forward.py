@@ -117,8 +117,8 @@ def linear(
 ) -> tuple[Operation, ...]:
     """A linear layer: its GEMM, and where that is narrow the casts of its operands.
 
-    `after_norm`: X is a norm's output; `before_residual`: dY is that of a residual. Both have the rows of
-    this rank alone under sequence parallelism, and are gathered narrow.
+    `after_norm`: X is a norm's output; `before_residual`: dY is that of a residual. Under sequence
+    parallelism both have the rows of this rank alone, and are gathered narrow.
     """
     if not cell.low_precision:
         return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
@@ -136,11 +136,11 @@ def _cast_bytes(cell: Cell, stack: Stack, *, local: bool, normed: bool = False) 
     """Memory traffic of casting one value to the narrow dtype, over the rows that the GEMM reads.
 
     A cast reads a value and writes it narrow, once as it is and once transposed for the weight gradient.
-    What is `local` to a rank and gathered in fp8 is transposed after; scales of blocks (mxfp8, nvfp4) need
-    both copies made before. A scale of the current values takes one more pass to find, as does nvfp4's of
-    the whole tensor, whose transposed copy is made in a pass of its own, for it is rotated (NVIDIA,
-    "Pretraining Large Language Models with NVFP4", arXiv 2509.25149); with a scale from earlier passes a
-    norm writes fp8 itself. Source of the rest: Transformer Engine's recipes.
+    What is `local` to a rank and gathered in fp8 is transposed after; scales of blocks (mxfp8, nvfp4)
+    need both copies made before. A scale of the tensor's own values takes one more pass to find, as does
+    nvfp4's, whose transposed copy is rotated in a pass of its own (NVIDIA, "Pretraining Large Language
+    Models with NVFP4", arXiv 2509.25149); with a scale from earlier passes a norm writes fp8 itself.
+    Source of the rest: Transformer Engine's recipes.
     """
     narrow, wide = DTYPE_BYTES[cell.precision], cell.activation_bytes
     share = 1 / cell.tp if local and cell.sequence_parallel else 1.0

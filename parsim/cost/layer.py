@@ -79,7 +79,7 @@ def mtp_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operatio
     both = 2 * cell.local_tokens * h
     return (
         norm("norms before projection", both, model, cell, stack),
-        *linear("projection", T, columns, 2 * h, cell, saved_bytes=both * e, after_norm=True),
+        *linear("projection", T, columns, 2 * h, cell, stack, saved_bytes=both * e, after_norm=True),
         *layer_operations(model, model.layers - 1, cell, stack),
         *head_operations(model, cell, stack),
     )

@@ -105,6 +105,8 @@ def rank_memory(
     shards = sum(sharded(stage, plan) for stage in stages)
     working = _working_bytes(job.model, cell)
     working += max(stage.recomputed_bytes for stage in stages)
+    if stack.empty_gradients:
+        working += max(stage.distinct_parameters for stage in stages) * weight_bytes(job.precision)
     buffers = 0.0
     if plan.pp > 1:
         boundary = cell.local_tokens * job.model.hidden * cell.activation_bytes
@@ -125,10 +127,12 @@ def rank_memory(
 
 
 def _working_bytes(model: ModelSpec, cell: Cell) -> float:
-    """Gradients of a layer's input and output, the widest inner gradient, a gathered sequence."""
+    """Gradients of a layer's input and output, those on both sides of the activation, a gathered
+    sequence.
+    """
     e = cell.activation_bytes
     boundary = cell.local_tokens * model.hidden * e
-    widest = cell.tokens * (2 if model.gated_mlp else 1) * _widest_feed_forward(model) / cell.tp * e
+    widest = cell.tokens * (3 if model.gated_mlp else 2) * _widest_feed_forward(model) / cell.tp * e
     gathered = cell.tokens * model.hidden * e if cell.sequence_parallel else 0
     return 2 * boundary + widest + gathered
 

@@ -66,7 +66,13 @@ def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> t
     if mla.q_lora_rank:
         operations += linear("query down", T, mla.q_lora_rank, h, cell, stack, saved_bytes=x)
         operations += linear(
-            "query up", T, heads * qk_dim, mla.q_lora_rank, cell, stack, saved_bytes=T * mla.q_lora_rank * e
+            "query up",
+            T,
+            heads * qk_dim,
+            mla.q_lora_rank,
+            cell,
+            stack,
+            saved_bytes=T * mla.q_lora_rank * e,
         )
     else:
         operations += linear("query", T, heads * qk_dim, h, cell, stack, saved_bytes=x)
@@ -116,8 +122,8 @@ def _merges(cell: Cell, width: int) -> tuple[Elementwise, ...]:
     """Sums over the steps of a ring: each but the first reads its part of the output, or of the gradient
     of the queries, and adds it to a sum kept in fp32.
 
-    With two chunks of the sequence a rank, one from each end, so that the causal mask gives all ranks the
-    same work, half of these steps have all queries and half have half of them. Source: Transformer
+    With two chunks of the sequence a rank, one from each end, so that the causal mask gives all ranks
+    the same work, half of these steps have all queries and half have half of them. Source: Transformer
     Engine's attention over point-to-point transfers.
     """
     if cell.cp == 1:

@@ -60,6 +60,9 @@ class StageCost:
     """Parameters of this rank's routed experts; their gradients are summed over dp·cp·tp/ep."""
     largest_part_parameters: int
     """Of a layer, the embedding or the head: what FSDP gathers at once."""
+    distinct_parameters: int
+    """Of one layer of each kind, and the head, without routed experts: all shapes of weights that a
+    matrix product has a gradient of."""
 
     @property
     def parameters(self) -> int:
@@ -177,7 +180,9 @@ class CostModel:
             # The last stage of a pipeline holds its own copy of tied embeddings.
             tied = self.model.tied_embeddings and HEAD in kinds and EMBEDDING not in kinds
             copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0
-            self._stages[key] = _sum(parts, copy)
+            once = dict(zip(kinds, parts, strict=True))
+            distinct = sum(p.dense_parameters for kind, p in once.items() if kind != EMBEDDING)
+            self._stages[key] = _sum(parts, copy, distinct)
         return self._stages[key]
 
 
@@ -186,7 +191,7 @@ def _on_rank(parameters: int, replicated: int, tp: int) -> int:
     return replicated + math.ceil((parameters - replicated) / tp)
 
 
-def _sum(parts: list[PartCost], tied_copy: int) -> StageCost:
+def _sum(parts: list[PartCost], tied_copy: int, distinct: int) -> StageCost:
     time = NO_TIME
     for part in parts:
         time = time.plus(part.time)
@@ -200,4 +205,5 @@ def _sum(parts: list[PartCost], tied_copy: int) -> StageCost:
         largest_part_parameters=max(
             (p.dense_parameters + p.expert_parameters for p in parts), default=0
         ),
+        distinct_parameters=distinct,
     )

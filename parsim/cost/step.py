@@ -15,7 +15,6 @@ from parsim.hardware import Cluster
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.stack import Stack
 
-
 EXTREMES_BYTES = 1024.0
 """A scale each for two operands and a gradient of the few products of a chunk, in fp32."""
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parsim.config import load_model
+from parsim.config import load_model, load_stack
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
@@ -52,6 +52,36 @@ def test_activations_of_a_layer(
     sbh = 2048 * 12288
     found = layer_bytes(tp, sequence_parallel=sequence_parallel, recompute=recompute)
     assert found == pytest.approx(per_sbh * sbh, rel=0.005)
+
+
+def test_the_stack_of_the_paper_keeps_what_the_paper_says() -> None:
+    # Korthikanti et al. 2022, equations 1, 2, 4, 5 and 6 for the shipped stack of that year
+    stack = load_stack("megatron-lm-2022")
+    sbh = 2048 * 12288
+    for tp, sequence_parallel, recompute, per_sbh in (
+        (1, False, "none", 34 + 5 * 16),
+        (8, False, "none", 10 + 24 / 8 + 5 * 16 / 8),
+        (8, True, "none", 34 / 8 + 5 * 16 / 8),
+        (8, True, "selective", 34 / 8),
+        (8, True, "full", 2 / 8),
+    ):
+        found = layer_bytes(tp, sequence_parallel=sequence_parallel, recompute=recompute, stack=stack)
+        assert found == pytest.approx(per_sbh * sbh, rel=0.005)
+
+
+def test_empty_gradients_hold_a_weight_of_every_shape() -> None:
+    """Of one layer, however many there are, and of the head; an embedding has a real gradient."""
+    model = small_model(tied_embeddings=False)
+    job, plan = Job(model=model, seq_len=256, global_batch=1), ParallelPlan()
+
+    def working(stack: Stack) -> float:
+        stages = CostModel(model, round_cluster(), stack).stages(cell_of(job, plan), (8,))
+        return rank_memory(stages, (1,), job, plan, stack).working
+
+    layer = 512 * (512 + 2 * 256) + 512 * 512 + 3 * 512 * 1024 + 2 * 512  # qkv, output, gated mlp, norms
+    head = 4096 * 512 + 512
+    more = working(plain_stack(empty_gradients=True)) - working(plain_stack())
+    assert more == 2 * (layer + head)
 
 
 def test_flash_attention_keeps_no_scores() -> None:
@@ -103,7 +133,7 @@ def test_the_widest_tensor_of_experts_has_all_routed_tokens(moe: MoeSpec, widest
     job, plan, stack = Job(model=model, seq_len=256, global_batch=1), ParallelPlan(), plain_stack()
     stages = CostModel(model, round_cluster(), stack).stages(cell_of(job, plan), (8,))
     boundary = 256 * 512 * 2
-    assert rank_memory(stages, (1,), job, plan, stack).working == 2 * boundary + 256 * 2 * widest * 2
+    assert rank_memory(stages, (1,), job, plan, stack).working == 2 * boundary + 256 * 3 * widest * 2
 
 
 def test_optimizer_states() -> None:
