@@ -21,6 +21,9 @@ def validate(
     runs: Annotated[
         Path | None, typer.Option("--runs", help="A CSV of measured training runs, one a row.")
     ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="The published runs that parsim ships, with sources.")
+    ] = False,
     kernels: Annotated[
         Path | None, typer.Option("--kernels", help="A CSV (or .csv.gz) of measured kernels.")
     ] = None,
@@ -37,18 +40,19 @@ def validate(
     Examples:
       parsim validate prediction.json measurement.json
       parsim validate --runs runs.csv --tolerance 0.1
+      parsim validate --published
       parsim validate --kernels gemm.csv.gz --hardware h100-sxm-80gb
     """
     from parsim.errors import ParsimError
 
-    chosen = sum(given is not None for given in (prediction, runs, kernels))
+    chosen = sum(given is not None for given in (prediction, runs, kernels)) + published
     if chosen != 1 or (prediction is None) != (measurement is None):
         raise ParsimError(
             "validate compares one thing",
-            expected="PREDICTION.json MEASUREMENT.json, or --runs F, or --kernels F --hardware H",
+            expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F --hardware",
         )
     error: float | None
-    if runs is not None:
+    if published or runs is not None:
         error = _runs(runs, as_json)
     elif kernels is not None:
         error = _kernels(kernels, hardware, as_json)
@@ -86,14 +90,17 @@ def _step(prediction: Path, measurement: Path, as_json: bool) -> float:
     return found.error
 
 
-def _runs(path: Path, as_json: bool) -> float | None:
-    """A table of runs; returns the mean absolute error, None where no row could be predicted."""
-    from parsim.compare.runs import validate_runs
+def _runs(path: Path | None, as_json: bool) -> float | None:
+    """A table of runs, or the shipped one; returns the mean absolute error, None where no row could be
+    predicted.
+    """
+    from parsim.compare.runs import PUBLISHED, validate_runs
 
     with progress() as report:
-        found = validate_runs(path, progress=report)
+        found = validate_runs(path or PUBLISHED, progress=report)
     if as_json:
-        print_json(document("validate", {"runs": str(path)}, found.to_data()))
+        inputs = {"runs": str(path)} if path else {"published": True}
+        print_json(document("validate", inputs, found.to_data()))
     else:
         print_lines(found.to_lines())
     return found.summary.mape

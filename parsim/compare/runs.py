@@ -19,6 +19,7 @@ from parsim.compare.run_rows import (
     peak_memory_bytes,
     run_of,
 )
+from parsim.config import data_folder
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.schedule.program import step_time_s
@@ -28,6 +29,9 @@ from parsim.units import format_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the rows that are done, and the rows there are."""
+
+PUBLISHED = data_folder("published_runs") / "runs.csv"
+"""Published runs that parsim ships, each with its source; benchmarks/select_published.py chose them."""
 
 _GROUP_COLUMNS = (
     *("source", "layers", "hidden", "heads", "kv_heads", "ffn_hidden", "gated_mlp", "vocab"),

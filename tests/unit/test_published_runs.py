@@ -1,0 +1,68 @@
+"""The published runs that ship with parsim."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from parsim.cli.main import run_command
+from parsim.compare.ranking import MIN_ROWS
+from parsim.compare.runs import PUBLISHED, Predictor, group_of, read_runs
+from parsim.config import shipped
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "published"
+ROWS = read_runs(PUBLISHED)
+
+
+def test_each_row_has_a_source_and_a_name_of_its_own() -> None:
+    assert all(row["source"] for row in ROWS)
+    assert len({row["id"] for row in ROWS}) == len(ROWS)
+    assert PUBLISHED.stat().st_size < 150_000
+
+
+def test_every_stack_for_gpus_and_most_hardware_has_rows() -> None:
+    years = {"megatron-deepspeed-2022"}  # the framework's name and the year 2022
+    stacks = set(shipped("hardware_profiles/stacks")) - {"parsim-executor"} - years
+    assert stacks <= {row["framework"] for row in ROWS} | {"fsdp1"}
+    assert len({row["hardware"] for row in ROWS}) >= 9
+    assert {row["precision"][:4] for row in ROWS} >= {"bf16", "fp16", "fp8", "mxfp", "nvfp"}
+
+
+def test_whole_ranking_groups_ship() -> None:
+    sizes: dict[str, int] = {}
+    for row in ROWS:
+        sizes[group_of(row)] = sizes.get(group_of(row), 0) + 1
+    assert sum(size >= MIN_ROWS for size in sizes.values()) >= 8
+
+
+def test_the_years_rows_keep_their_stack() -> None:
+    """BLOOM's trials of 2022 ran older kernels than vTrain's of 2024 under the same name."""
+    bloom = next(row for row in ROWS if "bigscience" in row["source"])
+    vtrain = next(row for row in ROWS if "vTrain" in row["source"])
+    predictor = Predictor()
+    assert predictor.result(bloom).stack == "megatron-deepspeed-2022"
+    assert predictor.result(vtrain).stack == "megatron-deepspeed"
+
+
+def test_rows_are_those_of_the_tables() -> None:
+    if not SHARED.is_dir():
+        pytest.skip("the tables of published runs are not beside this checkout")
+    known = {row["id"]: row for path in sorted(SHARED.glob("*.csv")) for row in read_runs(path)}
+    for row in ROWS:
+        for key in ("source", "iter_time_s", "gpus", "tp", "recompute"):
+            assert row[key] == known[row["id"]][key].removesuffix(".0")
+
+
+def test_published_and_a_table_are_two_things(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["validate", "--published", "--runs", "mine.csv"]) == 2
+    assert "compares one thing" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_user_reproduces_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["validate", "--published", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["summary"]["rows"] == answer["summary"]["ok"] == len(ROWS)
+    assert len(answer["ranking"]) >= 8
