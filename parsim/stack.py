@@ -69,6 +69,9 @@ class Stack:
     ring_host_s: float = 0.0
     """The same for each step of a ring beyond the first (context parallelism): its slices, kernels,
     transfers and sums are launched one by one."""
+    layer_lead_s: float = 0.0
+    """What a layer's forward, and its backward, waits for its first kernels where layers are timed one
+    by one: each then begins with a device that has nothing to do."""
     action_host_s: float = 0.0
     """Host time of every pipeline action beyond its kernels: the schedule's loop, posting transfers."""
     step_overhead_s: float = 0.0
@@ -101,8 +104,8 @@ class Stack:
     """Share of data-parallel communication beside compute that costs time all the same: it takes SMs
     and memory bandwidth, and the host holds gathers back for want of memory. 1: nothing is hidden."""
     dp_slowdown: float = 1.0
-    """Time of data-parallel collectives in training over the same alone: copies into and out of flat
-    buckets, a network that others use too."""
+    """Time of data-parallel collectives, and of all that leave the scale-up domain, in training over the
+    same alone: copies into and out of flat buckets, a network that others use too."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
     zero_broadcast_s: float = 0.0
@@ -126,6 +129,8 @@ class Stack:
     layer, and every exchange has another micro-batch's compute beside it."""
     pp_overlap: bool = True
     """Pipeline sends run beside compute; else both ends wait for them."""
+    pp_over_network: bool = False
+    """Pipeline sends leave the node even between devices of one."""
     pp_scatter_gather: bool = False
     """Pipeline sends carry 1/tp of the tensor even without sequence parallelism."""
 

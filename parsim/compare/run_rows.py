@@ -50,8 +50,20 @@ OMNI_PATH_SHARE = 0.27
 the number of data-parallel ranks). GPUs cannot reach that network directly; the authors' own all_reduce
 over four nodes saw 5 of 50 GB/s (bigscience, experiments/bandwidth/all_reduce_bench-a100-n4.txt)."""
 
+OMNI_PATH_BEFORE_FIX_SHARE = 0.18
+"""The same where the notes say "before the 02-25 PCIe/NUMA fix": processes then sat on sockets away from
+their GPU and its network interface (fitted to what these trials lost; their authors say 1 to 5 %)."""
+NUMA_FIX = "before the 02-25 pcie/numa fix"
+
 NO_OVERLAP = "all comm overlap disabled"
 """What the notes of a row say where no communication runs beside compute."""
+
+VTRAIN_HARNESS = "vtrain-harness"
+COMPOSED = "composed from measured parts"
+"""What the notes of vTrain's single-node rows say. Its code (VIA-Research/vTrain, src/trainer.py and
+src/model) times embedding, one layer, head and update alone on one GPU, whatever the plan, with GPT-2's
+vocabulary cut by tp as it is and never recomputing; steps are put together from these times."""
+GPT2_VOCAB = 50257
 
 FUSED_EXPERTS_SINCE = "26.06"
 """Container of NeMo from which Megatron-Bridge's recipes fuse an expert's kernels where scales are of
@@ -180,6 +192,9 @@ def run_of(row: Row, library: Library) -> Run:
     key, cluster = _cluster(cells, library)
     plan = _plan(cells, cluster, stack)
     model = _model(cells, library.models)
+    if stack.name == VTRAIN_HARNESS:
+        model = replace(model, vocab=GPT2_VOCAB // plan.tp * plan.tp, tied_embeddings=False)
+        cells.assumed.append(f"vocab {model.vocab}, untied, as in the harness that timed the parts")
     job = _job(cells, model, plan)
     check_plan(job, plan, cluster)
     actions = plan.num_stages * plan.num_micro_batches(job)
@@ -215,6 +230,9 @@ def _stack(cells: _Cells, library: Library) -> Stack:
     name = stack_named(framework, cells.text("year"), known) or "megatron-core-2025"
     if name not in (framework, _of_year(framework, cells.text("year"))):
         cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
+    if name != VTRAIN_HARNESS and COMPOSED in cells.text("notes"):
+        name = VTRAIN_HARNESS
+        cells.assumed.append(f"stack {name}: the row is composed of parts that were timed there")
     stack = library.stack(name)
     compiled = cells.flag("compile")
     if compiled is not None and compiled != stack.fused_elementwise:
@@ -257,8 +275,10 @@ def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], C
 def _reached(cells: _Cells, gbit_per_s: float) -> float:
     """What a network gives of its nominal rate, where that is known to be far less."""
     if gbit_per_s and "omni-path" in cells.text("interconnect").lower():
-        cells.assumed.append(f"Omni-Path gives {OMNI_PATH_SHARE:.0%} of its rate between GPUs")
-        return OMNI_PATH_SHARE * gbit_per_s
+        before_fix = NUMA_FIX in cells.text("notes").lower()
+        share = OMNI_PATH_BEFORE_FIX_SHARE if before_fix else OMNI_PATH_SHARE
+        cells.assumed.append(f"Omni-Path gives {share:.0%} of its rate between GPUs")
+        return share * gbit_per_s
     return gbit_per_s
 
 
@@ -275,6 +295,9 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
     schedule, vpp = _schedule(cells, pp)
     ep = cells.whole("ep", 1)
     recompute = cells.text("recompute")
+    if stack.name == VTRAIN_HARNESS:
+        recompute = "none"
+        cells.assumed.append("recompute: none in the harness that timed the parts")
     if not recompute:
         recompute = stack.default_recompute
         cells.assumed.append(f"recompute not stated: {stack.name} default {recompute}")

@@ -1,6 +1,6 @@
 """Fitting the few constants of a Stack to measured runs, and testing them on models it has not seen.
 
-The loss is robust (soft L1) over log(predicted / measured), so that a few congested runs do not pull the
+The loss is robust (Cauchy) over log(predicted / measured), so that a few congested runs do not pull the
 constants; a weak pull towards the starting values keeps constants that no row decides where they were.
 """
 
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps that are done, and the most there will be."""
 
 ROBUST_ERROR = 0.05
-"""Errors below count squared, errors above by their size."""
+"""Errors below count squared, errors above ever less: a congested run says nothing of the constants."""
 PULL = 0.2
 """Weight of the starting values: a constant at the other end of its bounds costs as much as one row that
 is off by this much, times the square root of the rows."""
@@ -231,7 +231,7 @@ class _Fitter:
                 np.clip(loss.unit_of(begin or self.stack), 0.02, 0.98),
                 bounds=(0.0, 1.0),
                 jac=loss.jacobian,
-                loss="soft_l1",
+                loss="cauchy",
                 f_scale=ROBUST_ERROR,
                 xtol=1e-3,
                 ftol=1e-3,

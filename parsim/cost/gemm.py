@@ -32,7 +32,7 @@ ALIGNED_BYTES = 16
 UNALIGNED_SLOWDOWN = 2.0
 """Of a GEMM whose rows do not: padding nanoGPT's vocabulary from 50257 to 50304 columns, with a quarter
 of the FLOPs in the head, made its whole step 25 % faster (A. Karpathy, 3 February 2023)."""
-UNALIGNED_BATCHED_SLOWDOWN = 8.0
+UNALIGNED_BATCHED_SLOWDOWN = 11.0
 """Of a batched one, which then leaves the tensor cores: BLOOM's trials with head_dim 150 ran 22 % slower
 than those with 224, and attention's products are 2.4 % of their FLOPs (bigscience-workshop)."""
 
@@ -84,7 +84,9 @@ def gemm_s(
     )
     if training:
         seconds *= training_slowdown(cluster.device, dtype)
-    return max(floor_s, seconds * _unaligned_slowdown(n, k, dtype, batch))
+    # Rows in memory are as long as k and n; of dYᵀ X, whose k runs over tokens, as m and n.
+    rows = (m, n) if layout == "NT" else (n, k)
+    return max(floor_s, seconds * _unaligned_slowdown(rows, dtype, batch))
 
 
 def training_slowdown(device: Device, dtype: str) -> float:
@@ -128,7 +130,8 @@ def fitted_gemm_s(
             down, across = of.ceil(m / high), of.ceil(n / wide)
             waves = batch * down * across / device.num_sms
             compute_s = tile_s * _steps_of_k(fit, waves, k, of, stream_k)
-            wave = (max(1.0, device.num_sms / batch), down, across, high, wide)
+            # A batch runs matrix by matrix: a wave works on one as far as its tiles go round.
+            wave = (device.num_sms, down, across, high, wide)
             traffic = _traffic_bytes(fit, m, n, k, wave, layout, of) * batch
             memory_s = traffic / (fit.memory_efficiency * device.memory_bandwidth_bytes_per_s)
             p = fit.overlap_exponent
@@ -197,12 +200,10 @@ def _aligned_s(
     return seconds * fit.layout_slowdown.get(layout, 1.0)
 
 
-def _unaligned_slowdown(n: int, k: int, dtype: str, batch: int) -> float:
-    """Factor for 16-bit and 8-bit matrices whose rows are no multiple of 16 bytes."""
+def _unaligned_slowdown(rows: tuple[int, int], dtype: str, batch: int) -> float:
+    """Factor for 16-bit and 8-bit matrices whose rows (values) are no multiple of 16 bytes."""
     value_bytes = DTYPE_BYTES[dtype]
-    if value_bytes not in (1, 2):
-        return 1.0
-    if n * value_bytes % ALIGNED_BYTES == 0 and k * value_bytes % ALIGNED_BYTES == 0:
+    if value_bytes not in (1, 2) or not any(row * value_bytes % ALIGNED_BYTES for row in rows):
         return 1.0
     return UNALIGNED_SLOWDOWN if batch == 1 else UNALIGNED_BATCHED_SLOWDOWN
 

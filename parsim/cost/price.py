@@ -73,6 +73,9 @@ class HostTime(NamedTuple):
 
     forward_s: float = 0.0
     backward_s: float = 0.0
+    lead_s: float = 0.0
+    """Before the device's first work of a pass, where parts are timed one by one: a pass then begins
+    with nothing queued, and its collectives, timed by themselves, are not beside the launches."""
 
 
 def part_time(
@@ -100,9 +103,9 @@ def part_time(
     if _overlaps_exchange(cell, cluster, stack):
         forward = _beside_compute(forward, stack)
         input_grad = _beside_compute(input_grad, stack, also_s=weight_grad.compute_s)
-    forward = _with_host(forward, host.forward_s, cluster)
-    input_grad = _with_host(input_grad, host.backward_s, cluster, beside_s=weight_grad.total_s)
-    recompute = _recompute(operations, forward, cell, cluster, stack, host.forward_s)
+    forward = _with_host(forward, host, host.forward_s, cluster)
+    input_grad = _with_host(input_grad, host, host.backward_s, cluster, beside_s=weight_grad.total_s)
+    recompute = _recompute(operations, forward, cell, cluster, stack, host)
     return PartTime(forward, input_grad, weight_grad, recompute)
 
 
@@ -118,12 +121,15 @@ def _beside_compute(time: PassTime, stack: Stack, *, also_s: float = 0.0) -> Pas
     return time._replace(ep_s=time.ep_s - hidden_s + stack.overlap_cost * hidden_s)
 
 
-def _with_host(time: PassTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0) -> PassTime:
+def _with_host(
+    time: PassTime, host: HostTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0
+) -> PassTime:
     """A pass with what its host adds: all of its time on a device that is the host, else what is left
     of it after the device's work (`beside_s`: of another pass that the host launches with this one).
     """
     if not cluster.device.is_host:
-        host_s = max(0.0, host_s - time.total_s - beside_s)
+        busy_s = time.compute_s + host.lead_s if host.lead_s else time.total_s
+        host_s = host.lead_s + max(0.0, host_s - busy_s - beside_s)
     return time._replace(compute_s=time.compute_s + host_s)
 
 
@@ -133,7 +139,7 @@ def _recompute(
     cell: Cell,
     cluster: Cluster,
     stack: Stack,
-    host_s: float,
+    host: HostTime,
 ) -> PassTime:
     """The part of the forward that the backward runs again."""
     what = recomputed(cell, stack)
@@ -149,7 +155,7 @@ def _recompute(
     )
     time = _transfers_s(operations, "forward", cell, cluster, stack, shares)
     time = time._replace(compute_s=compute_s)
-    return time if what == "attention_core" else _with_host(time, host_s, cluster)
+    return time if what == "attention_core" else _with_host(time, host, host.forward_s, cluster)
 
 
 def _gemm(
@@ -308,7 +314,8 @@ def transfer_s(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> floa
     """Seconds of one collective: tp ranks lie next to each other, then cp, then dp (and ep over all)."""
     group = _group(cell, cluster, op.stream)
     if not op.top_k:
-        return collective_s(cluster, op.kind, op.num_bytes, group)
+        crossing = stack.dp_slowdown if group.domains > 1 else 1.0
+        return crossing * collective_s(cluster, op.kind, op.num_bytes, group)
     if stack.moe_dispatch == "deduplicated":
         return stack.ep_slowdown * dispatch_s(cluster, op.num_bytes / op.top_k, op.top_k, group)
     return stack.ep_slowdown * collective_s(cluster, op.kind, op.num_bytes, group)

@@ -145,14 +145,20 @@ class CostModel:
             host_s += (cell.cp - 1) * stack.ring_host_s + cell.low_precision * stack.narrow_host_s
             host_s += is_moe * stack.moe_host_s
         host_s *= self.cluster.device.host_slowdown
-        return HostTime(host_s, host_s)
+        return HostTime(host_s, host_s, stack.layer_lead_s)
 
     def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""
         kept_cell = cell._replace(recompute="none")
         return PartCost(
             is_layer=False,
-            time=part_time(operations, kept_cell, self.cluster, self.stack),
+            time=part_time(
+                operations,
+                kept_cell,
+                self.cluster,
+                self.stack,
+                host=HostTime(lead_s=self.stack.layer_lead_s),
+            ),
             saved_bytes=saved_bytes(operations, "nothing", cell),
             recomputed_bytes=0.0,
             dense_parameters=parameters,

@@ -91,7 +91,8 @@ def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float
     # Every replica hops as far: all stay in a domain only where one holds both stages whole.
     stage_ranks = plan.dp * plan.cp * plan.tp
     ends = min(source, target) * stage_ranks, (max(source, target) + 1) * stage_ranks - 1
-    seconds = send_recv_s(cluster, whole / cut, local=cluster.same_domain(*ends))
+    local = cluster.same_domain(*ends) and not costs.stack.pp_over_network
+    seconds = send_recv_s(cluster, whole / cut, local=local)
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
         seconds += collective_s(
