@@ -59,10 +59,11 @@ NO_OVERLAP = "all comm overlap disabled"
 """What the notes of a row say where no communication runs beside compute."""
 
 VTRAIN_HARNESS = "vtrain-harness"
-COMPOSED = "composed from measured parts"
-"""What the notes of vTrain's single-node rows say. Its code (VIA-Research/vTrain, src/trainer.py and
-src/model) times embedding, one layer, head and update alone on one GPU, whatever the plan, with GPT-2's
-vocabulary cut by tp as it is and never recomputing; steps are put together from these times."""
+COMPOSED_BY = "ground_truth_single"
+"""In the source of vTrain's single-node rows, which are exactly affine in layers and micro-batches. Its
+code (VIA-Research/vTrain, src/trainer.py and src/model) times embedding, one layer, head and update alone
+on one GPU, whatever the plan, with GPT-2's vocabulary cut by tp as it is and never recomputing; steps
+are put together from these times."""
 GPT2_VOCAB = 50257
 
 FUSED_EXPERTS_SINCE = "26.06"
@@ -230,7 +231,7 @@ def _stack(cells: _Cells, library: Library) -> Stack:
     name = stack_named(framework, cells.text("year"), known) or "megatron-core-2025"
     if name not in (framework, _of_year(framework, cells.text("year"))):
         cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
-    if name != VTRAIN_HARNESS and COMPOSED in cells.text("notes"):
+    if name != VTRAIN_HARNESS and COMPOSED_BY in cells.text("source"):
         name = VTRAIN_HARNESS
         cells.assumed.append(f"stack {name}: the row is composed of parts that were timed there")
     stack = library.stack(name)
