@@ -1,8 +1,10 @@
-"""Predictions against published runs, as a report with charts.
+"""Predictions against published runs and kernels, as a report with charts.
 
-    python benchmarks/accuracy.py RUNS.csv [RUNS.csv …] [--out reports]
+    python benchmarks/accuracy.py RUNS.csv [RUNS.csv …] [--measured FOLDER] [--out reports]
 
-writes reports/accuracy.md and one chart a stack. Tables have the columns of `parsim validate --runs`.
+writes reports/accuracy.md with its charts, and the headline table in README.md. Tables of runs have the
+columns of `parsim validate --runs`; FOLDER holds tables of kernels by hardware. Errors on rows left out
+of the fits are those that benchmarks/left_out.py recorded beside the report.
 """
 
 from __future__ import annotations
@@ -11,84 +13,213 @@ import argparse
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import median
 
+from accuracy_goals import headline, ranking_figures, ranking_of, summary_of, unseen_of
+from accuracy_kernels import kernel_lines, kernel_section, kernels_in
+from left_out import Record, coverage, read_records
+
+from parsim.charts.accuracy import draw_errors, draw_ranking
 from parsim.charts.errors import draw_predicted_measured
 from parsim.compare.csv_table import Row
-from parsim.compare.ranking import Ranking
+from parsim.compare.ranking import MIN_ROWS
 from parsim.compare.run_report import RunReport, RunResult, report_of
 from parsim.compare.runs import Predictor, read_runs
-from parsim.compare.statistics import Summary, summarize
-from parsim.config import load_stack, write_file
-from parsim.units import format_duration
+from parsim.compare.stack_constants import BOUNDS, named_in
+from parsim.compare.statistics import Summary
+from parsim.config import load_stack, read_text, write_file
+from parsim.units import format_count, format_duration
 
 WORST = 10
 IRREGULAR = 1.2
 """A run that took this much longer than its neighbour in micro-batch, against parsim's expectation."""
+LARGE_MODEL = 30e9
+README = Path(__file__).parents[1] / "README.md"
+MARKS = "<!-- accuracy -->\n", "<!-- /accuracy -->\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tables", nargs="+", type=Path, metavar="RUNS.csv")
+    parser.add_argument("--measured", type=Path, help="folder with tables of kernels by hardware")
     parser.add_argument("--out", type=Path, default=Path("reports"))
     given = parser.parse_args()
     started = time.monotonic()
     tables = {path.name: read_runs(path) for path in given.tables}
     predictor = Predictor()
     reports = {name: report_of(predictor.result(row) for row in rows) for name, rows in tables.items()}
-    seconds = time.monotonic() - started
-    charts = _draw(reports.values(), given.out)
-    lines = [*_head(reports, seconds), *_stacks(reports.values(), charts)]
+    rows = [row for report in reports.values() for row in report.rows]
+    records = {record.id: record for record in read_records(given.out / "left_out.csv")}
+    kernels = list(kernels_in(given.measured)) if given.measured else []
+    table = _headline(rows, records, kernel_lines(kernels))
+    lines = [*_head(), *table("../docs/kernels.md"), "", *_stacks(rows, records, given.out)]
+    lines += _ranking(rows, records, given.out)
+    lines += kernel_section(kernels, given.out) if kernels else []
     for name, report in reports.items():
         lines += _table_section(name, report, tables[name])
-    write_file(given.out / "accuracy.md", "\n".join(lines) + "\n")
-    print(f"{given.out / 'accuracy.md'}: {sum(map(len, tables.values()))} rows in {seconds:.1f} s")
+    write_file(given.out / "accuracy.md", "\n".join(lines).rstrip() + "\n")
+    _into_readme(table("docs/kernels.md"))
+    print(f"{given.out / 'accuracy.md'}: {len(rows)} rows in {time.monotonic() - started:.0f} s")
     return 0
 
 
-def _head(reports: dict[str, RunReport], seconds: float) -> Iterator[str]:
+def _headline(
+    rows: Sequence[RunResult], records: dict[str, Record], kernels: Sequence[str]
+) -> Callable[[str], list[str]]:
+    """The headline table, for a page from which docs/kernels.md lies at a given place."""
+    shares = coverage(list(records.values()))
+    inside = None
+    if records:
+        inside = sum(shares[record.stack] for record in records.values()) / len(records)
+    unseen = _times(records)
+    lines = list(headline(rows, unseen, inside, kernels))
+    return lambda place: [line.replace("KERNELS", place) for line in lines]
+
+
+def _times(records: dict[str, Record]) -> dict[str, float]:
+    return {name: record.left_out_s for name, record in records.items()}
+
+
+def _into_readme(lines: Iterable[str]) -> None:
+    """The headline table between its marks, the rest of the README as it stands."""
+    start, end = MARKS
+    text = read_text(README)
+    if start in text and end in text:
+        before, after = text.split(start)[0], text.split(end)[1]
+        write_file(README, before + start + "\n".join(lines) + "\n" + end + after)
+
+
+def _head() -> Iterator[str]:
     yield "# Accuracy against published runs"
     yield ""
     yield (
         "Step times that others measured and published, and what parsim predicts for the same model, "
         "plan, hardware and software. Error = predicted / measured − 1. Written by "
-        "`python benchmarks/accuracy.py RUNS.csv …`."
+        "`python benchmarks/left_out.py RUNS.csv …`, then `python benchmarks/accuracy.py RUNS.csv … "
+        "--measured FOLDER`; [docs/accuracy.md](../docs/accuracy.md) says how to read it, and "
+        "`parsim validate --published` reproduces it on the rows that ship."
     )
     yield ""
     yield (
-        "Constants are those of the shipped profiles. Where a stack's constants were fitted to some of "
-        "these rows, its `source` below says to which, with the error on models that were left out of "
-        "the fit: that figure, not the table's, tells what to expect of a new model. Settings that a "
-        "source does not state were taken by default; *strict* rows state all of them."
+        "*fitted*: the shipped stacks, whose few constants were fitted to these rows. *left out*: each "
+        "row as predicted by a fit that had not seen its model, which is what to expect of a new model. "
+        "Settings that a source does not state were taken by default; *strict* rows state all of them."
     )
     yield ""
-    yield from _summary_header("table")
-    for name, report in reports.items():
-        yield _summary_row(name, report.summary)
-    everything = [row for report in reports.values() for row in report.rows]
-    for name, wanted in (("strict rows", True), ("rows with assumed settings", False)):
-        yield _summary_row(name, _of(row for row in everything if row.strict is wanted))
-    for name, wanted in (("dense models", False), ("mixtures of experts", True)):
-        yield _summary_row(name, _of(row for row in everything if row.is_moe is wanted))
-    yield _summary_row("strict and dense", _of(r for r in everything if r.strict and not r.is_moe))
-    yield ""
 
 
-def _stacks(reports: Iterable[RunReport], charts: dict[str, str]) -> Iterator[str]:
-    rows = [row for report in reports for row in report.rows]
+def _stacks(rows: Sequence[RunResult], records: dict[str, Record], out: Path) -> Iterator[str]:
+    charts = _draw_stacks(rows, out)
+    unseen = _times(records)
+    shares = coverage(list(records.values()))
     yield "## By stack"
     yield ""
-    yield from _summary_header("stack")
+    figures = "mean / median / p90"
+    yield f"| stack | rows | fitted: {figures} | left out: {figures} | groups | in interval |"
+    yield "|---|---|---|---|---|---|"
     for name in charts:
-        yield _summary_row(name, _of(row for row in rows if row.stack == name))
+        own = [row for row in rows if row.stack == name]
+        left = summary_of(unseen_of(own, unseen))
+        groups = len({records[row.id].group for row in own if row.id in records})
+        inside = f"{shares[name]:.0%}" if name in shares else "–"
+        cells = (str(len(own)), _three(summary_of(own)), _three(left), str(groups or "–"), inside)
+        yield f"| {name} | {' | '.join(cells)} |"
     yield ""
+    yield "groups: models (or configurations of the one that most rows are of) left out in turn."
+    yield ""
+    yield from _draw_sizes(rows, records, out)
     for name, chart in charts.items():
+        stack = load_stack(name)
         yield f"### {name}"
         yield ""
-        yield f"{load_stack(name).description}. Constants: {load_stack(name).source}."
+        yield f"{stack.description}. Constants: {stack.source}."
         yield ""
+        fitted = named_in(stack.source)
+        if fitted:
+            values = ", ".join(f"{key} {getattr(stack, key):g}{_bound(key, getattr(stack, key))}"
+                               for key in fitted)  # fmt: skip
+            yield f"Fitted: {values}."
+            yield ""
         yield f"![predicted against measured step times of {name}]({chart})"
+        yield ""
+
+
+def _bound(key: str, value: float) -> str:
+    """What is said of a constant that a bound decided."""
+    low, high = BOUNDS[key]
+    margin = 0.01 * (high - low)
+    return "" if low + margin < value < high - margin else " (on its bound)"
+
+
+def _draw_sizes(rows: Sequence[RunResult], records: dict[str, Record], out: Path) -> Iterator[str]:
+    """Errors on left-out rows over the size of the model and over the step time."""
+    known = [(records[row.id], row) for row in rows if row.id in records]
+    if not known:
+        return
+    for name, sizes, size_text, limit, text in (
+        ("model-size", "parameters of the model", format_count, LARGE_MODEL, "models under 30 B"),
+        ("step-time", "measured step time", format_duration, 1.0, "steps under a second"),
+    ):
+        points = [
+            (
+                _family(row),
+                record.parameters if name == "model-size" else record.measured_s,
+                record.left_out_s / record.measured_s,
+            )
+            for record, row in known
+        ]
+        below, above = (
+            f"{median([abs(ratio - 1) for _, size, ratio in points if (size >= limit) is want]):.1%}"
+            for want in (False, True)
+        )
+        title = f"Left out, {text} are off by {below} in the middle, others by {above}"
+        draw_errors(points, out / f"accuracy-{name}.png", title=title, sizes=sizes, size_text=size_text)
+        yield f"![error over {sizes}](accuracy-{name}.png)"
+        yield ""
+
+
+def _family(row: RunResult) -> str:
+    if row.is_moe:
+        return "experts"
+    return "dense, 16 bits" if row.precision in ("bf16", "fp16", "") else "dense, fp8 or fp4"
+
+
+def _ranking(rows: Sequence[RunResult], records: dict[str, Record], out: Path) -> Iterator[str]:
+    unseen = unseen_of(rows, _times(records))
+    yield "## Ranking of plans"
+    yield ""
+    yield (
+        f"Groups of {MIN_ROWS} rows or more of the same source, model, hardware, GPUs, batch, sequence "
+        "length and precision, which differ in the plan. Regret: how much longer the plan that parsim "
+        "likes best took than the best one measured."
+    )
+    yield ""
+    yield "| stack | groups | mean regret | worst | mean Kendall tau | left out: regret | worst | tau |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in [*sorted({row.stack for row in rows}), "all"]:
+        own = [row for row in rows if name in (row.stack, "all")]
+        ranking = ranking_of(own)
+        if ranking:
+            left = ranking_of([row for row in unseen if name in (row.stack, "all")])
+            cells = (*ranking_figures(ranking), *ranking_figures(left))
+            yield f"| {name} | {len(ranking)} | {' | '.join(cells)} |"
+    yield ""
+    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in unseen or rows:
+        if row.measured_s is not None and row.predicted_s is not None:
+            groups[row.group].append((row.measured_s, row.predicted_s))
+    ranked = [
+        [(m / min(a for a, _ in group), p / min(b for _, b in group)) for m, p in group]
+        for group in groups.values()
+        if len(group) >= MIN_ROWS
+    ]
+    if ranked:
+        first = sum(min(group, key=lambda pair: pair[1])[0] == 1.0 for group in ranked)
+        title = f"In {first} of {len(ranked)} groups parsim's choice was the fastest plan measured"
+        draw_ranking(ranked, out / "accuracy-ranking.png", title=title)
+        yield "![measured against predicted order of plans](accuracy-ranking.png)"
         yield ""
 
 
@@ -107,7 +238,6 @@ def _table_section(name: str, report: RunReport, rows: Sequence[Row]) -> Iterato
     if report.coverage is not None:
         yield f"{report.coverage:.0%} of the measured times lie in their prediction's 90 % interval."
         yield ""
-    yield from _ranking(report.ranking)
     unsupported = Counter(row.reason for row in report.rows if row.status != "ok")
     for reason, count in unsupported.most_common():
         yield f"- unsupported, {count} rows: {reason}"
@@ -126,21 +256,6 @@ def _table_section(name: str, report: RunReport, rows: Sequence[Row]) -> Iterato
     yield ""
 
 
-def _ranking(ranking: tuple[Ranking, ...]) -> Iterator[str]:
-    if not ranking:
-        return
-    regret = sum(group.regret for group in ranking) / len(ranking)
-    taus = [group.kendall_tau for group in ranking if group.kendall_tau is not None]
-    tau = f"{sum(taus) / len(taus):.2f}" if taus else "unknown"
-    worst = max(ranking, key=lambda group: group.regret)
-    yield (
-        f"Ranking of plans: {len(ranking)} groups of three rows or more that differ only in the plan. "
-        f"The plan parsim likes best took on average {regret:.1%} longer than the best one measured "
-        f"(at worst {worst.regret:.1%}); mean Kendall tau {tau}."
-    )
-    yield ""
-
-
 def _summary_header(what: str) -> Iterator[str]:
     yield f"| {what} | rows | predicted | mean | median | p90 | bias |"
     yield "|---|---|---|---|---|---|---|"
@@ -151,10 +266,6 @@ def _summary_row(name: str, summary: Summary) -> str:
     text = " | ".join("–" if figure is None else f"{figure:.1%}" for figure in figures)
     bias = "–" if summary.bias is None else f"{summary.bias:+.1%}"
     return f"| {name} | {summary.rows} | {summary.ok} | {text} | {bias} |"
-
-
-def _of(rows: Iterable[RunResult]) -> Summary:
-    return summarize([row.error for row in rows])
 
 
 Neighbours = dict[tuple[str, ...], list[RunResult]]
@@ -194,19 +305,27 @@ def _guess(row: RunResult, cells: Row, neighbours: Neighbours) -> str:
     return nearest[0] if nearest else "kernels or host times of this shape"
 
 
-def _draw(reports: Iterable[RunReport], out: Path) -> dict[str, str]:
+def _draw_stacks(rows: Sequence[RunResult], out: Path) -> dict[str, str]:
     """A chart for each stack; file names by stack."""
     points: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
-    for report in reports:
-        for row in report.rows:
-            if row.predicted_s is not None and row.measured_s is not None:
-                group = row.hardware + (", experts" if row.is_moe else "")
-                points[row.stack].append((group, row.measured_s, row.predicted_s))
+    for row in rows:
+        if row.predicted_s is not None and row.measured_s is not None:
+            group = row.hardware + (", experts" if row.is_moe else "")
+            points[row.stack].append((group, row.measured_s, row.predicted_s))
     charts = {}
     for stack in sorted(points):
         charts[stack] = f"accuracy-{stack}.png"
-        draw_predicted_measured(points[stack], out / charts[stack], title=f"Published runs on {stack}")
+        errors = sorted(abs(predicted / measured - 1) for _, measured, predicted in points[stack])
+        most = errors[max(0, round(0.9 * len(errors)) - 1)]
+        title = f"{stack}: nine runs in ten are predicted within {most:.0%}"
+        draw_predicted_measured(points[stack], out / charts[stack], title=title)
     return charts
+
+
+def _three(summary: Summary) -> str:
+    if summary.mape is None or summary.median_ape is None or summary.p90_ape is None:
+        return "–"
+    return f"{summary.mape:.1%} / {summary.median_ape:.1%} / {summary.p90_ape:.1%}"
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 writes published_runs/runs.csv. The rule, which knows nothing of parsim's errors: rows form cells of the
 same source, framework, hardware and precision; in order of GPUs, width and id a cell gives its middle
-row, or the ones at a quarter and three quarters where it has LARGE_CELL rows or more. Then, from each source,
-GROUPS whole ranking groups, evenly over its groups in order of size, so that the ranking of plans can be
-reproduced as well. Columns that predict nothing stay out; notes, year and interconnect are kept where a
-row's meaning hangs on them.
+row, or the ones at a quarter and three quarters where it has LARGE_CELL rows or more. Then each source
+gives GROUPS whole ranking groups, evenly over its groups in order of size, so that the ranking of plans
+can be reproduced as well. Columns that predict nothing stay out; notes, year and interconnect are kept
+where a row's meaning hangs on them.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def validate(
     if chosen != 1 or (prediction is None) != (measurement is None):
         raise ParsimError(
             "validate compares one thing",
-            expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F --hardware",
+            expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F",
         )
     error: float | None
     if published or runs is not None:

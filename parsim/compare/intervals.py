@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 COVERAGE = 0.9
 """Share of measured times that lie in the interval of their prediction."""
+FEWEST_PLAIN = 4
 
 
 def half_width(errors: Sequence[float]) -> float:
@@ -24,3 +25,11 @@ def half_width(errors: Sequence[float]) -> float:
     sizes = sorted(abs(math.log1p(error)) for error in errors)
     place = min(len(sizes), math.ceil((len(sizes) + 1) * COVERAGE))
     return float(f"{sizes[place - 1]:.2g}")
+
+
+def base_half_width(errors: Sequence[float], leans: Sequence[bool]) -> float:
+    """The half width from rows that lean on nothing that widens their interval of itself; from all rows
+    where fewer than FEWEST_PLAIN do not.
+    """
+    plain = [error for error, lean in zip(errors, leans, strict=True) if not lean]
+    return half_width(plain if len(plain) >= FEWEST_PLAIN else errors)

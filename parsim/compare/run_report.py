@@ -34,8 +34,12 @@ class RunResult:
     hardware: str = ""
     strict: bool = False
     is_moe: bool = False
+    source: str = ""
+    precision: str = ""
     group: str = ""
     """Rows that differ only in the plan share it."""
+    leans_on: tuple[str, ...] = ()
+    """What the prediction leans on that widens its interval (cost.interval)."""
 
     @property
     def error(self) -> float | None:
@@ -68,6 +72,8 @@ class RunResult:
         if self.measured_peak_bytes is not None:
             data["measured_peak_bytes"] = self.measured_peak_bytes
             data["memory_error"] = self.memory_error
+        if self.leans_on:
+            data["leans_on"] = list(self.leans_on)
         if self.memory_warning:
             data["memory_warning"] = self.memory_warning
         return data

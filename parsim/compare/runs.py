@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from parsim.compare.run_rows import (
     run_of,
 )
 from parsim.config import data_folder
+from parsim.cost.interval import interval_s, leans_on
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.schedule.program import step_time_s
@@ -82,6 +82,8 @@ class Predictor:
             "strict": row.get("strict", "").strip() in ("1", "1.0"),
             "is_moe": row.get("experts", "").strip() not in ("", "0", "0.0"),
             "group": group_of(row),
+            "source": row.get("source", "").strip(),
+            "precision": row.get("precision", "").strip(),
         }
         try:
             common["measured_s"] = measured_s(row)
@@ -92,11 +94,11 @@ class Predictor:
 
     def _predicted(self, run: Run, common: dict[str, Any]) -> RunResult:
         seconds, peak = self._step(run)
-        spread = math.exp(run.stack.relative_error)
         return RunResult(
             status="ok",
             predicted_s=seconds,
-            interval_s=(seconds / spread, seconds * spread),
+            interval_s=interval_s(seconds, run.job, run.cluster, run.stack),
+            leans_on=leans_on(run.job, run.cluster, run.stack),
             predicted_peak_bytes=peak,
             memory_warning=_memory_warning(peak + run.stack.context_bytes, run),
             assumed=run.assumed,

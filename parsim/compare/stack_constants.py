@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -75,6 +76,15 @@ def afresh(stack: Stack, bounds: Bounds = BOUNDS) -> Stack:
         if name in TYPICAL and (getattr(stack, name) or name not in OFF_AT_ZERO)
     }
     return replace(stack, **changes)
+
+
+def named_in(source: str) -> Bounds:
+    """Bounds of the constants that a stack's source names: those that were fitted.
+
+    >>> list(named_in("settings from the paper; gemm_slowdown, dp_slowdown fitted to 8 runs"))
+    ['gemm_slowdown', 'dp_slowdown']
+    """
+    return {name: bound for name, bound in BOUNDS.items() if re.search(rf"\b{name}\b", source)}
 
 
 def check_bounds(stack: Stack, bounds: Bounds) -> None:

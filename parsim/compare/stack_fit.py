@@ -16,11 +16,12 @@ from scipy.optimize import least_squares
 
 from parsim.compare.csv_table import Row
 from parsim.compare.held_out import HeldOut, halves, held_out
-from parsim.compare.intervals import half_width
+from parsim.compare.intervals import base_half_width
 from parsim.compare.linear import Linear
 from parsim.compare.measured_steps import LeftOut, MeasuredStep, QuickSteps, measured_steps
 from parsim.compare.stack_constants import Bounds, check_bounds, told_by
 from parsim.compare.statistics import Summary, summarize
+from parsim.cost.interval import leans_on
 from parsim.errors import ParsimError
 from parsim.stack import Stack
 
@@ -168,8 +169,13 @@ def fit_stack(
         for step, group, seconds, other in zip(steps, groups, predicted, unseen, strict=True)
     )
     errors = [row.error if row.held_out_error is None else row.held_out_error for row in found]
+    leans = [bool(leans_on(step.run.job, step.run.cluster, stack)) for step in steps]
     return StackFit(
-        stack=replace(best, relative_error=half_width(errors)),
+        stack=replace(
+            best,
+            relative_error=base_half_width(errors, leans),
+            fitted_parameters=float(max(step.parameters for step in steps)),
+        ),
         constants=tuple(
             FittedConstant(name=name, before=getattr(stack, name), after=getattr(best, name), low=low,
                            high=high)

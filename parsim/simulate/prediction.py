@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from parsim.cost.flops import model_flops
+from parsim.cost.interval import interval_s
 from parsim.cost.memory import MemoryUse, rank_memory
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import StepCost, step_cost
@@ -132,14 +132,13 @@ def prediction_of(
 ) -> Prediction:
     """What a simulated timeline says of a plan."""
     step_s = timeline.end_s
-    spread = math.exp(costs.stack.relative_error)
     return Prediction(
         job=job,
         plan=plan,
         hardware=costs.cluster.name,
         stack=costs.stack.name,
         step_time_s=step_s,
-        interval_s=(step_s / spread, step_s * spread),
+        interval_s=interval_s(step_s, job, costs.cluster, costs.stack),
         breakdown_s=breakdown_s(timeline),
         memory=max(memory, key=lambda use: use.peak),
         context_bytes=costs.stack.context_bytes,
