@@ -69,16 +69,19 @@ def measured_steps(
     steps, left_out = [], []
     for row in rows:
         name, framework = row.get("id", ""), row.get("framework", "").strip()
-        runs_on = stack_named(framework, row.get("year", ""), known)
-        if runs_on != stack.name:
-            other = "framework is unknown" if runs_on is None else f"runs on {runs_on}"
-            left_out.append(LeftOut(id=name, framework=framework, reason=other))
-            continue
         try:
-            steps.append(MeasuredStep(id=name, run=run_of(row, library), seconds=measured_s(row)))
+            step = MeasuredStep(id=name, run=run_of(row, library), seconds=measured_s(row))
         except ParsimError as error:
             reason = f"{error.what} ({error.where})" if error.where else error.what
             left_out.append(LeftOut(id=name, framework=framework, reason=reason))
+            continue
+        if stack_named(framework, row.get("year", ""), known) is None:
+            left_out.append(LeftOut(id=name, framework=framework, reason="framework is unknown"))
+        elif step.run.stack.name != stack.name:
+            reason = f"runs on {step.run.stack.name}"
+            left_out.append(LeftOut(id=name, framework=framework, reason=reason))
+        else:
+            steps.append(step)
     return tuple(steps), tuple(left_out)
 
 

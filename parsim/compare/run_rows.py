@@ -61,7 +61,7 @@ NO_OVERLAP = "all comm overlap disabled"
 VTRAIN_HARNESS = "vtrain-harness"
 COMPOSED_BY = "ground_truth_single"
 """In the source of vTrain's single-node rows, which are exactly affine in layers and micro-batches. Its
-code (VIA-Research/vTrain, src/trainer.py and src/model) times embedding, one layer, head and update alone
+code (VIA-Research/vTrain, src/trainer.py and src/model) times embedding, layer, head and update alone
 on one GPU, whatever the plan, with GPT-2's vocabulary cut by tp as it is and never recomputing; steps
 are put together from these times."""
 GPT2_VOCAB = 50257

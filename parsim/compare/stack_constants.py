@@ -24,6 +24,7 @@ BOUNDS: Bounds = {
     "attention_max_flops_per_s": (5e13, 1e15),
     "memory_bound_slowdown": (0.8, 3.0),
     "layer_host_s": (0.0, 3e-3),
+    "layer_lead_s": (0.0, 1e-3),
     "action_host_s": (0.0, 2e-3),
     "step_overhead_s": (0.0, 2.0),
     "collective_overhead_s": (0.0, 6e-4),
@@ -44,6 +45,7 @@ TYPICAL: Mapping[str, float] = {
     "attention_max_flops_per_s": 4e14,
     "memory_bound_slowdown": 1.1,
     "layer_host_s": 5e-4,
+    "layer_lead_s": 1e-4,
     "action_host_s": 2e-4,
     "step_overhead_s": 0.02,
     "collective_overhead_s": 1e-5,
@@ -57,7 +59,7 @@ TYPICAL: Mapping[str, float] = {
 }
 """What is expected of a framework before any of its runs is seen; fits afresh start here."""
 
-OFF_AT_ZERO = ("attention_max_flops_per_s", "zero_broadcast_s")
+OFF_AT_ZERO = ("attention_max_flops_per_s", "layer_lead_s", "zero_broadcast_s")
 """Constants of effects that only some stacks have; 0 says that this one has not."""
 
 MOST_CONSTANTS = 10

@@ -169,7 +169,8 @@ def fit_stack(
         for step, group, seconds, other in zip(steps, groups, predicted, unseen, strict=True)
     )
     errors = [row.error if row.held_out_error is None else row.held_out_error for row in found]
-    leans = [bool(leans_on(step.run.job, step.run.cluster, stack)) for step in steps]
+    bare = replace(stack, fitted_parameters=0.0)
+    leans = [bool(leans_on(step.run.job, step.run.cluster, bare)) for step in steps]
     return StackFit(
         stack=replace(
             best,
@@ -308,7 +309,7 @@ class _Loss:
         self._paths_of = unit.copy()
         logs = [math.log(s / step.seconds) for s, step in zip(self._paths, self._steps, strict=True)]
         all_residuals = np.concatenate([logs, self._pull * (unit - self.start)])
-        loss = float(np.sum(np.sqrt(1 + (all_residuals / ROBUST_ERROR) ** 2) - 1))
+        loss = float(np.sum(np.log1p((all_residuals / ROBUST_ERROR) ** 2)))  # as the solver's own
         self._least = min(self._least, (loss, unit), key=lambda pair: pair[0])
         self._rounds += 1
         if self._fitter.progress is not None:
