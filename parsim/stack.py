@@ -14,8 +14,8 @@ from typing import Literal
 from parsim.errors import ParsimError
 
 AttentionKernel = Literal["flash", "fused_softmax", "unfused"]
-Fp8Scaling = Literal["delayed", "tensor"]
 SelectiveRecompute = Literal["attention_core", "every_other_gemm"]
+Fp8Scaling = Literal["delayed", "tensor", "row"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,15 +31,22 @@ class Stack:
     """flash: scores stay on chip; fused_softmax: written once a pass; unfused: by each kernel."""
     fused_elementwise: bool = True
     """Bias, activation, dropout and residual run as one kernel each way."""
+    merged_products: bool = True
+    """q, k and v are one product, and the two that enter a gated feed-forward are; else each is one of
+    its own, and the gradients of their input are added up."""
+    complex_rotary: bool = False
+    """Rotary positions are products of complex fp32 numbers, which no compiler fuses (torchtitan)."""
     fused_cross_entropy: bool = True
     """The loss reads the logits once and keeps them in the GEMMs' dtype."""
     gemm_stream_k: bool = True
     """The matrix library fills the last wave of tiles by sharing their k among SMs (cuBLAS 12); else
     it is as long as a full wave."""
     fp8_scaling: Fp8Scaling = "delayed"
-    """Where the one scale of a fp8 tensor comes from. delayed: from earlier passes, whose extremes all
-    ranks of a stage share after each pass of a chunk (Transformer Engine's first recipe); tensor: from
-    this pass's own values, which are read once more for it."""
+    """Where the scales of a fp8 tensor come from. delayed: one from earlier passes, whose extremes all
+    ranks of a stage share after each pass of a chunk (Transformer Engine's first recipe); tensor: one
+    from this pass's own values, which are read once more for it; row: so for each row."""
+    fp8_keeps_wide: bool = False
+    """What a fp8 product reads is kept in 16 bits and cast again in the backward (torchao)."""
     dropout: bool = False
     """Models are trained with dropout on attention and residuals, as in the GPT-3 years."""
 
@@ -49,10 +56,13 @@ class Stack:
     routed_slowdown: float = 1.0
     """Time of the kernels on routed tokens over memory-bound ones of as many bytes: rows gathered by
     index, padding, a launch for each expert."""
+    fp8_row_slowdown: float = 1.0
+    """Time of a fp8 product with a scale a row over the same with a scale a tensor."""
     attention_slowdown: float = 1.0
     attention_max_flops_per_s: float = 0.0
     """The most its fused attention reaches on any device: a kernel written for one generation does not
-    use the matrix instructions of the next (FlashAttention-2 on H100). 0: written for the device."""
+    use the matrix instructions of the next (FlashAttention-2 on H100). 0: written for the device. Alone,
+    that is: in training the clock yields to the power limit as it does for products."""
     memory_bound_slowdown: float = 1.0
 
     # Host
@@ -113,6 +123,9 @@ class Stack:
     each of this time beyond its transfer (InternEvo); 0: by one all-gather."""
     fp8_gather: bool = False
     """ZeRO gathers parameters as fp8 products read them (Megatron-Core's fp8-param-gather)."""
+    fsdp_copies: bool = False
+    """Each parameter is a shard of its own: a layer's are copied out of the buffer that they are
+    gathered into, and its gradients into the one that is reduced (PyTorch's FSDP2)."""
     fsdp_prefetch: bool = True
     """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
     moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
@@ -153,6 +166,12 @@ class Stack:
     """Experts are cut over tp as the dense layers are (Megatron-Core's own default)."""
 
     # Memory beyond the model's tensors
+    loss_peak_bytes: float = 0.0
+    """Bytes a logit at the fullest moment of a loss that keeps more than its backward needs: 12 where
+    PyTorch's cross entropy in fp32 holds log-probabilities and two gradients (eager); 0: it does not."""
+    allocator_slack: float = 0.0
+    """What the caching allocator holds beyond the tensors, as a share of them: blocks of the wrong
+    size, kept for a moment of the step that is not the fullest."""
     context_bytes: float = 1.2e9
     """CUDA context, NCCL buffers and allocator slack on each device."""
 
@@ -166,6 +185,6 @@ class Stack:
         for key in (f.name for f in fields(self) if f.name.endswith("_slowdown")):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
-        for key in ("overlap_cost", "dp_overlap_cost"):
+        for key in ("overlap_cost", "dp_overlap_cost", "allocator_slack"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from parsim.compare.csv_table import Row
 from parsim.compare.run_models import Shape, model_of
 from parsim.config import load_cluster, load_stack, shipped
+from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster, with_overrides
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule.check import check_plan
+from parsim.search.search import fullest_rank
 from parsim.stack import Stack
 
 REQUIRED_COLUMNS = (
@@ -37,7 +39,6 @@ NEAREST_STACK = {
     "megatron-bridge": "megatron-core-2025",
     "megatron-lm": "megatron-core-2025",
     "gcp-recipes": "nemo",  # the recipes of AI-Hypercomputer/gpu-recipes run NeMo
-    "paxml": "fsdp1",  # JAX: everything compiled, fully sharded
     "deepspeed": "megatron-deepspeed",
     "fms-fsdp": "fsdp1",
     "fsdp2": "torchtitan",
@@ -71,14 +72,18 @@ FUSED_EXPERTS_SINCE = "26.06"
 blocks: cutedsl_fused_grouped_mlp, full_iteration graphs and moe_a2a_overlap in its workload configs."""
 
 ROW_SETTINGS = (
-    *("fused_elementwise", "dp_overlap", "pp_overlap", "tp_async_backward", "fsdp_prefetch"),
-    *("gradient_dtype", "fused_experts"),
+    *("fused_elementwise", "fp8_scaling", "dp_overlap", "pp_overlap", "tp_async_backward"),
+    *("fsdp_prefetch", "gradient_dtype", "fused_experts"),
 )
 """Settings of a Stack that a row may state for itself."""
 
 REDUCED_IN_BF16 = "scripts/performance recipe"
 """What the notes of a row say where it ran with Megatron-Bridge's performance recipes, which set
 grad_reduce_in_fp32 = False."""
+
+MEMORY_FORCES = 1.5
+"""A run whose source does not state recomputation had it where its device's memory would have to be this
+many times larger without: more than predictions of memory are ever off."""
 
 MAX_ACTIONS = 2_000_000
 """Forwards of all stages in a step; more is a slip of the pen, and would run for hours."""
@@ -198,6 +203,7 @@ def run_of(row: Row, library: Library) -> Run:
         cells.assumed.append(f"vocab {model.vocab}, untied, as in the harness that timed the parts")
     job = _job(cells, model, plan)
     check_plan(job, plan, cluster)
+    plan = _recomputed(cells, job, plan, CostModel(model, cluster, stack))
     actions = plan.num_stages * plan.num_micro_batches(job)
     if actions > MAX_ACTIONS:
         raise ParsimError("this step is too long to simulate", got=f"{actions} forwards of stages")
@@ -241,6 +247,9 @@ def _stack(cells: _Cells, library: Library) -> Stack:
     if _fuses_experts(cells):
         cells.assumed.append(f"experts fused, as in recipes since container {FUSED_EXPERTS_SINCE}")
         stack = replace(stack, fused_experts=True)
+    scaling = re.match(r"fp8-(tensor|row)wise", cells.text("precision").lower())
+    if scaling is not None:
+        stack = replace(stack, fp8_scaling=scaling[1])  # type: ignore[arg-type]  # one of the two
     if NO_OVERLAP in cells.text("notes").lower():
         cells.assumed.append("no overlap of communication, by the row's notes")
         stack = replace(
@@ -440,6 +449,17 @@ def _job(cells: _Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
         global_batch=global_batch,
         precision=_precision(cells),
     )
+
+
+def _recomputed(cells: _Cells, job: Job, plan: ParallelPlan, costs: CostModel) -> ParallelPlan:
+    """The plan with full recomputation where its row does not state any and memory leaves no choice."""
+    if cells.text("recompute") or plan.recompute == "full":
+        return plan
+    needed = fullest_rank(job, plan, costs).peak / costs.cluster.device.memory_bytes
+    if needed <= MEMORY_FORCES:
+        return plan
+    cells.assumed.append(f"recompute not stated: full, as {needed:.1f} of the memory is needed without")
+    return replace(plan, recompute="full")
 
 
 def _precision(cells: _Cells) -> str:

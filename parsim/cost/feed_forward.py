@@ -21,10 +21,10 @@ def norm(name: str, values: int, model: ModelSpec, cell: Cell, stack: Stack) -> 
     """A norm of `values` values on this rank."""
     size = values * cell.activation_bytes
     # Forward reads x and writes y; backward reads dy and x and writes dx. PyTorch has a kernel for the
-    # layernorm; an rmsnorm out of single operations passes over the tensor again for the statistics,
-    # the scaling and the casts to fp32.
+    # layernorm; its rmsnorm was single operations until 2.8, of 16-bit and fp32 tensors: a cast, a
+    # square, a mean, a product with its root, a cast, a product with the weights, and all of them back.
     one_kernel = stack.fused_elementwise or model.norm == "layernorm"
-    passes = (2, 3) if one_kernel else (6, 9)
+    passes = (2, 3) if one_kernel else (18, 36)
     return Elementwise(
         name=name,
         forward_bytes=passes[0] * size,
@@ -58,7 +58,7 @@ def enter_tensor_parallel(
     if cell.tp == 1:
         return ()
     size = cell.tokens * model.hidden * cell.activation_bytes
-    sent = size * _narrowed(cell) if fp8 else size
+    sent = size * _narrowed(cell, stack) if fp8 else size
     summed: Beside | None = "next weight_grad" if stack.tp_async_backward else None
     gradient = f"{name} input gradient"
     if not cell.sequence_parallel:
@@ -74,7 +74,7 @@ def enter_tensor_parallel(
     return (*transfers, again)
 
 
-def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Transfer, ...]:
+def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Transfer, ...]:
     """After a row-parallel GEMM: the mirror image of enter_tensor_parallel."""
     if cell.tp == 1:
         return ()
@@ -86,7 +86,7 @@ def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell) -> tuple[Tran
     return (
         tensor_parallel(f"{name} output", "reduce_scatter", size, "forward", forward),
         tensor_parallel(
-            f"{name} output gradient", "all_gather", size * _narrowed(cell), "backward", backward
+            f"{name} output gradient", "all_gather", size * _narrowed(cell, stack), "backward", backward
         ),
     )
 
@@ -97,9 +97,11 @@ def tensor_parallel(
     return Transfer(name=name, stream="tp", kind=kind, num_bytes=num_bytes, when=when, beside=beside)
 
 
-def _narrowed(cell: Cell) -> float:
-    """Bytes of a GEMM's operand over those of an activation."""
-    return DTYPE_BYTES[cell.precision] / cell.activation_bytes if cell.low_precision else 1.0
+def _narrowed(cell: Cell, stack: Stack) -> float:
+    """Bytes of a gathered operand over those of an activation; rows are scaled after the gather."""
+    if not cell.low_precision or (cell.precision == "fp8" and stack.fp8_scaling == "row"):
+        return 1.0
+    return DTYPE_BYTES[cell.precision] / cell.activation_bytes
 
 
 def linear(
@@ -122,6 +124,12 @@ def linear(
     """
     if not cell.low_precision:
         return (Gemm(name=name, m=m, n=n, k=k, columns=columns, saved_bytes=saved_bytes),)
+    if cell.precision == "fp8" and stack.fp8_keeps_wide:
+        again = _dynamic_cast(name, m, n, k, stack)
+        wide = Gemm(
+            name=name, m=m, n=n, k=k, columns=columns, low_precision=True, saved_bytes=saved_bytes
+        )
+        return again, wide
     cast = Elementwise(
         name=f"{name} cast",
         forward_bytes=m * k * _cast_bytes(cell, stack, local=after_norm, normed=after_norm),
@@ -153,6 +161,21 @@ def _cast_bytes(cell: Cell, stack: Stack, *, local: bool, normed: bool = False) 
     return share * (read + narrow) + 2 * narrow if share < 1 else read + 2 * narrow
 
 
+def _dynamic_cast(name: str, m: int, n: int, k: int, stack: Stack) -> Elementwise:
+    """Casts to fp8 by maxima found just before, where X is kept in 16 bits (torchao's Float8Linear).
+
+    A cast reads a value for its maximum, reads it again and writes it: 5 bytes. The forward casts X; the
+    backward casts X again and dY. By tensor it also transposes both, 2 bytes a value, as fp8 products
+    want k innermost; by row dY is cast along rows for dX and along columns for dW.
+    """
+    cast, transpose = 5.0, 2.0
+    if stack.fp8_scaling == "row":
+        backward_bytes = m * k * cast + m * n * 2 * cast
+    else:
+        backward_bytes = (m * k + m * n) * (cast + transpose)
+    return Elementwise(name=f"{name} cast", forward_bytes=m * k * cast, backward_bytes=backward_bytes)
+
+
 def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
     """A dense feed-forward, sharded over tp by columns then rows."""
     h, e, T = model.hidden, cell.activation_bytes, cell.tokens
@@ -164,7 +187,7 @@ def mlp_operations(model: ModelSpec, ffn_hidden: int, cell: Cell, stack: Stack) 
         *linear("fc1", T, sum(columns), h, cell, stack, saved_bytes=x, columns=columns, after_norm=True),
         activation(T, f, model, cell, stack),
         *linear("fc2", T, h, f, cell, stack, saved_bytes=T * f * e, before_residual=True),
-        *leave_tensor_parallel("feed-forward", model, cell),
+        *leave_tensor_parallel("feed-forward", model, cell, stack),
     )
 
 

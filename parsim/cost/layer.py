@@ -47,7 +47,7 @@ def layer_operations(model: ModelSpec, layer: int, cell: Cell, stack: Stack) -> 
         *enter_tensor_parallel("attention", model, cell, stack),
         *_inner_norm(model, cell, stack),
         *attention,
-        *leave_tensor_parallel("attention", model, cell),
+        *leave_tensor_parallel("attention", model, cell, stack),
         *norms[2:3],
         residual("attention residual", model, cell, stack),
         *norms[1:2],
@@ -111,7 +111,8 @@ def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Op
 def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operation, ...]:
     """Final norm, output matrix and cross entropy, vocabulary-parallel over tp.
 
-    Logits are kept once for the backward: in fp32 where the loss runs in fp32, as it usually does.
+    Logits are kept once for the backward: in fp32 where the loss runs in fp32, as it usually does;
+    unless the stack says that more is there when the backward begins.
     """
     h, e, T = model.hidden, cell.activation_bytes, cell.tokens
     columns = math.ceil(model.vocab / cell.tp)
@@ -122,7 +123,7 @@ def head_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Operati
         name="cross entropy",
         forward_bytes=logits * forward,
         backward_bytes=logits * backward,
-        saved_bytes=logits * (e if stack.fused_cross_entropy else e + 4),
+        saved_bytes=logits * max(stack.loss_peak_bytes, e if stack.fused_cross_entropy else e + 4),
     )
     enter = enter_tensor_parallel("head", model, cell, stack, fp8=False)
     reductions: tuple[Transfer, ...] = ()

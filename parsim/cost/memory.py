@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.stage import StageCost
@@ -26,11 +26,13 @@ class MemoryUse:
     """Recomputed layer, gradients of activations, and the tensors of the kernels that run."""
     buffers: float
     """Pipeline receive buffers and gathered FSDP parameters."""
+    slack: float = 0.0
+    """What the caching allocator holds beyond all these."""
 
     @property
     def peak(self) -> float:
         """The allocator's peak."""
-        return self.static + self.activations + self.working + self.buffers
+        return self.static + self.activations + self.working + self.buffers + self.slack
 
     @property
     def static(self) -> float:
@@ -56,6 +58,14 @@ def gathered_bytes(precision: str, stack: Stack) -> float:
     if stack.fp8_gather and precision in ("fp8", "mxfp8"):
         return DTYPE_BYTES[precision]
     return weight_bytes(precision)
+
+
+def stored_weight_bytes(job: Job, plan: ParallelPlan, stack: Stack) -> float:
+    """Bytes of a parameter as it is kept: FSDP without a copy for the optimizer keeps fp32 shards, and
+    gathers them in 16 bits (torchtitan's mixed precision policy).
+    """
+    weights = weight_bytes(job.precision)
+    return weights if plan.zero < 3 or stack.master_weights else max(4, weights)
 
 
 def gradient_bytes(precision: str, stack: Stack) -> float:
@@ -114,8 +124,8 @@ def rank_memory(
     if plan.zero == 3:  # the part that runs and the one that is gathered ahead
         largest = max(stage.largest_part_parameters for stage in stages)
         buffers += 2 * largest * weight_bytes(job.precision)
-    return MemoryUse(
-        weights=(shards if plan.zero == 3 else whole) * weight_bytes(job.precision),
+    use = MemoryUse(
+        weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack),
         gradients=(shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack),
         optimizer=shards * optimizer_bytes(job, stack),
         activations=sum(
@@ -124,6 +134,7 @@ def rank_memory(
         working=working,
         buffers=buffers,
     )
+    return replace(use, slack=stack.allocator_slack * use.peak)
 
 
 def _working_bytes(model: ModelSpec, cell: Cell) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from parsim.cost.attention import BACKWARD_FLOPS_RATIO, attention_flops, attention_s
 from parsim.cost.cell import Cell
 from parsim.cost.collective import Group, collective_s, dispatch_s, group_of
-from parsim.cost.gemm import gemm_s
+from parsim.cost.gemm import gemm_s, training_slowdown
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.operation import (
     PASSES,
@@ -173,7 +173,9 @@ def _gemm(
         stream_k=stack.gemm_stream_k,
         training=True,
     )
-    return stack.gemm_slowdown * _pace(cell, cluster) * bare_s
+    by_row = dtype == "fp8" and stack.fp8_scaling == "row"
+    slowdown = stack.gemm_slowdown * (stack.fp8_row_slowdown if by_row else 1.0)
+    return slowdown * _pace(cell, cluster) * bare_s
 
 
 def _pace(cell: Cell, cluster: Cluster) -> float:
@@ -186,9 +188,14 @@ def _elementwise_s(op: Elementwise, num_bytes: float, cluster: Cluster, stack: S
     return routed * stack.memory_bound_slowdown * memory_bound_s(cluster, num_bytes)
 
 
+def _widths(op: Gemm, stack: Stack) -> tuple[int, ...]:
+    """Columns of the products that a linear layer runs as."""
+    return op.columns if op.columns and not stack.merged_products else (op.n,)
+
+
 def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
     if isinstance(op, Gemm):
-        return _gemm(op, op.m, op.n, op.k, "TN", cell, cluster, stack)
+        return sum(_gemm(op, op.m, n, op.k, "TN", cell, cluster, stack) for n in _widths(op, stack))
     if isinstance(op, Attention):
         return _attention_s(op, cell, cluster, stack, backward=False)
     if isinstance(op, Elementwise):
@@ -198,7 +205,10 @@ def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> flo
 
 def _input_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
     if isinstance(op, Gemm):
-        return _gemm(op, op.m, op.k, op.n, "NN", cell, cluster, stack)
+        widths = _widths(op, stack)
+        added_bytes = 3 * (len(widths) - 1) * op.batch * op.m * op.k * cell.activation_bytes
+        added_s = stack.memory_bound_slowdown * memory_bound_s(cluster, added_bytes)
+        return added_s + sum(_gemm(op, op.m, op.k, n, "NN", cell, cluster, stack) for n in widths)
     if isinstance(op, Attention):
         return _attention_s(op, cell, cluster, stack, backward=True)
     if isinstance(op, Elementwise):
@@ -208,7 +218,7 @@ def _input_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> 
 
 def _weight_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
     if isinstance(op, Gemm):
-        return _gemm(op, op.n, op.k, op.m, "NT", cell, cluster, stack)
+        return sum(_gemm(op, n, op.k, op.m, "NT", cell, cluster, stack) for n in _widths(op, stack))
     return 0.0
 
 
@@ -230,7 +240,9 @@ def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, b
         )
         whole_s *= stack.attention_slowdown * _pace(cell, cluster)
         if stack.attention_max_flops_per_s:
-            whole_s = max(whole_s, _useful_flops(op, backward) / stack.attention_max_flops_per_s)
+            capped_s = _useful_flops(op, backward) / stack.attention_max_flops_per_s
+            slowdown = training_slowdown(cluster.device, dtype) * _pace(cell, cluster)
+            whole_s = max(whole_s, capped_s * slowdown)
         return whole_s / op.context_ranks
     batch = op.batch * op.heads
     queries = op.seq_len // op.context_ranks

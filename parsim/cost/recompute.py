@@ -66,16 +66,19 @@ def _in_attention_core(op: Operation) -> bool:
     return isinstance(op, Attention)
 
 
-def saved_bytes(operations: tuple[Operation, ...], what: Recomputed, cell: Cell) -> float:
+def saved_bytes(
+    operations: tuple[Operation, ...], what: Recomputed, cell: Cell, *, compiled: bool = True
+) -> float:
     """Activations that one micro-batch leaves behind for the backward.
 
     Where everything is recomputed this is nothing: the caller keeps the input of the layer, as it does
-    with every_other_gemm.
+    with every_other_gemm. A compiler drops what no backward reads (`compiled`).
     """
     if what == "everything":
         return 0.0
     if what == "every_other_gemm":
-        return _saved_outputs(operations, cell)
+        needed = _needed(operations) if compiled else len(operations)
+        return _saved_outputs(operations[:needed], cell)
     total = 0.0
     for op in operations:
         if isinstance(op, Attention):

@@ -27,6 +27,8 @@ def attention_operations(
     core = _core(cell, stack, heads, kv_heads, d, d, window, qkv_bytes=T * qkv_width * e)
     rotated = T * (heads + kv_heads) * d * e
     passes = 2 if stack.fused_elementwise else 6
+    if stack.complex_rotary:  # cast to fp32, multiplied, cast back: 2 + 4, 4 + 4, 4 + 2 bytes a value
+        passes = 10
     rope = Elementwise(
         name="rotary positions", forward_bytes=passes * rotated, backward_bytes=passes * rotated
     )

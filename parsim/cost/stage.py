@@ -115,7 +115,7 @@ class CostModel:
         self, cell: Cell, layer: int, operations: tuple[Operation, ...], parameters: int
     ) -> PartCost:
         again = recomputed(cell, self.stack)
-        kept = saved_bytes(operations, again, cell)
+        kept = saved_bytes(operations, again, cell, compiled=self.stack.fused_elementwise)
         recomputed_bytes = saved_bytes(operations, "nothing", cell) - kept
         if again in ("everything", "every_other_gemm"):
             kept += cell.local_tokens * self.model.hidden * cell.activation_bytes

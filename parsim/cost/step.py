@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import Group, collective_s, send_recv_s
 from parsim.cost.interpolation import along_line
-from parsim.cost.memory import gathered_bytes, gradient_bytes, optimizer_bytes, sharded, weight_bytes
+from parsim.cost.memory import (
+    gathered_bytes,
+    gradient_bytes,
+    optimizer_bytes,
+    sharded,
+    stored_weight_bytes,
+    weight_bytes,
+)
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import CostModel, StageCost
 from parsim.hardware import Cluster
@@ -27,6 +34,10 @@ class StageSync:
     """Reduction of all its gradients: all-reduce, or reduce-scatter with ZeRO."""
     gather_s: float
     """All-gather of all its parameters (ZeRO)."""
+    gather_copy_s: float = 0.0
+    """Copies of parameters out of the buffers that they are gathered into (FSDP2)."""
+    reduce_copy_s: float = 0.0
+    """Copies of gradients into the buffers that are reduced (FSDP2)."""
     buckets: int
     """Pieces that both can be cut into, to run beside compute."""
     optimizer_s: float
@@ -109,7 +120,7 @@ def _group(cluster: Cluster, plan: ParallelPlan, *, size: int, stride: int) -> G
 def _stage_sync(
     stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack
 ) -> StageSync:
-    gradients = gradient_bytes(job.precision, stack)
+    gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     dense_ranks = plan.dp * plan.cp
     expert_ranks = max(1, dense_ranks * plan.tp // plan.expert_ranks)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
@@ -135,9 +146,20 @@ def _stage_sync(
     return StageSync(
         reduce_s=stack.dp_slowdown * reduce_s,
         gather_s=stack.dp_slowdown * gather_s,
+        gather_copy_s=_copy_s(stage, plan, cluster, stack, 2 * weights),
+        reduce_copy_s=_copy_s(stage, plan, cluster, stack, weights + gradients),
         buckets=buckets,
         optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
     )
+
+
+def _copy_s(
+    stage: StageCost, plan: ParallelPlan, cluster: Cluster, stack: Stack, parameter_bytes: float
+) -> float:
+    """Seconds to read and write `parameter_bytes` a parameter, where FSDP copies."""
+    if plan.zero != 3 or not stack.fsdp_copies:
+        return 0.0
+    return stack.memory_bound_slowdown * memory_bound_s(cluster, stage.parameters * parameter_bytes)
 
 
 def _reduce_s(cluster: Cluster, num_bytes: float, ranks: int, stride: int, plan: ParallelPlan) -> float:
@@ -171,7 +193,8 @@ def _optimizer_s(
     gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     states = optimizer_bytes(job, stack)
     has_master = stack.master_weights and weights < 4
-    update = gradients + 2 * states + (weights if has_master else 2 * weights)
+    stored = stored_weight_bytes(job, plan, stack)
+    update = gradients + 2 * states + (weights if has_master else 2 * stored)
     kept = sharded(stage, plan) if plan.zero >= 2 else stage.parameters
     moved = sharded(stage, plan) * (update + gradients) + kept * gradients
     return stack.memory_bound_slowdown * memory_bound_s(cluster, moved)

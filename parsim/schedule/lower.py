@@ -194,7 +194,8 @@ class _Lowering:
             beside_s = reduces * sync.reduce_s
             if first_gather or (fully_sharded and self.stack.fsdp_prefetch):
                 beside_s += sync.gather_s
-            part = part.plus(PassTime(self.stack.dp_overlap_cost * beside_s / pieces))
+            copied_s = fully_sharded * sync.gather_copy_s + reduces * sync.reduce_copy_s
+            part = part.plus(PassTime((self.stack.dp_overlap_cost * beside_s + copied_s) / pieces))
             end = self._compute(rank, action, part, after, piece, pieces)
             self.chain[rank] = [*self.chain[rank][-1:], end]
             if reduces:

@@ -1,23 +1,31 @@
 """The cost of layers and steps against closed forms."""
 
 from dataclasses import replace
+from typing import TypeGuard
 
 import pytest
 
-from parsim.cost.cell import cell_of
+from parsim.cost.cell import Cell, cell_of
 from parsim.cost.flops import model_flops, model_flops_per_token
+from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.layer import embedding_operations, layer_operations
-from parsim.cost.operation import Attention, Elementwise, Gemm, Transfer
+from parsim.cost.operation import Attention, Elementwise, Gemm, Operation, Transfer
+from parsim.cost.price import PartTime, part_time
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
 from parsim.model import MlaSpec, ModelSpec, num_parameters
 from parsim.plan import Job, ParallelPlan
 from parsim.simulate.prediction import predict
+from parsim.stack import Fp8Scaling, Stack
 from tests.builders import plain_stack, round_cluster, small_model
 
 GPT = ModelSpec(
     name="gpt", layers=24, hidden=2048, heads=16, ffn_hidden=8192, gated_mlp=False, vocab=51200,
     max_seq_len=2048, norm="layernorm", position="learned", linear_bias=True,
+)  # fmt: skip
+LLAMA = ModelSpec(
+    name="llama", layers=2, hidden=4096, heads=32, kv_heads=8, ffn_hidden=14336, gated_mlp=True,
+    vocab=128256, max_seq_len=8192,
 )  # fmt: skip
 
 
@@ -246,4 +254,80 @@ def test_kernels_of_an_eager_stack() -> None:
     assert passes(mpt, fused=False) == passes(mpt, fused=True) == {"attention norm": 5, "activation": 20}
     llama = replace(mpt, norm="rmsnorm", gated_mlp=True)
     assert passes(llama, fused=True) == {"attention norm": 5, "activation": 8 * 4}
-    assert passes(llama, fused=False) == {"attention norm": 15, "activation": 12 * 4}
+    assert passes(llama, fused=False) == {"attention norm": 54, "activation": 12 * 4}
+
+
+def layer_time(stack: Stack, cell: Cell) -> PartTime:
+    return part_time(layer_operations(LLAMA, 0, cell, stack), cell, round_cluster(), stack)
+
+
+def test_products_of_their_own_add_up_the_gradients_of_their_input() -> None:
+    """q, k and v: two sums more; w1 and w3: one. A sum reads two tensors and writes one."""
+    cell = cell_of(Job(model=LLAMA, seq_len=8192, global_batch=1), ParallelPlan())
+    one, several = (layer_time(plain_stack(merged_products=merged), cell) for merged in (True, False))
+    products_s = 3 * DEFAULT_LAUNCH_S  # the round device's products are as fast in pieces
+    added_s = 3 * 3 * 8192 * 4096 * 2 / (DEFAULT_MEMORY_EFFICIENCY * 1e12) + 2 * DEFAULT_LAUNCH_S
+    assert several.forward.compute_s - one.forward.compute_s == pytest.approx(products_s)
+    more_s = several.input_grad.compute_s - one.input_grad.compute_s
+    assert more_s == pytest.approx(added_s + products_s)
+
+
+def test_complex_rotary_positions_move_20_bytes_a_value() -> None:
+    cell = cell_of(Job(model=LLAMA, seq_len=8192, global_batch=1), ParallelPlan())
+    (rotary,) = (
+        op
+        for op in layer_operations(LLAMA, 0, cell, plain_stack(complex_rotary=True))
+        if isinstance(op, Elementwise) and op.name == "rotary positions"
+    )
+    assert rotary.forward_bytes == rotary.backward_bytes == 20 * 8192 * (4096 + 1024)
+
+
+def test_scaling_by_maxima_reads_operands_twice() -> None:
+    """torchao: 5 bytes a cast; X forward and backward, dY once, or along both its sides by row."""
+
+    def cast_bytes(scaling: Fp8Scaling) -> tuple[float, float]:
+        job = Job(model=LLAMA, seq_len=8192, global_batch=1, precision="fp8")
+        operations = layer_operations(
+            LLAMA, 0, cell_of(job, ParallelPlan()), plain_stack(fp8_scaling=scaling, fp8_keeps_wide=True)
+        )
+        (cast,) = (op for op in operations if isinstance(op, Elementwise) and op.name == "fc2 cast")
+        return cast.forward_bytes / 8192, cast.backward_bytes / 8192
+
+    x, dy = 14336, 4096
+    assert cast_bytes("tensor") == (5 * x, 7 * x + 7 * dy)
+    assert cast_bytes("row") == (5 * x, 5 * x + 10 * dy)
+
+
+def test_rows_are_scaled_after_the_gather_and_their_products_are_slower() -> None:
+    job = Job(model=LLAMA, seq_len=8192, global_batch=1, precision="fp8")
+    cell = cell_of(job, ParallelPlan(tp=4, sequence_parallel=True))
+    stacks = [plain_stack(fp8_scaling=scaling, fp8_row_slowdown=2.0) for scaling in ("tensor", "row")]
+    gathered = [
+        sum(op.num_bytes for op in layer_operations(LLAMA, 0, cell, stack) if _is_gather(op))
+        for stack in stacks
+    ]
+    assert gathered[1] == 2 * gathered[0]
+    device = replace(round_cluster().device, peak_flops_per_s={"bf16": 1e14, "fp8": 2e14})
+    by_tensor, by_row = (
+        part_time(layer_operations(LLAMA, 0, cell, stack), cell, round_cluster(device=device), stack)
+        for stack in stacks
+    )
+    assert by_row.weight_grad.compute_s == pytest.approx(2 * by_tensor.weight_grad.compute_s)
+
+
+def _is_gather(op: Operation) -> TypeGuard[Transfer]:
+    return isinstance(op, Transfer) and op.kind == "all_gather"
+
+
+def test_fsdp2_copies_what_it_gathers_and_reduces() -> None:
+    """Read and written: 16-bit weights at a gather; at a reduction 16-bit gradients that become fp32."""
+    model = small_model()
+    job, plan = Job(model=model, seq_len=256, global_batch=8), ParallelPlan(dp=8, zero=3)
+    (sync,) = step_cost(
+        job, plan, CostModel(model, round_cluster(), plain_stack(fsdp_copies=True))
+    ).syncs
+    byte_s = num_parameters(model) / (DEFAULT_MEMORY_EFFICIENCY * 1e12)
+    assert sync.gather_copy_s == pytest.approx(DEFAULT_LAUNCH_S + 4 * byte_s)
+    assert sync.reduce_copy_s == pytest.approx(DEFAULT_LAUNCH_S + 6 * byte_s)
+    (plain,) = step_cost(job, plan, CostModel(model, round_cluster(), plain_stack())).syncs
+    assert plain.gather_copy_s == plain.reduce_copy_s == 0

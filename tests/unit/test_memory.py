@@ -1,10 +1,12 @@
 """Memory against the papers that derive it."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parsim.config import load_model, load_stack
+from parsim.config import load_cluster, load_model, load_stack
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
@@ -117,6 +119,36 @@ def test_fsdp_gathers_the_head_of_llama_too() -> None:
     stages = CostModel(model, round_cluster(), plain_stack()).stages(cell_of(job, plan), (32,))
     buffers = rank_memory(stages, (1,), job, plan, plain_stack()).buffers
     assert buffers == 2 * 2 * (128256 * 4096 + 4096)
+
+
+def test_memory_of_llama_8b_on_torchtitan() -> None:
+    """fp32 weights, gradients and moments, 16 bytes a parameter, over 8 GPUs; local batch 2.
+
+    torchtitan's benchmark page of December 2024, table 1: 82.4 GiB eager, 77.0 compiled.
+    """
+    model, cluster = load_model("llama-3.1-8b"), load_cluster("h100-sxm-96gb-500w")
+    job = Job(model=model, seq_len=8192, global_batch=16)
+    plan = ParallelPlan(dp=8, zero=3, micro_batch=2, recompute="selective")
+    compiled = load_stack("torchtitan-2024")
+    uses = [
+        fullest_rank(job, plan, CostModel(model, cluster, replace(compiled, fused_elementwise=fused)))
+        for fused in (False, True)
+    ]
+    assert [use.static for use in uses] == pytest.approx([2 * num_parameters(model)] * 2)
+    assert [use.peak / 2**30 for use in uses] == pytest.approx([82.4, 77.0], rel=0.03)
+    # w2's output, which no backward reads, in each of 32 layers
+    assert uses[0].activations - uses[1].activations == 32 * 2 * 8192 * 4096 * 2
+
+
+def test_slack_of_the_allocator_is_a_share_of_the_tensors() -> None:
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=1)
+    tight, loose = (
+        fullest_rank(job, ParallelPlan(), CostModel(model, round_cluster(), plain_stack(**changes)))
+        for changes in ({}, {"allocator_slack": 0.25})
+    )
+    assert (tight.slack, loose.slack) == (0, 0.25 * tight.peak)
+    assert loose.peak == 1.25 * tight.peak
 
 
 @pytest.mark.parametrize(

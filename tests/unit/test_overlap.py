@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.layer import layer_operations
-from parsim.cost.operation import Transfer
+from parsim.cost.operation import Attention, Transfer
 from parsim.cost.price import PartTime, part_time
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
@@ -86,6 +88,18 @@ def test_an_attention_kernel_of_an_older_generation_is_capped() -> None:
     ]
     assert gained[1] == pytest.approx(2.5 * gained[0], rel=0.05)
     assert flops / 1e12 * 0.9 < gained[0] < flops / 1e12
+
+
+def test_the_cap_on_attention_yields_to_the_power_limit_in_training() -> None:
+    stack = plain_stack(attention_max_flops_per_s=1e12)
+    device = replace(round_cluster().device, training_slowdown={"bf16": 1.25})
+    at = cell(ParallelPlan())
+    (attention,) = (op for op in layer_operations(gpt(4096), 0, at, stack) if isinstance(op, Attention))
+    alone, limited = (
+        part_time((attention,), at, cluster, stack).forward.compute_s
+        for cluster in (round_cluster(), round_cluster(device=device))
+    )
+    assert limited == pytest.approx(1.25 * alone)
 
 
 def test_broadcasts_of_zero_cost_by_the_rank() -> None:

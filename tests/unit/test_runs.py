@@ -188,6 +188,31 @@ def test_blackwell_precisions(library: Library, text: str, precision: str) -> No
     assert run.job.precision == precision
 
 
+@pytest.mark.parametrize(
+    ("text", "scaling"),
+    [("fp8-rowwise_with_gw_hp", "row"), ("fp8-tensorwise (fp8 all-gather)", "tensor")],
+)
+def test_precision_may_state_how_fp8_is_scaled(library: Library, text: str, scaling: str) -> None:
+    run = run_of(ROW | {"precision": text, "hardware": "h100-sxm-80gb"}, library)
+    assert (run.job.precision, run.stack.fp8_scaling) == ("fp8", scaling)
+
+
+def test_memory_tells_of_recomputation_that_is_not_stated(library: Library) -> None:
+    """96 layers of GPT-3 175B keep 34·s·b·h bytes each without: 158 GB for two sequences of 2048."""
+    gpt3 = {
+        "framework": "paxml", "hardware": "h100-sxm-80gb", "gpus": "128", "dp": "128", "tp": "1",
+        "pp": "1",
+        "layers": "96", "hidden": "12288", "heads": "96", "kv_heads": "96", "ffn_hidden": "49152",
+        "vocab": "51200", "global_batch": "256", "zero_or_fsdp": "fsdp(zero3)", "schedule": "none",
+        "recompute": "",
+    }  # fmt: skip
+    large = run_of(ROW | gpt3, library)
+    assert large.plan.recompute == "full"
+    assert any("full, as" in text for text in large.assumed)
+    small = run_of(ROW | gpt3 | {"layers": "24", "heads": "24", "kv_heads": "24"}, library)
+    assert small.plan.recompute == "none"
+
+
 def test_interleaved_schedule(library: Library) -> None:
     run = read(library, vpp="3", schedule="interleaved-1f1b", layers="72", global_batch="1920")
     assert (run.plan.schedule, run.plan.vpp) == ("interleaved", 3)
