@@ -83,7 +83,7 @@ grad_reduce_in_fp32 = False."""
 
 MEMORY_FORCES = 1.5
 """A run whose source does not state recomputation had it where its device's memory would have to be this
-many times larger without: more than predictions of memory are ever off."""
+many times larger without: more than predictions of memory are off for models without experts."""
 
 MAX_ACTIONS = 2_000_000
 """Forwards of all stages in a step; more is a slip of the pen, and would run for hours."""
@@ -453,7 +453,7 @@ def _job(cells: _Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
 
 def _recomputed(cells: _Cells, job: Job, plan: ParallelPlan, costs: CostModel) -> ParallelPlan:
     """The plan with full recomputation where its row does not state any and memory leaves no choice."""
-    if cells.text("recompute") or plan.recompute == "full":
+    if cells.text("recompute") or plan.recompute == "full" or job.model.moe is not None:
         return plan
     needed = fullest_rank(job, plan, costs).peak / costs.cluster.device.memory_bytes
     if needed <= MEMORY_FORCES:

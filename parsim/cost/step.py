@@ -34,10 +34,11 @@ class StageSync:
     """Reduction of all its gradients: all-reduce, or reduce-scatter with ZeRO."""
     gather_s: float
     """All-gather of all its parameters (ZeRO)."""
-    gather_copy_s: float = 0.0
-    """Copies of parameters out of the buffers that they are gathered into (FSDP2)."""
-    reduce_copy_s: float = 0.0
-    """Copies of gradients into the buffers that are reduced (FSDP2)."""
+    gather_takes_s: float = 0.0
+    """What a gather takes from the compute beside it: its share of SMs and memory, and copies out of the
+    buffer (FSDP2)."""
+    reduce_takes_s: float = 0.0
+    """The same of a reduction, with copies into the buffer."""
     buckets: int
     """Pieces that both can be cut into, to run beside compute."""
     optimizer_s: float
@@ -143,11 +144,15 @@ def _stage_sync(
     if plan.zero in (1, 2) and plan.shard_group > 1:
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
+    reduce_s, gather_s = stack.dp_slowdown * reduce_s, stack.dp_slowdown * gather_s
+    ahead = plan.zero < 3 or stack.fsdp_prefetch
     return StageSync(
-        reduce_s=stack.dp_slowdown * reduce_s,
-        gather_s=stack.dp_slowdown * gather_s,
-        gather_copy_s=_copy_s(stage, plan, cluster, stack, 2 * weights),
-        reduce_copy_s=_copy_s(stage, plan, cluster, stack, weights + gradients),
+        reduce_s=reduce_s,
+        gather_s=gather_s,
+        gather_takes_s=stack.dp_overlap_cost * gather_s * ahead
+        + _copy_s(stage, plan, cluster, stack, 2 * weights),
+        reduce_takes_s=stack.dp_overlap_cost * reduce_s
+        + _copy_s(stage, plan, cluster, stack, weights + gradients),
         buckets=buckets,
         optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
     )

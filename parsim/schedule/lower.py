@@ -191,11 +191,9 @@ class _Lowering:
             elif fully_sharded:
                 after += (self._gather(rank, action, after) if ahead is None else ahead,)
             part = time if pieces == 1 else time.times(1 / pieces)
-            beside_s = reduces * sync.reduce_s
-            if first_gather or (fully_sharded and self.stack.fsdp_prefetch):
-                beside_s += sync.gather_s
-            copied_s = fully_sharded * sync.gather_copy_s + reduces * sync.reduce_copy_s
-            part = part.plus(PassTime((self.stack.dp_overlap_cost * beside_s + copied_s) / pieces))
+            gathers = first_gather or fully_sharded
+            taken_s = gathers * sync.gather_takes_s + reduces * sync.reduce_takes_s
+            part = part.plus(PassTime(taken_s / pieces))
             end = self._compute(rank, action, part, after, piece, pieces)
             self.chain[rank] = [*self.chain[rank][-1:], end]
             if reduces:

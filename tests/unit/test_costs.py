@@ -327,7 +327,17 @@ def test_fsdp2_copies_what_it_gathers_and_reduces() -> None:
         job, plan, CostModel(model, round_cluster(), plain_stack(fsdp_copies=True))
     ).syncs
     byte_s = num_parameters(model) / (DEFAULT_MEMORY_EFFICIENCY * 1e12)
-    assert sync.gather_copy_s == pytest.approx(DEFAULT_LAUNCH_S + 4 * byte_s)
-    assert sync.reduce_copy_s == pytest.approx(DEFAULT_LAUNCH_S + 6 * byte_s)
+    assert sync.gather_takes_s == pytest.approx(DEFAULT_LAUNCH_S + 4 * byte_s)
+    assert sync.reduce_takes_s == pytest.approx(DEFAULT_LAUNCH_S + 6 * byte_s)
     (plain,) = step_cost(job, plan, CostModel(model, round_cluster(), plain_stack())).syncs
-    assert plain.gather_copy_s == plain.reduce_copy_s == 0
+    assert plain.gather_takes_s == plain.reduce_takes_s == 0
+
+
+@pytest.mark.parametrize(("prefetch", "share"), [(True, 0.25), (False, 0.0)])
+def test_hidden_communication_takes_its_share_of_compute(prefetch: bool, share: float) -> None:
+    model = small_model()
+    job, plan = Job(model=model, seq_len=256, global_batch=8), ParallelPlan(dp=8, zero=3)
+    stack = plain_stack(dp_overlap_cost=0.25, fsdp_prefetch=prefetch)
+    (sync,) = step_cost(job, plan, CostModel(model, round_cluster(), stack)).syncs
+    assert sync.gather_takes_s == share * sync.gather_s
+    assert sync.reduce_takes_s == 0.25 * sync.reduce_s
