@@ -12,7 +12,7 @@ from parsim.cost.layer import (
     layer_operations,
     mtp_operations,
 )
-from parsim.cost.operation import Operation
+from parsim.cost.operation import Operation, Transfer
 from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
 from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.hardware import Cluster
@@ -150,10 +150,13 @@ class CostModel:
     def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""
         kept_cell = cell._replace(recompute="none")
+        timed = operations
+        if self.stack.layer_lead_s:  # timed alone on one device: only layers get their transfers back
+            timed = tuple(op for op in operations if not isinstance(op, Transfer))
         return PartCost(
             is_layer=False,
             time=part_time(
-                operations,
+                timed,
                 kept_cell,
                 self.cluster,
                 self.stack,

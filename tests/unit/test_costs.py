@@ -10,7 +10,7 @@ from parsim.cost.flops import model_flops, model_flops_per_token
 from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.layer import embedding_operations, layer_operations
 from parsim.cost.operation import Attention, Elementwise, Gemm, Operation, Transfer
-from parsim.cost.price import PartTime, part_time
+from parsim.cost.price import PartTime, PassTime, part_time
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
 from parsim.model import MlaSpec, ModelSpec, num_parameters
@@ -131,6 +131,26 @@ def test_a_host_that_cannot_keep_up_sets_the_pace() -> None:
     prediction, _ = predict(job, ParallelPlan(), busy)
     # 8 layers × 4 micro-batches × (forward + backward) of one host second each, and little else
     assert prediction.step_time_s == pytest.approx(64, rel=0.01)
+
+
+def test_layers_timed_alone_begin_with_an_idle_device() -> None:
+    """A device that is busy for long pays the lead once a pass; collectives are not beside launches."""
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=4)
+
+    def forward(host_s: float, lead_s: float, tp: int = 1) -> PassTime:
+        stack = plain_stack(layer_host_s=host_s, layer_lead_s=lead_s)
+        costs = CostModel(model, round_cluster(), stack)
+        return costs.layer(cell_of(job, ParallelPlan(tp=tp)), 0).time.forward
+
+    device_s = forward(0.0, 0.0).compute_s
+    assert forward(0.0, 0.5).compute_s == pytest.approx(device_s + 0.5)
+    assert forward(2.0, 0.5).compute_s == pytest.approx(2.0)
+    sharded = forward(2.0, 0.5, tp=8)
+    assert sharded.tp_s > 0
+    assert sharded.total_s == pytest.approx(2.0 + sharded.tp_s)
+    queued = forward(2.0, 0.0, tp=8)
+    assert queued.total_s == pytest.approx(2.0)  # the host is still launching while tokens travel
 
 
 def test_idle_time_of_the_ideal_pipeline() -> None:

@@ -146,6 +146,24 @@ def test_rows_that_are_not_aligned_are_slow() -> None:
     assert padded(2048, 104) < padded(2048, 112)
 
 
+def test_the_gradient_of_an_odd_vocabulary_is_slow_too() -> None:
+    """dW = dYᵀ X: dY has rows of 50257 values, while k counts tokens."""
+    cluster = machine()
+
+    def gradient(vocab: int, tokens: int) -> float:
+        return gemm_s(cluster, vocab, 1024, tokens, dtype="bf16", layout="NT")
+
+    assert gradient(50257, 4096) == pytest.approx(UNALIGNED_SLOWDOWN * gradient(50264, 4096), rel=0.01)
+    assert gradient(50264, 4095) == pytest.approx(gradient(50264, 4096), rel=0.01)
+
+
+def test_a_batch_runs_matrix_by_matrix() -> None:
+    """Where every matrix fills the device, a batch reads no operand more often than matrices alone."""
+    cluster = machine(fit=replace(FIT, launch_s=0.0, droop=0.0, wave_quantisation=0.0))
+    one = gemm_s(cluster, 2048, 2048, 128, dtype="bf16")
+    assert gemm_s(cluster, 2048, 2048, 128, dtype="bf16", batch=64) == pytest.approx(64 * one, rel=0.05)
+
+
 def test_a_batch_is_as_many_tiles_as_one_product_of_that_height() -> None:
     cluster = machine(fit=replace(FIT, memory_efficiency=1.0, overlap_exponent=8.0))
     together = gemm_s(cluster, 1024, 2048, 2048, dtype="bf16", batch=8)

@@ -282,6 +282,27 @@ def test_experts_are_fused_from_a_release_on(
     assert read(library, DEEPSEEK, **changes).stack.fused_experts is fused
 
 
+@pytest.mark.parametrize(("tp", "columns"), [("1", 50257), ("2", 25128), ("8", 6282)])
+def test_vtrains_composed_rows_are_what_its_harness_timed(
+    library: Library, tp: str, columns: int
+) -> None:
+    """GPT-2's vocabulary, cut by tp as it is: odd rows at tp = 1, multiples of 8 at tp = 2."""
+    source = "vTrain (MICRO 2024), VIA-Research/vTrain:data/ground_truth_single.csv"
+    run = read(library, source=source, gpus="8", tp=tp, pp="1", dp="", global_batch="64")
+    assert run.stack.name == "vtrain-harness"
+    assert run.job.model.vocab // run.plan.tp == columns
+    assert run.plan.recompute == "none"
+    assert {"stack vtrain-harness", "recompute"} <= {text.split(":")[0] for text in run.assumed}
+
+
+def test_bloom_before_its_numa_fix_had_less_of_the_network(library: Library) -> None:
+    omni_path = {"interconnect": "4 x 100 Gb/s Omni-Path a node", "inter_node_gbit_per_gpu": "50"}
+    before = read(library, **omni_path, notes="before the 02-25 PCIe/NUMA fix (1-5% slower)")
+    after = read(library, **omni_path, notes="date 02-25")
+    rates = [run.cluster.inter_node.bandwidth_bytes_per_s for run in (before, after)]
+    assert rates[0] < rates[1] < 50e9 / 8
+
+
 def test_what_is_not_stated_is_assumed_aloud(library: Library) -> None:
     run = read(library, DEEPSEEK, framework="some-framework", inter_node_gbit_per_gpu="", tp_overlap="")
     text = "\n".join(run.assumed)
