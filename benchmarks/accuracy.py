@@ -23,6 +23,7 @@ from left_out import Record, coverage, read_records
 
 from parsim.charts.accuracy import draw_errors, draw_ranking
 from parsim.charts.errors import draw_predicted_measured
+from parsim.charts.style import percent
 from parsim.compare.csv_table import Row
 from parsim.compare.ranking import MIN_ROWS
 from parsim.compare.run_report import RunReport, RunResult, report_of
@@ -159,8 +160,8 @@ def _draw_sizes(rows: Sequence[RunResult], records: dict[str, Record], out: Path
     if not known:
         return
     for name, sizes, size_text, limit, text in (
-        ("model-size", "parameters of the model", format_count, LARGE_MODEL, "models under 30 B"),
-        ("step-time", "measured step time", format_duration, 1.0, "steps under a second"),
+        ("model-size", "parameters of the model", format_count, LARGE_MODEL, "30 B parameters"),
+        ("step-time", "measured step time", format_duration, 1.0, "a second"),
     ):
         points = [
             (
@@ -171,10 +172,10 @@ def _draw_sizes(rows: Sequence[RunResult], records: dict[str, Record], out: Path
             for record, row in known
         ]
         below, above = (
-            f"{median([abs(ratio - 1) for _, size, ratio in points if (size >= limit) is want]):.1%}"
+            percent(median([abs(ratio - 1) for _, size, ratio in points if (size >= limit) is want]))
             for want in (False, True)
         )
-        title = f"Left out, {text} are off by {below} in the middle, others by {above}"
+        title = f"Left-out runs under {text} are off by {below} (median), others by {above}"
         draw_errors(points, out / f"accuracy-{name}.png", title=title, sizes=sizes, size_text=size_text)
         yield f"![error over {sizes}](accuracy-{name}.png)"
         yield ""
@@ -310,14 +311,14 @@ def _draw_stacks(rows: Sequence[RunResult], out: Path) -> dict[str, str]:
     points: dict[str, list[tuple[str, float, float]]] = defaultdict(list)
     for row in rows:
         if row.predicted_s is not None and row.measured_s is not None:
-            group = row.hardware + (", experts" if row.is_moe else "")
+            group = "experts, any hardware" if row.is_moe else row.hardware
             points[row.stack].append((group, row.measured_s, row.predicted_s))
     charts = {}
     for stack in sorted(points):
         charts[stack] = f"accuracy-{stack}.png"
         errors = sorted(abs(predicted / measured - 1) for _, measured, predicted in points[stack])
         most = errors[max(0, round(0.9 * len(errors)) - 1)]
-        title = f"{stack}: nine runs in ten are predicted within {most:.0%}"
+        title = f"{stack}: nine runs in ten are predicted within {percent(most)}"
         draw_predicted_measured(points[stack], out / charts[stack], title=title)
     return charts
 

@@ -11,6 +11,7 @@ from statistics import median
 import numpy as np
 
 from parsim.charts.accuracy import Error, draw_errors
+from parsim.charts.style import percent
 from parsim.compare.kernel_rows import AttentionRow, CollectiveRow, GemmRow, read_kernel_rows
 from parsim.compare.kernels import LONG_KERNEL_S, LONG_MESSAGE_BYTES, predict_s
 from parsim.config import load_cluster
@@ -125,7 +126,9 @@ def _draw(kernels: Sequence[Kernel], kind: str, path: Path) -> str:
         rows.append((kernel.kind if by_type else group, kernel.size, kernel.ratio))
     short, long = ([abs(k.ratio - 1) for k in kernels if k.is_long is want] for want in (False, True))
     what = "messages over 1 MB" if kind == "NCCL" else "kernels over 50 µs"
-    title = f"{kind}: {what} are off by {median(long):.1%} in the middle, shorter by {median(short):.1%}"
+    long_text, short_text = percent(median(long)), percent(median(short))
+    name = kind[:1].upper() + kind[1:]
+    title = f"{name}: {what} are off by {long_text} (median), shorter ones by {short_text}"
     draw_errors(
         rows,
         path,

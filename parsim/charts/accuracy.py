@@ -209,7 +209,8 @@ def _order(axes: Axes, groups: Sequence[Sequence[Ranked]]) -> None:
     for set_scale, set_limit in ((axes.set_xscale, axes.set_xlim), (axes.set_yscale, axes.set_ylim)):
         set_scale("log")
         set_limit(0.97, top)
-    ticks = [tick for tick in (1, 1.5, 2, 3, 5, 8, 12, 20) if tick < top]
+    close = (1.1, 1.2, 1.3) if top < 2 else ()
+    ticks = [tick for tick in sorted((1, 1.5, 2, 3, 5, 8, 12, 20, *close)) if tick < top]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.set_minor_formatter(NullFormatter())
@@ -223,7 +224,7 @@ def _regrets(axes: Axes, regrets: Sequence[float]) -> None:
     most = max(0.12, math.ceil(max(regrets) / 0.02 + 1e-9) * 0.02)
     edges = [0.0, 0.005, *np.arange(0.02, most + 0.021, 0.02)]
     counts, _ = np.histogram(regrets, bins=edges)
-    labels = ["none", *(f"–{100 * edge:.0f} %" for edge in edges[2:])]
+    labels = ["none", *(f"≤ {100 * edge:.0f} %" for edge in edges[2:])]
     axes.bar(range(len(counts)), counts, color=SERIES_COLORS[0], width=0.8)
     step = math.ceil(len(labels) / 6)
     axes.set_xticks(range(0, len(labels), step), labels[::step])
