@@ -64,7 +64,7 @@ def main() -> int:
     records = [r for r in read_records(given.out) if r.stack not in stacks]
     for name in stacks:
         records += _left_out(rows, load_stack(name))
-    write_file(given.out, _text(sorted(records, key=lambda r: (r.stack, r.id))))
+        write_file(given.out, _text(sorted(records, key=lambda r: (r.stack, r.id))))
     for line in _found(records):
         print(line)
     if given.write:

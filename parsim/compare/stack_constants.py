@@ -87,12 +87,18 @@ def afresh(stack: Stack, bounds: Bounds = BOUNDS) -> Stack:
 
 
 def named_in(source: str) -> Bounds:
-    """Bounds of the constants that a stack's source names: those that were fitted.
+    """Bounds of the constants that a stack's source says were fitted (or chosen) to runs: those named in
+    such a clause of it.
 
-    >>> list(named_in("settings from the paper; gemm_slowdown, dp_slowdown fitted to 8 runs"))
-    ['gemm_slowdown', 'dp_slowdown']
+    >>> list(named_in("dp_slowdown as in nemo; gemm_slowdown, layer_host_s fitted to 8 runs"))
+    ['gemm_slowdown', 'layer_host_s']
     """
-    return {name: bound for name, bound in BOUNDS.items() if re.search(rf"\b{name}\b", source)}
+    clauses = [text for text in source.split(";") if re.search(r"\b(fitted|chosen)\b", text)]
+    return {
+        name: bound
+        for name, bound in BOUNDS.items()
+        if any(re.search(rf"\b{name}\b", clause) for clause in clauses)
+    }
 
 
 def check_bounds(stack: Stack, bounds: Bounds) -> None:
