@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from parsim.compare.csv_table import Row
+from parsim.compare.library import Library
 from parsim.compare.ranking import MIN_ROWS
 from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import Library, run_of
+from parsim.compare.run_rows import run_of
 from parsim.compare.runs import PUBLISHED, group_of, read_runs
 from parsim.config import write_file
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from parsim.compare.csv_table import Row
+from parsim.compare.library import Library
 from parsim.compare.linear import Linear, flat, longest_path, tagged
+from parsim.compare.row_cells import measured_s
+from parsim.compare.row_stack import ROW_SETTINGS, stack_named
 from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import ROW_SETTINGS, Library, Run, measured_s, run_of, stack_named
+from parsim.compare.run_rows import Run, run_of
 from parsim.config import shipped
 from parsim.cost.stage import CostModel
 from parsim.cost.step import StepCost, step_cost

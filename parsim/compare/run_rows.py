@@ -6,45 +6,23 @@ asks for what parsim does not model is an error that says why.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from parsim.compare.csv_table import Row
+from parsim.compare.library import Library
+from parsim.compare.row_cells import Cells, precision_of
+from parsim.compare.row_stack import GPT2_VOCAB, NO_OVERLAP, VTRAIN_HARNESS, stack_of
 from parsim.compare.run_models import Shape, model_of
-from parsim.config import load_cluster, load_stack, shipped
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.hardware import Cluster, with_overrides
+from parsim.hardware import Cluster
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule.check import check_plan
 from parsim.search.search import fullest_rank
 from parsim.stack import Stack
-
-REQUIRED_COLUMNS = (
-    *("id", "framework", "hardware", "gpus", "layers", "hidden", "heads", "ffn_hidden", "gated_mlp"),
-    *("vocab", "seq_len", "global_batch", "micro_batch", "tp", "pp", "precision", "recompute"),
-    "iter_time_s",
-)
-OPTIONAL_COLUMNS = (
-    *("source", "gpus_per_node", "inter_node_gbit_per_gpu", "model_name", "kv_heads", "experts"),
-    *("top_k", "vpp", "cp", "ep", "dp", "zero_or_fsdp", "sequence_parallel", "schedule", "compile"),
-    *("tp_overlap", "peak_memory_gib", "strict", "notes", "year", "interconnect", "params_b"),
-    *("tflops_per_gpu", "mfu", "tokens_per_s_per_gpu"),
-)
-
-NEAREST_STACK = {
-    "megatron-bridge": "megatron-core-2025",
-    "megatron-lm": "megatron-core-2025",
-    "gcp-recipes": "nemo",  # the recipes of AI-Hypercomputer/gpu-recipes run NeMo
-    "deepspeed": "megatron-deepspeed",
-    "fms-fsdp": "fsdp1",
-    "fsdp2": "torchtitan",
-    "mosaic": "llm-foundry",
-}
-"""Stands in for frameworks that have no Stack of their own."""
 
 OMNI_PATH_SHARE = 0.27
 """Of the nominal 4 x 100 Gb/s a node, under all-reduces of BLOOM's trials (fitted to their dependence on
@@ -55,31 +33,6 @@ OMNI_PATH_BEFORE_FIX_SHARE = 0.18
 """The same where the notes say "before the 02-25 PCIe/NUMA fix": processes then sat on sockets away from
 their GPU and its network interface (fitted to what these trials lost; their authors say 1 to 5 %)."""
 NUMA_FIX = "before the 02-25 pcie/numa fix"
-
-NO_OVERLAP = "all comm overlap disabled"
-"""What the notes of a row say where no communication runs beside compute."""
-
-VTRAIN_HARNESS = "vtrain-harness"
-COMPOSED_BY = "ground_truth_single"
-"""In the source of vTrain's single-node rows, which are exactly affine in layers and micro-batches. Its
-code (VIA-Research/vTrain, src/trainer.py and src/model) times embedding, layer, head and update alone
-on one GPU, whatever the plan, with GPT-2's vocabulary cut by tp as it is and never recomputing; steps
-are put together from these times."""
-GPT2_VOCAB = 50257
-
-FUSED_EXPERTS_SINCE = "26.06"
-"""Container of NeMo from which Megatron-Bridge's recipes fuse an expert's kernels where scales are of
-blocks: cutedsl_fused_grouped_mlp, full_iteration graphs and moe_a2a_overlap in its workload configs."""
-
-ROW_SETTINGS = (
-    *("fused_elementwise", "fp8_scaling", "dp_overlap", "pp_overlap", "tp_async_backward"),
-    *("fsdp_prefetch", "gradient_dtype", "fused_experts"),
-)
-"""Settings of a Stack that a row may state for itself."""
-
-REDUCED_IN_BF16 = "scripts/performance recipe"
-"""What the notes of a row say where it ran with Megatron-Bridge's performance recipes, which set
-grad_reduce_in_fp32 = False."""
 
 MEMORY_FORCES = 1.5
 """A run whose source does not state recomputation had it where its device's memory would have to be this
@@ -103,88 +56,6 @@ class Run:
     """Settings that the row does not state, with the value they were given."""
 
 
-@dataclass(slots=True)
-class Library:
-    """Shipped models, clusters and stacks, each read once."""
-
-    models: tuple[ModelSpec, ...]
-    stacks: dict[str, Stack] = field(default_factory=dict)
-    """By framework name; what is put here before the first row replaces the shipped file."""
-    clusters: dict[tuple[str, int, float], Cluster] = field(default_factory=dict)
-
-    def stack(self, framework: str) -> Stack:
-        if framework not in self.stacks:
-            self.stacks[framework] = load_stack(framework)
-        return self.stacks[framework]
-
-    def cluster(self, key: tuple[str, int, float]) -> Cluster:
-        """The cluster of a hardware name, GPUs a node and bytes/s between nodes (0: the profile's)."""
-        if key not in self.clusters:
-            name, gpus_per_node, inter_node_bytes_per_s = key
-            self.clusters[key] = with_overrides(
-                load_cluster(name),
-                gpus_per_node=gpus_per_node or None,
-                inter_node=inter_node_bytes_per_s or None,
-            )
-        return self.clusters[key]
-
-
-@dataclass(slots=True)
-class _Cells:
-    """The cells of a row, read by type; every error names its column."""
-
-    row: Row
-    assumed: list[str] = field(default_factory=list)
-
-    def text(self, key: str) -> str:
-        return self.row.get(key, "").strip()
-
-    def number(self, key: str) -> float | None:
-        text = self.text(key)
-        if not text:
-            return None
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ParsimError("this cell is no number", where=key, got=text)
-        return value
-
-    def whole(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1, such as 48 or 48.0; an empty cell is the default or an error."""
-        value = self.number(key)
-        if value is None:
-            if default is None:
-                raise ParsimError("this cell is empty", where=key, expected="a whole number")
-            return default
-        if value != int(value) or not 1 <= value < 2**31:
-            raise ParsimError("this cell is no whole number from 1", where=key, got=self.text(key))
-        return int(value)
-
-    def flag(self, key: str) -> bool | None:
-        value = self.number(key)
-        if value not in (None, 0, 1):
-            raise ParsimError("this cell is yes (1) or no (0)", where=key, got=self.text(key))
-        return None if value is None else bool(value)
-
-
-def measured_s(row: Row) -> float:
-    """Measured seconds of a step."""
-    seconds = _Cells(row).number("iter_time_s")
-    if seconds is None or not seconds > 0:
-        raise ParsimError(
-            "a measured time is greater than zero", where="iter_time_s", got=row.get("iter_time_s", "")
-        )
-    return seconds
-
-
-def peak_memory_bytes(row: Row) -> float | None:
-    """Measured peak of a device's memory, or None where it is not stated."""
-    gib = _Cells(row).number("peak_memory_gib")
-    return None if gib is None or not gib > 0 else gib * 2**30
-
-
 def run_of(row: Row, library: Library) -> Run:
     """The nouns of a row.
 
@@ -193,8 +64,8 @@ def run_of(row: Row, library: Library) -> Run:
     """
     if "" in row:
         raise ParsimError("this row has more cells than the header has columns")
-    cells = _Cells(row)
-    stack = _stack(cells, library)
+    cells = Cells(row)
+    stack = stack_of(cells, library)
     key, cluster = _cluster(cells, library)
     plan = _plan(cells, cluster, stack)
     model = _model(cells, library.models)
@@ -217,57 +88,7 @@ def run_of(row: Row, library: Library) -> Run:
     )
 
 
-def stack_named(framework: str, year: str, known: Collection[str]) -> str | None:
-    """The stack that stands for a framework: of that year, of its name, or the nearest one; None for
-    a framework that nothing is known of.
-    """
-    for name in (_of_year(framework, year), framework):
-        if name in known:
-            return name
-    return NEAREST_STACK.get(framework)
-
-
-def _of_year(framework: str, year: str) -> str:
-    return f"{framework}-{year.strip().removesuffix('.0')}"
-
-
-def _stack(cells: _Cells, library: Library) -> Stack:
-    framework = cells.text("framework")
-    known = {*shipped("hardware_profiles/stacks"), *library.stacks}
-    name = stack_named(framework, cells.text("year"), known) or "megatron-core-2025"
-    if name not in (framework, _of_year(framework, cells.text("year"))):
-        cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
-    if name != VTRAIN_HARNESS and COMPOSED_BY in cells.text("source"):
-        name = VTRAIN_HARNESS
-        cells.assumed.append(f"stack {name}: the row is composed of parts that were timed there")
-    stack = library.stack(name)
-    compiled = cells.flag("compile")
-    if compiled is not None and compiled != stack.fused_elementwise:
-        stack = replace(stack, fused_elementwise=compiled)
-    if _fuses_experts(cells):
-        cells.assumed.append(f"experts fused, as in recipes since container {FUSED_EXPERTS_SINCE}")
-        stack = replace(stack, fused_experts=True)
-    scaling = re.match(r"fp8-(tensor|row)wise", cells.text("precision").lower())
-    if scaling is not None:
-        stack = replace(stack, fp8_scaling=scaling[1])  # type: ignore[arg-type]  # one of the two
-    if NO_OVERLAP in cells.text("notes").lower():
-        cells.assumed.append("no overlap of communication, by the row's notes")
-        stack = replace(
-            stack, dp_overlap=False, pp_overlap=False, tp_async_backward=False, fsdp_prefetch=False
-        )
-    if REDUCED_IN_BF16 in cells.text("notes"):
-        cells.assumed.append("gradients reduced in bf16, as the performance recipes set")
-        stack = replace(stack, gradient_dtype="bf16")
-    return stack
-
-
-def _fuses_experts(cells: _Cells) -> bool:
-    container = re.search(r"\bcontainer (\d\d\.\d\d)", cells.text("source"))
-    narrow = _precision(cells) in ("mxfp8", "nvfp4") and cells.whole("experts", 0) > 0
-    return narrow and container is not None and container[1] >= FUSED_EXPERTS_SINCE
-
-
-def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], Cluster]:
+def _cluster(cells: Cells, library: Library) -> tuple[tuple[str, int, float], Cluster]:
     gbit_per_s = cells.number("inter_node_gbit_per_gpu")
     node = 0 if cells.number("gpus_per_node") is None else cells.whole("gpus_per_node")
     if gbit_per_s is not None and not gbit_per_s > 0:
@@ -282,7 +103,7 @@ def _cluster(cells: _Cells, library: Library) -> tuple[tuple[str, int, float], C
     return key, cluster
 
 
-def _reached(cells: _Cells, gbit_per_s: float) -> float:
+def _reached(cells: Cells, gbit_per_s: float) -> float:
     """What a network gives of its nominal rate, where that is known to be far less."""
     if gbit_per_s and "omni-path" in cells.text("interconnect").lower():
         before_fix = NUMA_FIX in cells.text("notes").lower()
@@ -292,7 +113,7 @@ def _reached(cells: _Cells, gbit_per_s: float) -> float:
     return gbit_per_s
 
 
-def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
+def _plan(cells: Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
     gpus, tp, pp, cp = cells.whole("gpus"), cells.whole("tp"), cells.whole("pp"), cells.whole("cp", 1)
     dp = cells.whole("dp", max(1, gpus // (tp * pp * cp)))
     if dp * tp * pp * cp != gpus:
@@ -329,7 +150,7 @@ def _plan(cells: _Cells, cluster: Cluster, stack: Stack) -> ParallelPlan:
     )
 
 
-def _expert_tp(cells: _Cells, stack: Stack, *, ranks: int, ep: int, tp: int) -> int:
+def _expert_tp(cells: Cells, stack: Stack, *, ranks: int, ep: int, tp: int) -> int:
     """Ranks that share an expert: as the notes say (ETP=4), or the stack's default where it fits."""
     stated = re.search(r"\bETP=(\d+)", cells.text("notes"))
     if stated is not None:
@@ -341,7 +162,7 @@ def _expert_tp(cells: _Cells, stack: Stack, *, ranks: int, ep: int, tp: int) -> 
     return expert_tp
 
 
-def _tp_overlap(cells: _Cells, stack: Stack, tp: int) -> bool:
+def _tp_overlap(cells: Cells, stack: Stack, tp: int) -> bool:
     stated, notes = cells.flag("tp_overlap"), cells.text("notes").lower()
     if tp == 1 or NO_OVERLAP in notes or "tp-comm-overlap off" in notes:
         return False
@@ -354,7 +175,7 @@ def _tp_overlap(cells: _Cells, stack: Stack, tp: int) -> bool:
     return stated
 
 
-def _zero(cells: _Cells, stack: Stack, *, dp: int, cp: int, node_ranks: int) -> tuple[int, int]:
+def _zero(cells: Cells, stack: Stack, *, dp: int, cp: int, node_ranks: int) -> tuple[int, int]:
     """ZeRO stage and the ranks that share the shards (0: all), from texts such as "zero1 within 8"."""
     text = cells.text("zero_or_fsdp").lower()
     stated = re.search(r"zero-?([0-3])", text)
@@ -378,7 +199,7 @@ def _zero(cells: _Cells, stack: Stack, *, dp: int, cp: int, node_ranks: int) -> 
     return zero, 0 if group >= dp * cp else group
 
 
-def _schedule(cells: _Cells, pp: int) -> tuple[str, int]:
+def _schedule(cells: Cells, pp: int) -> tuple[str, int]:
     """Schedule and model chunks a rank; a pipeline of one has neither."""
     text = re.sub(r"\(.*\)", "", cells.text("schedule")).strip().lower()
     vpp = cells.whole("vpp", 1)
@@ -398,7 +219,7 @@ def _schedule(cells: _Cells, pp: int) -> tuple[str, int]:
     return name, vpp
 
 
-def _sequence_parallel(cells: _Cells, tp: int) -> bool:
+def _sequence_parallel(cells: Cells, tp: int) -> bool:
     stated = cells.flag("sequence_parallel")
     if tp == 1:
         return False
@@ -408,7 +229,7 @@ def _sequence_parallel(cells: _Cells, tp: int) -> bool:
     return stated
 
 
-def _model(cells: _Cells, models: Sequence[ModelSpec]) -> ModelSpec:
+def _model(cells: Cells, models: Sequence[ModelSpec]) -> ModelSpec:
     experts = cells.whole("experts", 0)
     shape = Shape(
         name=cells.text("model_name") or "the model",
@@ -429,7 +250,7 @@ def _model(cells: _Cells, models: Sequence[ModelSpec]) -> ModelSpec:
     return model
 
 
-def _job(cells: _Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
+def _job(cells: Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
     stated = cells.whole("global_batch")
     pass_size = plan.dp * plan.micro_batch
     global_batch = stated // pass_size * pass_size
@@ -447,11 +268,11 @@ def _job(cells: _Cells, model: ModelSpec, plan: ParallelPlan) -> Job:
         model=model,
         seq_len=cells.whole("seq_len"),
         global_batch=global_batch,
-        precision=_precision(cells),
+        precision=precision_of(cells),
     )
 
 
-def _recomputed(cells: _Cells, job: Job, plan: ParallelPlan, costs: CostModel) -> ParallelPlan:
+def _recomputed(cells: Cells, job: Job, plan: ParallelPlan, costs: CostModel) -> ParallelPlan:
     """The plan with full recomputation where its row does not state any and memory leaves no choice."""
     if cells.text("recompute") or plan.recompute == "full" or job.model.moe is not None:
         return plan
@@ -460,24 +281,3 @@ def _recomputed(cells: _Cells, job: Job, plan: ParallelPlan, costs: CostModel) -
         return plan
     cells.assumed.append(f"recompute not stated: full, as {needed:.1f} of the memory is needed without")
     return replace(plan, recompute="full")
-
-
-def _precision(cells: _Cells) -> str:
-    """The GEMMs' dtype by its prefix; what follows names a scaling recipe."""
-    text = cells.text("precision").lower()
-    if not text:
-        cells.assumed.append("precision not stated: bf16")
-        return "bf16"
-    for prefix, precision in (
-        ("fp8-mx", "mxfp8"),
-        ("mxfp8", "mxfp8"),
-        ("nvfp4", "nvfp4"),
-        ("fp8", "fp8"),
-        ("bf16", "bf16"),
-        ("fp16", "fp16"),
-        ("fp32", "fp32"),
-        ("fp64", "fp64"),
-    ):
-        if text.startswith(prefix):
-            return precision
-    raise ParsimError("unknown precision", where="precision", got=text, expected="bf16, fp16, fp8 …")

@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from parsim.compare.csv_table import Row, read_csv
-from parsim.compare.run_models import shipped_models
-from parsim.compare.run_report import RunReport, RunResult, report_of
-from parsim.compare.run_rows import (
+from parsim.compare.library import Library
+from parsim.compare.row_cells import (
     OPTIONAL_COLUMNS,
     REQUIRED_COLUMNS,
-    Library,
-    Run,
     measured_s,
     peak_memory_bytes,
-    run_of,
 )
+from parsim.compare.run_models import shipped_models
+from parsim.compare.run_report import RunReport, RunResult, report_of
+from parsim.compare.run_rows import Run, run_of
 from parsim.config import data_folder
 from parsim.cost.interval import interval_s, leans_on
 from parsim.cost.stage import CostModel

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from parsim.compare.library import Library
 from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import Library, run_of
+from parsim.compare.run_rows import run_of
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.collective import Group, collective_s
 from parsim.cost.layer import layer_operations

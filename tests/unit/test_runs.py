@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from parsim.compare.library import Library
 from parsim.compare.run_models import shipped_models
-from parsim.compare.run_rows import Library, Run, run_of
+from parsim.compare.run_rows import Run, run_of
 from parsim.compare.runs import Predictor, read_runs, validate_runs
 from parsim.compare.statistics import summarize
 from parsim.config import dump_json
