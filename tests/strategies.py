@@ -47,6 +47,7 @@ def stacks(draw: st.DrawFn) -> Stack:
         collective_overhead_s=draw(st.sampled_from([0.0, 1e-5])),
         tp_async_backward=draw(st.booleans()),
         recompute_stops_early=draw(st.booleans()),
+        allocator_slack=draw(st.sampled_from([0.0, 0.25])),
         dp_overlap=draw(st.booleans()),
         dp_overlap_cost=draw(st.sampled_from([0.0, 0.5])),
         dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),

@@ -39,7 +39,7 @@ class Program:
 
     tasks: tuple[Task, ...]
     static_bytes: tuple[float, ...] = ()
-    """What each rank holds all the time: weights, gradients, optimizer states, buffers."""
+    """What each rank holds all the time: everything but activations kept for the backward."""
     title: str = ""
 
     @property

@@ -107,7 +107,7 @@ def program_of(
     schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
     cost = step_cost(job, plan, costs)
     memory = memory_by_rank(cost, schedule, job, plan, costs)
-    static = tuple(use.static + use.buffers + use.working for use in memory)
+    static = tuple(use.peak - use.activations for use in memory)
     title = f"{job.model.name}, {plan.short()}"
     return lower(schedule, cost, plan, costs.stack, static_bytes=static, title=title), memory
 
