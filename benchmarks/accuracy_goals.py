@@ -71,7 +71,7 @@ GOALS = (
         name="torchtitan, bf16",
         mean=0.08,
         p90=0.15,
-        chosen=lambda row: row.stack == "torchtitan" and row.precision == "bf16",
+        chosen=lambda row: row.stack.startswith("torchtitan") and row.precision == "bf16",
     ),
     Goal(
         name="Megatron-Bridge on B200, GB200, GB300, dense",

@@ -68,8 +68,9 @@ class Device:
     host_slowdown: float = 1.0
     """Time that the host beside the device takes to launch a layer, over an x86 server's."""
     training_slowdown: dict[str, float] = field(default_factory=dict)
-    """Time of matrix products inside training over the same alone, by dtype: what the clock yields to
-    the power limit under a load that never pauses. 1 where nothing is said."""
+    """Time of matrix products inside training over the kernels of the profile, by dtype: what the clock
+    yields to the power limit under a load that never pauses and, where the profile's kernels are another
+    library's or a relative's, what those are off (then it may be below 1). 1 where nothing is said."""
     clock_spread: float = 0.0
     """Relative standard deviation of the time that devices of this kind take for the same products:
     under a power limit each has a clock of its own."""

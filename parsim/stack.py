@@ -114,8 +114,9 @@ class Stack:
     """Share of data-parallel communication beside compute that costs time all the same: it takes SMs
     and memory bandwidth, and the host holds gathers back for want of memory. 1: nothing is hidden."""
     dp_slowdown: float = 1.0
-    """Time of data-parallel collectives, and of all that leave the scale-up domain, in training over the
-    same alone: copies into and out of flat buckets, a network that others use too."""
+    """Time of data-parallel collectives, and of those inside layers that leave the scale-up domain, but
+    for exchanges of tokens, in training over the same alone: copies into and out of flat buckets, a
+    network that others use too. Between stages a pipeline's transfers take their bare time."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
     zero_broadcast_s: float = 0.0
