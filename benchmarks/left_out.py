@@ -17,7 +17,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,10 @@ class Record:
     left_out_s: float
     leans_on: str
     """The keys of WIDTHS that apply, joined by "; "."""
+
+    @property
+    def leans(self) -> tuple[str, ...]:
+        return tuple(filter(None, self.leans_on.split("; ")))
 
     @property
     def log_error(self) -> float:
@@ -150,7 +154,7 @@ def base_width(records: Sequence[Record]) -> float:
 
 def half_width_of(record: Record, base: float) -> float:
     """Half width of a row's interval."""
-    return math.hypot(base, *(WIDTHS[name] for name in filter(None, record.leans_on.split("; "))))
+    return math.hypot(base, *(WIDTHS[name] for name in record.leans))
 
 
 def coverage(records: Sequence[Record]) -> dict[str, float]:
@@ -175,23 +179,34 @@ def _found(records: Sequence[Record]) -> Iterator[str]:
     if records:
         inside = sum(shares[r.stack] for r in records) / len(records)
         yield f"all: {len(records)} rows, coverage {inside:.1%}"
-    bases = {stack: base_width([r for r in records if r.stack == stack]) for stack in shares}
-    for name in WIDTHS:
-        leaning = [r for r in records if name in r.leans_on.split("; ")]
-        if leaning:
-            yield f"{name}: {len(leaning)} rows, width {_needed(name, leaning, bases):.2f}"
+    for name, (rows, width) in needed_widths(records).items():
+        yield f"{name}: {rows} rows, width {width:.2f} (in use: {WIDTHS[name]})"
 
 
-def _needed(name: str, records: Sequence[Record], bases: dict[str, float]) -> float:
-    """The least width, in steps of 0.01, with which these rows are covered."""
-    others: Callable[[Record], float] = lambda r: math.hypot(  # noqa: E731
-        bases[r.stack], *(WIDTHS[key] for key in r.leans_on.split("; ") if key != name)
-    )
-    for hundredths in range(100):
-        width = hundredths / 100
-        if sum(r.log_error <= math.hypot(others(r), width) for r in records) >= COVERAGE * len(records):
-            return width
-    return 1.0
+def needed_widths(records: Sequence[Record]) -> dict[str, tuple[int, float]]:
+    """Rows and the least half width, in steps of 0.01, that covers them, for each key of WIDTHS.
+
+    One after the other, experts last: each from rows that lean on it and on none that comes later.
+    """
+    bases = {
+        stack: base_width([r for r in records if r.stack == stack])
+        for stack in sorted({r.stack for r in records})
+    }
+    found: dict[str, tuple[int, float]] = {}
+    for name in sorted(WIDTHS, key=lambda name: name == "experts"):
+        allowed = {*found, name}
+        rows = [r for r in records if name in r.leans and allowed.issuperset(r.leans)]
+
+        def covered(width: float, rows: Sequence[Record] = rows, name: str = name) -> int:
+            return sum(
+                r.log_error
+                <= math.hypot(bases[r.stack], width, *(found[k][1] for k in r.leans if k != name))
+                for r in rows
+            )
+
+        steps = (i / 100 for i in range(101))
+        found[name] = len(rows), next((w for w in steps if covered(w) >= COVERAGE * len(rows)), 1.0)
+    return found
 
 
 def _write(name: str, records: Sequence[Record]) -> None:

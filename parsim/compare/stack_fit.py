@@ -40,6 +40,8 @@ MOST_ROUNDS = 12
 """Steps of the least-squares solver; it converges in fewer."""
 DIFFERENCE = 0.02
 """Of a constant's range, for derivatives."""
+HIDDEN = 1e-3
+"""A constant whose whole range would move no step by more than this has no effect where it stands."""
 ON_BOUND = 0.01
 """A constant within this share of its range from an end sits on the bound."""
 
@@ -235,7 +237,7 @@ class _Fitter:
         try:
             least_squares(
                 loss.residuals,
-                np.clip(loss.unit_of(begin or self.stack), 0.02, 0.98),
+                loss.first(begin or self.stack),
                 bounds=(0.0, 1.0),
                 jac=loss.jacobian,
                 loss="cauchy",
@@ -330,6 +332,15 @@ class _Loss:
                 [math.log(s / p) / (moved[i] - unit[i]) for s, p in zip(seconds, paths, strict=True)]
             )
         return np.vstack([np.array(columns).T, self._pull * np.eye(len(unit))])
+
+    def first(self, stack: Stack) -> np.ndarray:
+        """Where the solver begins: at a stack's constants, but in the middle of the range of one that
+        something else hides there, as a longer device time hides the host's; nothing would move it.
+        """
+        unit = self.unit_of(stack).clip(0.02, 0.98)
+        effects = np.abs(self.jacobian(unit)[: len(self._steps)])
+        unit[effects.max(axis=0) < HIDDEN] = 0.5
+        return unit
 
     def best(self) -> Stack:
         """The best stack so far; three digits, as a profile states them."""

@@ -215,3 +215,12 @@ def test_the_longest_path_predicts_other_constants_without_lowering() -> None:
     assert list(map(float, paths)) == pytest.approx(quick.predicted_s(steps, STACK))
     moved = replace(STACK, gemm_slowdown=1.01, attention_slowdown=1.21, step_overhead_s=0.031)
     assert quick.along(steps, paths, moved) == pytest.approx(quick.predicted_s(steps, moved), rel=1e-6)
+
+
+def test_a_constant_that_something_hides_at_the_start_is_found() -> None:
+    """A host of half a millisecond a layer is hidden by the device; one of 30 ms is not."""
+    true = replace(STACK, layer_host_s=0.03)
+    start = replace(STACK, layer_host_s=0.0005)
+    rows = measured_on(true, ROWS[:4])
+    found = fit_stack(rows, start, {"layer_host_s": (0.0, 0.05)}, cross_validate=False)
+    assert found.stack.layer_host_s == pytest.approx(0.03, rel=0.02)
