@@ -16,10 +16,10 @@ from parsim.plan import Job
 from parsim.stack import Stack
 
 WIDTHS = {
-    "experts": 0.15,
-    "narrow precision": 0.10,
-    "device without kernel measurements": 0.10,
-    "larger model than any fitted": 0.08,
+    "experts": 0.23,
+    "narrow precision": 0.05,
+    "device without kernel measurements": 0.05,
+    "larger model than any fitted": 0.13,
 }
 """Half width of log(measured / predicted) that each adds, where it applies."""
 
