@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py RUNS.csv [RUNS.csv …] [--measured FOLDER] [--out reports]
 
-writes reports/accuracy.md with its charts, and the headline table in README.md. Tables of runs have the
-columns of `parsim validate --runs`; FOLDER holds tables of kernels by hardware. Errors on rows left out
-of the fits are those that benchmarks/left_out.py recorded beside the report.
+writes reports/accuracy.md with its charts, and the headline table in README.md (unless --out is given).
+Tables of runs have the columns of `parsim validate --runs`; FOLDER holds tables of kernels by hardware.
+Errors on rows left out of the fits are those that benchmarks/left_out.py recorded beside the report.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ WORST = 10
 IRREGULAR = 1.2
 """A run that took this much longer than its neighbour in micro-batch, against parsim's expectation."""
 LARGE_MODEL = 30e9
-README = Path(__file__).parents[1] / "README.md"
+REPORTS = Path(__file__).parents[1] / "reports"
+README = REPORTS.parent / "README.md"
 MARKS = "<!-- accuracy -->\n", "<!-- /accuracy -->\n"
 
 
@@ -45,7 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tables", nargs="+", type=Path, metavar="RUNS.csv")
     parser.add_argument("--measured", type=Path, help="folder with tables of kernels by hardware")
-    parser.add_argument("--out", type=Path, default=Path("reports"))
+    parser.add_argument("--out", type=Path, default=REPORTS)
     given = parser.parse_args()
     started = time.monotonic()
     tables = {path.name: read_runs(path) for path in given.tables}
@@ -61,7 +62,8 @@ def main() -> int:
     for name, report in reports.items():
         lines += _table_section(name, report, tables[name])
     write_file(given.out / "accuracy.md", "\n".join(lines).rstrip() + "\n")
-    _into_readme(table("docs/kernels.md"))
+    if given.out.resolve() == REPORTS:
+        _into_readme(table("docs/kernels.md"))
     print(f"{given.out / 'accuracy.md'}: {len(rows)} rows in {time.monotonic() - started:.0f} s")
     return 0
 
