@@ -173,10 +173,11 @@ def _draw_sizes(rows: Sequence[RunResult], records: dict[str, Record], out: Path
             )
             for record, row in known
         ]
-        below, above = (
-            percent(median([abs(ratio - 1) for _, size, ratio in points if (size >= limit) is want]))
+        sides = [
+            [abs(ratio - 1) for _, size, ratio in points if (size >= limit) is want]
             for want in (False, True)
-        )
+        ]
+        below, above = (percent(median(side)) if side else "none" for side in sides)
         title = f"Left-out runs under {text} are off by {below} (median), others by {above}"
         draw_errors(points, out / f"accuracy-{name}.png", title=title, sizes=sizes, size_text=size_text)
         yield f"![error over {sizes}](accuracy-{name}.png)"
