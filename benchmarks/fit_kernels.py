@@ -5,8 +5,8 @@
     python benchmarks/fit_kernels.py --relatives
 
 The first form finds gemm_H.csv.gz, attention_forward_H.csv.gz and nccl_H.csv.gz in a folder. The last
-one gives profiles without measurements the constants of their nearest relative. The same input writes
-the same bytes.
+one gives profiles without measurements the constants of their nearest relative. Kinds of kernels without
+a table keep the constants they have. The same input writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from parsim.compare.kernel_fit import (
@@ -78,8 +78,15 @@ def _fit(name: str, given: argparse.Namespace) -> None:
     nccl = [r for r in read_kernel_rows(nccl_path) if isinstance(r, CollectiveRow)] if nccl_path else []
     rows = _layout_rows(layouts, LAYOUTS_OF.get(cluster.name, cluster.name)) if layouts else []
     kernels = fit_kernels(cluster, gemm, attention, nccl, rows)
+    kernels = _with_the_rest(kernels, cluster.kernels)
     write_kernels(find("hardware_profiles", name, what="hardware"), kernels)
     _tell(cluster, kernels, gemm)
+
+
+def _with_the_rest(fitted: Kernels, before: Kernels) -> Kernels:
+    """The new constants, and of kinds that no table was given for those that the profile has."""
+    kept = {f.name: getattr(before, f.name) for f in fields(Kernels) if not getattr(fitted, f.name)}
+    return replace(fitted, **kept)
 
 
 def _layout_rows(path: Path, hardware: str) -> list[LayoutRow]:
@@ -165,6 +172,8 @@ def _over_pcie(kernels: Kernels) -> Kernels:
         collective=tuple(
             replace(
                 fit,
+                tiny_bytes=0.0,
+                tiny=None,
                 switch_bytes=0.0,
                 short=None,
                 long=Protocol(

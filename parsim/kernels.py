@@ -176,6 +176,9 @@ class CollectiveFit:
 
     kind: str
     gpus: int
+    tiny_bytes: float = 0.0
+    """Below this the library takes `tiny`, where it has three protocols."""
+    tiny: Protocol | None = None
     switch_bytes: float = 0.0
     """The library takes `short` below and `long` from here on."""
     short: Protocol | None = None
@@ -185,7 +188,7 @@ class CollectiveFit:
     fitted_to: str
 
     def __post_init__(self) -> None:
-        _check_not_negative(self, "switch_bytes")
+        _check_not_negative(self, "tiny_bytes", "switch_bytes")
         if self.gpus < 2:
             raise ParsimError("a collective needs two ranks", where="gpus", got=self.gpus)
 

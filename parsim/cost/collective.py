@@ -110,11 +110,19 @@ def send_recv_s(cluster: Cluster, num_bytes: float, *, local: bool) -> float:
 
 
 def fitted_s(fit: CollectiveFit, link: Link, num_bytes: float, wire_bytes: float) -> float:
-    """Seconds by a fit; never less for more bytes, also where the library switches protocol."""
-    if fit.short is None or num_bytes >= fit.switch_bytes:
-        return protocol_s(fit.long, link, wire_bytes)
-    at_switch_s = protocol_s(fit.long, link, wire_bytes * fit.switch_bytes / num_bytes)
-    return min(protocol_s(fit.short, link, wire_bytes), at_switch_s)
+    """Seconds by a fit; never less for more bytes, also where the library switches protocol.
+
+    What lies below a border takes at most as long as the first message above it.
+    """
+    wire_per_byte = wire_bytes / num_bytes
+    seconds = protocol_s(fit.long, link, wire_per_byte * max(num_bytes, fit.switch_bytes))
+    if fit.short is not None and num_bytes < fit.switch_bytes:
+        seconds = min(
+            seconds, protocol_s(fit.short, link, wire_per_byte * max(num_bytes, fit.tiny_bytes))
+        )
+    if fit.tiny is not None and num_bytes < fit.tiny_bytes:
+        seconds = min(seconds, protocol_s(fit.tiny, link, wire_bytes))
+    return seconds
 
 
 def protocol_s(protocol: Protocol, link: Link, wire_bytes: float) -> float:
@@ -166,9 +174,12 @@ def _between(low: CollectiveFit, high: CollectiveFit, size: int) -> CollectiveFi
         )
 
     both = low.short is not None and high.short is not None
+    tiny = mixed(low.tiny, high.tiny) if low.tiny and high.tiny else None
     return CollectiveFit(
         kind=high.kind,
         gpus=size,
+        tiny_bytes=line(low.tiny_bytes, high.tiny_bytes) if tiny else 0.0,
+        tiny=tiny,
         switch_bytes=line(low.switch_bytes, high.switch_bytes) if both else 0.0,
         short=mixed(low.short, high.short) if low.short and high.short else None,
         long=mixed(low.long, high.long),
@@ -184,7 +195,7 @@ def _inside(cluster: Cluster, kind: str, size: int) -> tuple[float, float]:
     if size == 1:
         return 0.0, bandwidth
     fit = collective_fit(cluster, kind, size)
-    return (fit.short or fit.long).latency_s, fit.long.bus_efficiency * bandwidth
+    return (fit.tiny or fit.short or fit.long).latency_s, fit.long.bus_efficiency * bandwidth
 
 
 def _hop_s(network: Link) -> float:

@@ -69,11 +69,22 @@ def test_long_messages_inside_a_domain_go_round_a_ring(n: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", [Group(2, 2), Group(8, 8), Group(16, 8), Group(64, 1), Group(24, 4)])
-@pytest.mark.parametrize("name", ["a100-sxm-80gb", "h100-sxm-80gb", "gb200-nvl72", "local-cpu"])
-def test_more_bytes_never_take_less_time(name: str, kind: str, group: Group) -> None:
+@pytest.mark.parametrize("size", [(2, 2), (3, 3), (4, 4), (6, 6), (8, 8), (16, 8), (64, 1), (24, 4)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a100-sxm-80gb",
+        "h100-sxm-80gb",
+        "h200-sxm-141gb",
+        "b200-sxm-180gb",
+        "gb200-nvl72",
+        "mi300x",
+        "local-cpu",
+    ],
+)
+def test_more_bytes_never_take_less_time(name: str, kind: str, size: tuple[int, int]) -> None:
     cluster = load_cluster(name)
-    times = [collective_s(cluster, kind, 1000 * 1.3**i, group) for i in range(60)]
+    times = [collective_s(cluster, kind, 1000 * 1.15**i, Group(*size)) for i in range(112)]
     assert all(a < b * (1 + 1e-12) for a, b in itertools.pairwise(times))
 
 
@@ -116,6 +127,26 @@ def test_the_library_switches_protocol_at_a_size() -> None:
     assert small == pytest.approx(5e-6, rel=0.02)
     large = collective_s(cluster, "all_reduce", 1e9, Group(8, 8))
     assert large == pytest.approx(4e-5 + 1.75e9 / (0.8 * 450e9))
+
+
+def test_a_third_protocol_for_tiny_messages_never_makes_longer_ones_faster() -> None:
+    """Below a border the time is the protocol's own, or the next one's at the border if that is less."""
+    tiny = Protocol(latency_s=6e-6, bus_efficiency=0.01, exponent=1.0)
+    short = Protocol(latency_s=1.4e-5, bus_efficiency=0.3, exponent=5.0)
+    three = replace(
+        fit("all_to_all", 8, latency_s=4e-5), tiny_bytes=2e5, tiny=tiny, short=short, switch_bytes=8e6
+    )
+    cluster = machine(three)
+
+    def time(num_bytes: float) -> float:
+        return collective_s(cluster, "all_to_all", num_bytes, Group(8, 8))
+
+    assert time(1e3) == pytest.approx(6e-6, rel=0.05)
+    assert time(1.9e5) == pytest.approx(time(2e5))  # by itself `tiny` would take 43 us
+    assert time(1e6) == pytest.approx(1.4e-5, rel=0.01)
+    assert time(9e6) == pytest.approx(4e-5 + 7 / 8 * 9e6 / (0.8 * 450e9))
+    times = [time(1e3 * 1.1**i) for i in range(120)]
+    assert all(a <= b * (1 + 1e-12) for a, b in itertools.pairwise(times))
 
 
 def test_group_sizes_between_and_beyond_the_fitted_ones() -> None:

@@ -163,6 +163,45 @@ def test_collective_constants_come_back_from_what_they_predict() -> None:
     assert found.short.latency_s == pytest.approx(1.5e-5, rel=0.05)
 
 
+def test_where_a_curve_is_silent_the_switch_follows_the_other_group_sizes() -> None:
+    """NCCL takes Simple from (1.8 us + 2.8 us · steps) / wire factor on, times a device's rate.
+
+    Rows of 4 MB and 8 MB among eight are missing, where its switch lies; two and four tell the rate.
+    """
+    cluster = load_cluster("h100-sxm-80gb")
+    modelled = {2: (1.8 + 2.8 * 1) / (1 / 2), 4: (1.8 + 2.8 * 3) / (3 / 4), 8: (1.8 + 2.8 * 7) / (7 / 8)}
+    for rate in (2.4e5, 4.2e5):  # eight ranks switch at 5.9 MB, or at 10.3 MB
+        rows = []
+        for gpus, size_bytes in modelled.items():
+            truth = CollectiveFit(
+                kind="all_gather",
+                gpus=gpus,
+                switch_bytes=rate * size_bytes,
+                short=Protocol(latency_s=4e-6 + 1e-6 * gpus, bus_efficiency=0.4, exponent=1.0),
+                long=Protocol(latency_s=5e-5, bus_efficiency=0.7, exponent=0.9),
+                source="",
+                date="",
+                fitted_to="",
+            )
+            made = dataclasses.replace(cluster, kernels=Kernels(collective=(truth,)))
+            group = Group(gpus, gpus)
+            rows += [
+                CollectiveRow("all_gather", gpus, size, collective_s(made, "all_gather", size, group))
+                for size in (2**i for i in range(10, 30))
+                if gpus < 8 or size not in (2**22, 2**23)
+            ]
+        found = {fit.gpus: fit for fit in fit_collectives(cluster.intra_node, rows)}
+        assert (found[8].switch_bytes < 2**23) == (rate < 3e5)
+
+
+def test_an_exchange_has_a_protocol_for_tiny_messages() -> None:
+    """Eight GPUs exchange 64 KiB in 10 us and 1 MiB in 16 (aiconfigurator, H100): LL, then Simple."""
+    cluster = load_cluster("h100-sxm-80gb")
+    for num_bytes, measured_s in ((2**16, 10.1e-6), (2**20, 15.9e-6), (2**25, 125.2e-6)):
+        seconds = collective_s(cluster, "all_to_all", num_bytes, Group(8, 8))
+        assert seconds == pytest.approx(measured_s, rel=0.15)
+
+
 def test_gemm_constants_predict_what_they_were_not_fitted_to() -> None:
     device = load_cluster("h100-sxm-80gb").device
     truth = GemmFit(
