@@ -107,7 +107,10 @@ def _head() -> Iterator[str]:
     yield ""
     yield (
         "*fitted*: the shipped stacks, whose few constants were fitted to these rows. *left out*: each "
-        "row as predicted by a fit that had not seen its model, which is what to expect of a new model. "
+        "row as predicted by a fit of its stack that had not seen its model, which is what to expect of "
+        "a new model. The few factors of devices (training_slowdown, clock_spread, host_slowdown) and "
+        "of single networks were fitted to the same rows and stay: where a table has one model or few "
+        "devices, the two columns say little of each other. "
         "Settings that a source does not state were taken by default; *strict* rows state all of them."
     )
     yield ""

@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def _left_out(rows: Sequence[Row], stack: Stack) -> list[Record]:
-    """Every row of a stack by a fit that had not seen its group."""
+    """The rows of a stack by fits that had not seen their group; none of a row without such a fit."""
     steps, _ = measured_steps(rows, stack)
     if not steps:
         return []
@@ -88,9 +88,9 @@ def _left_out(rows: Sequence[Row], stack: Stack) -> list[Record]:
         print(f"{stack.name}: {len(steps)} rows, {', '.join(bounds)}", file=sys.stderr)
         found = fit_stack(rows, afresh(stack, bounds), bounds)
         groups = [row.group for row in found.rows]
-        times = [row.predicted_s if row.held_out_s is None else row.held_out_s for row in found.rows]
+        times: list[float | None] = [row.held_out_s for row in found.rows]
     else:
-        times = QuickSteps().predicted_s(steps, stack)
+        times = [*QuickSteps().predicted_s(steps, stack)]
     return [
         Record(
             id=step.id,
@@ -104,6 +104,7 @@ def _left_out(rows: Sequence[Row], stack: Stack) -> list[Record]:
             ),
         )
         for step, group, seconds in zip(steps, groups, times, strict=True)
+        if seconds is not None
     ]
 
 

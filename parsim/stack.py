@@ -71,8 +71,9 @@ class Stack:
     moe_host_s: float = 0.0
     """The same of a layer with experts, on top: router, permutations, launches for each expert, and the
     counts of tokens that the host waits for."""
-    graphed_hardware: tuple[str, ...] = ()
-    """Hardware profiles on which its recipes launch all but the experts' products by graphs."""
+    graphs_for_slow_hosts: bool = False
+    """Beside a host that is slow to launch (Device.host_slowdown above 1: Grace) its recipes launch all
+    but the experts' products by graphs."""
     narrow_host_s: float = 0.0
     """What a layer's pass takes longer on the host where its GEMMs are narrower than 16 bits: casts,
     scales, and modules that keep track of both."""

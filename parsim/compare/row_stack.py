@@ -11,6 +11,9 @@ from parsim.compare.row_cells import Cells, precision_of
 from parsim.config import shipped
 from parsim.stack import Stack
 
+NEAREST = "nearest is"
+"""In `assumed` of a row whose framework has no Stack of its own."""
+
 NEAREST_STACK = {
     "megatron-bridge": "megatron-core-2025",
     "megatron-lm": "megatron-core-2025",
@@ -68,7 +71,7 @@ def stack_of(cells: Cells, library: Library) -> Stack:
     known = {*shipped("hardware_profiles/stacks"), *library.stacks}
     name = stack_named(framework, cells.text("year"), known) or "megatron-core-2025"
     if name not in (framework, _of_year(framework, cells.text("year"))):
-        cells.assumed.append(f"stack {framework or 'not stated'}: nearest is {name}")
+        cells.assumed.append(f"stack {framework or 'not stated'}: {NEAREST} {name}")
     if name != VTRAIN_HARNESS and COMPOSED_BY in cells.text("source"):
         name = VTRAIN_HARNESS
         cells.assumed.append(f"stack {name}: the row is composed of parts that were timed there")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parsim.compare.ranking import Ranking, rank_groups
+from parsim.compare.row_stack import NEAREST
 from parsim.compare.statistics import Summary, summarize
 from parsim.units import format_duration
 
@@ -146,6 +147,8 @@ class RunReport:
         lines.extend(_worst_lines(self.rows, worst))
         reasons = Counter(row.reason for row in self.rows if row.status != "ok")
         lines.extend(f"unsupported, {count} rows: {reason}" for reason, count in reasons.most_common())
+        stand_ins = Counter(text for row in self.rows for text in row.assumed if NEAREST in text)
+        lines.extend(f"{count} rows on a {text}" for text, count in stand_ins.most_common())
         return lines
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from parsim.hardware import DTYPE_BYTES, Cluster
+from parsim.kernels import Kernels
 from parsim.model import num_parameters
 from parsim.plan import Job
 from parsim.stack import Stack
@@ -29,10 +30,15 @@ def leans_on(job: Job, cluster: Cluster, stack: Stack) -> tuple[str, ...]:
     applies = {
         "experts": job.model.moe is not None,
         "narrow precision": DTYPE_BYTES[job.precision] < 2,
-        "device without kernel measurements": bool(cluster.kernels.relative),
+        "device without kernel measurements": not _is_measured(cluster.kernels),
         "larger model than any fitted": 0 < stack.fitted_parameters < num_parameters(job.model),
     }
     return tuple(name for name in WIDTHS if applies[name])
+
+
+def _is_measured(kernels: Kernels) -> bool:
+    """Whether matrix products were timed on this very device."""
+    return not kernels.relative and bool(kernels.gemm or kernels.measured_gemm)
 
 
 def log_half_width(job: Job, cluster: Cluster, stack: Stack) -> float:

@@ -141,7 +141,8 @@ class CostModel:
             return HostTime(measured.layer_forward_s, measured.layer_backward_s)
         stack, is_moe = self.stack, self.model.is_moe_layer(layer)
         host_s = stack.layer_host_s
-        if not (is_moe and (stack.fused_experts or self.cluster.name in stack.graphed_hardware)):
+        graphed = stack.graphs_for_slow_hosts and self.cluster.device.host_slowdown > 1
+        if not (is_moe and (stack.fused_experts or graphed)):
             host_s += (cell.cp - 1) * stack.ring_host_s + cell.low_precision * stack.narrow_host_s
             host_s += is_moe * stack.moe_host_s
         host_s *= self.cluster.device.host_slowdown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,7 +16,7 @@ from parsim.cost.operation import Elementwise, Gemm, Operation, Transfer
 from parsim.cost.price import PartTime
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.hardware import Link
+from parsim.hardware import Cluster, Link
 from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule.check import check_plan
@@ -165,8 +166,17 @@ def test_the_host_of_a_layer_with_experts_unless_graphs_launch_it() -> None:
     eager = layer_time(1e11, moe_host_s=1.0)
     assert eager.forward.total_s == pytest.approx(1.0)
     assert eager.backward.total_s == pytest.approx(1.0)
-    plain = layer_time(1e11)
-    assert layer_time(1e11, moe_host_s=1.0, graphed_hardware=("round",)) == plain
+    cluster = round_cluster()
+    slow_host = replace(cluster, device=replace(cluster.device, host_slowdown=2.0))
+
+    def forward_s(on: Cluster, graphs: bool) -> float:
+        stack = plain_stack(moe_host_s=1.0, graphs_for_slow_hosts=graphs)
+        costs = CostModel(EXPERTS, on, stack)
+        return costs.layer(cell_of(job(EXPERTS), PLAN), 0).time.forward.total_s
+
+    assert forward_s(slow_host, graphs=False) == pytest.approx(2.0)
+    assert forward_s(slow_host, graphs=True) < 0.5
+    assert forward_s(cluster, graphs=True) == pytest.approx(1.0)
 
 
 def test_routed_tokens_and_exchanges_are_slower_in_training() -> None:

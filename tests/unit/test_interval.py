@@ -9,6 +9,7 @@ import pytest
 
 from parsim.config import load_cluster, load_model, load_stack
 from parsim.cost.interval import WIDTHS, interval_s, leans_on, log_half_width
+from parsim.kernels import Kernels
 from parsim.plan import Job
 
 STACK = replace(load_stack("nemo"), relative_error=0.1, fitted_parameters=200e9)
@@ -25,6 +26,11 @@ def test_a_dense_model_in_16_bits_has_the_stacks_own_width() -> None:
     assert interval_s(2.0, job(), H100, STACK) == pytest.approx(
         (2.0 * math.exp(-0.1), 2.0 * math.exp(0.1))
     )
+
+
+def test_a_profile_of_data_sheets_alone_is_not_measured() -> None:
+    bare = replace(H100, kernels=Kernels())
+    assert leans_on(job(), bare, STACK) == ("device without kernel measurements",)
 
 
 @pytest.mark.parametrize(

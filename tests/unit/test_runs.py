@@ -296,6 +296,12 @@ def test_vtrains_composed_rows_are_what_its_harness_timed(
     assert {"stack vtrain-harness", "recompute"} <= {text.split(":")[0] for text in run.assumed}
 
 
+def test_a_framework_that_nothing_is_known_of_is_said_in_the_report(tmp_path: Path) -> None:
+    table = write(tmp_path / "runs.csv", [ROW, ROW | {"id": "typo", "framework": "torchtitann"}])
+    lines = validate_runs(table).to_lines()
+    assert "1 rows on a stack torchtitann: nearest is megatron-core-2025" in lines
+
+
 def test_bloom_before_its_numa_fix_had_less_of_the_network(library: Library) -> None:
     omni_path = {"interconnect": "4 x 100 Gb/s Omni-Path a node", "inter_node_gbit_per_gpu": "50"}
     before = read(library, **omni_path, notes="before the 02-25 PCIe/NUMA fix (1-5% slower)")
