@@ -343,8 +343,8 @@ class _Loss:
         return unit
 
     def best(self) -> Stack:
-        """The best stack so far; three digits, as a profile states them."""
-        return self._stack(self._least[1], digits=3)
+        """The best stack so far, as a profile states it: three digits, nothing below 1e-4 of a range."""
+        return self._stack(np.round(self._least[1], 4), digits=3)
 
     def _stack(self, unit: Iterable[float], digits: int = 17) -> Stack:
         values = self._low + np.asarray(unit) * self._range
