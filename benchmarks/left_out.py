@@ -5,9 +5,8 @@
 fits each stack afresh (from typical values, the constants that its `source` names) with some models left
 out in turn, and records every row's time by the fit that had not seen its model in reports/left_out.csv,
 which benchmarks/accuracy.py reads. A stack whose source names no constant has seen no row: its own
-predictions count. With --stack the other stacks' records stay. megatron-core-2025, which has few dense
-models, begins at the constants of nemo (--begin-at nemo), whose kernels it runs. Rows of a kind that
-only one model has are not recorded. --write puts relative_error and fitted_parameters into the stacks'
+predictions count. With --stack the other stacks' records stay. Rows of a kind that only
+one model has are not recorded. --write puts relative_error and fitted_parameters into the stacks'
 files. Minutes a stack.
 """
 
@@ -62,9 +61,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("tables", nargs="*", type=Path, metavar="RUNS.csv")
     parser.add_argument("--stack", action="append", default=[], help="only this one (repeatable)")
-    parser.add_argument(
-        "--begin-at", metavar="K", help="begin at this stack's constants, not at typical values"
-    )
     parser.add_argument("--out", type=Path, default=Path("reports/left_out.csv"))
     parser.add_argument("--write", action="store_true", help="write the stacks' intervals")
     given = parser.parse_args()
@@ -72,7 +68,7 @@ def main() -> int:
     stacks = given.stack or (list(shipped("hardware_profiles/stacks")) if rows else [])
     records = [r for r in read_records(given.out) if r.stack not in stacks]
     for name in stacks:
-        records += _left_out(rows, load_stack(name), load_stack(given.begin_at or name))
+        records += _left_out(rows, load_stack(name))
         write_file(given.out, _text(sorted(records, key=lambda r: (r.stack, r.id))))
     for line in _found(records):
         print(line)
@@ -82,11 +78,8 @@ def main() -> int:
     return 0
 
 
-def _left_out(rows: Sequence[Row], stack: Stack, relative: Stack) -> list[Record]:
-    """The rows of a stack by fits that had not seen their group; none of a row without such a fit.
-
-    Fits begin at typical values, or where a relative stands that runs the same kernels.
-    """
+def _left_out(rows: Sequence[Row], stack: Stack) -> list[Record]:
+    """The rows of a stack by fits that had not seen their group; none of a row without such a fit."""
     steps, _ = measured_steps(rows, stack)
     if not steps:
         return []
@@ -94,10 +87,7 @@ def _left_out(rows: Sequence[Row], stack: Stack, relative: Stack) -> list[Record
     groups = [step.model for step in steps]
     if bounds:
         print(f"{stack.name}: {len(steps)} rows, {', '.join(bounds)}", file=sys.stderr)
-        begin = afresh(stack, bounds)
-        if relative.name != stack.name:
-            begin = replace(stack, **{name: getattr(relative, name) for name in bounds})
-        found = fit_stack(rows, begin, bounds)
+        found = fit_stack(rows, afresh(stack, bounds), bounds)
         groups = [row.group for row in found.rows]
         times: list[float | None] = [row.held_out_s for row in found.rows]
     else:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
 from parsim.cost.price import PartTime, PassTime
 from parsim.cost.stage import StageCost
 from parsim.cost.step import StageSync, StepCost
@@ -74,3 +78,12 @@ def flat_cost(
         send_s=(send_s,) * (num_stages - 1),
         tied_reduce_s=tied_reduce_s,
     )
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Rows of the same columns as a table."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

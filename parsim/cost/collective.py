@@ -51,9 +51,9 @@ class Group:
         return -(-self.size // self.local)
 
 
-def group_of(cluster: Cluster, *, size: int, stride: int) -> Group:
-    """The group of `size` ranks that lie `stride` global ranks apart."""
-    return Group(size, cluster.domain_ranks(size=size, stride=stride))
+def group_of(cluster: Cluster, *, size: int, stride: int, gpus: int | None = None) -> Group:
+    """The worst group of `size` ranks that lie `stride` global ranks apart, of all among `gpus` ranks."""
+    return Group(size, cluster.domain_ranks(size=size, stride=stride, gpus=gpus))
 
 
 def wire_factor(kind: str, size: int) -> float:

@@ -339,4 +339,4 @@ def _group(cell: Cell, cluster: Cluster, stream: Stream) -> Group:
         "cp": (cell.cp, cell.tp),
         "ep": (cell.ep, cell.expert_tp),
     }[stream]
-    return group_of(cluster, size=size, stride=stride)
+    return group_of(cluster, size=size, stride=stride, gpus=cell.gpus)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from parsim.cost.cell import cell_of
-from parsim.cost.collective import Group, collective_s, send_recv_s
+from parsim.cost.collective import collective_s, group_of, send_recv_s
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import (
     gathered_bytes,
@@ -67,7 +67,10 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
         stride = (plan.pp - 1) * plan.dp * plan.cp * plan.tp
         tied_s = collective_s(
-            costs.cluster, "all_reduce", size, _group(costs.cluster, plan, size=2, stride=stride)
+            costs.cluster,
+            "all_reduce",
+            size,
+            group_of(costs.cluster, gpus=plan.gpus, size=2, stride=stride),
         )
     return StepCost(
         stages=stages,
@@ -87,7 +90,7 @@ def _extremes_s(job: Job, plan: ParallelPlan, costs: CostModel) -> float:
     ranks = plan.tp * plan.cp * plan.dp
     if job.precision != "fp8" or costs.stack.fp8_scaling != "delayed" or ranks == 1:
         return 0.0
-    group = _group(costs.cluster, plan, size=ranks, stride=1)
+    group = group_of(costs.cluster, gpus=plan.gpus, size=ranks, stride=1)
     waiting_s = costs.stack.collective_overhead_s * math.log2(ranks)
     return collective_s(costs.cluster, "all_reduce", EXTREMES_BYTES, group) + waiting_s
 
@@ -108,14 +111,9 @@ def _send_s(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> float
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
         seconds += collective_s(
-            cluster, "all_gather", whole, _group(cluster, plan, size=plan.tp, stride=1)
+            cluster, "all_gather", whole, group_of(cluster, gpus=plan.gpus, size=plan.tp, stride=1)
         )
     return seconds
-
-
-def _group(cluster: Cluster, plan: ParallelPlan, *, size: int, stride: int) -> Group:
-    """The worst group of `size` ranks that lie `stride` global ranks apart, among the plan's own."""
-    return Group(size, cluster.domain_ranks(size=size, stride=stride, gpus=plan.gpus))
 
 
 def _stage_sync(
@@ -139,7 +137,7 @@ def _stage_sync(
                 cluster,
                 "all_gather",
                 parameters * gathered_bytes(job.precision, stack) / buckets,
-                _group(cluster, plan, size=group, stride=stride),
+                group_of(cluster, gpus=plan.gpus, size=group, stride=stride),
             )
     if plan.zero in (1, 2) and plan.shard_group > 1:
         # Each rank broadcasts once a step, whatever number of chunks it holds.
@@ -171,14 +169,20 @@ def _reduce_s(cluster: Cluster, num_bytes: float, ranks: int, stride: int, plan:
     """Sum of gradients over `ranks`: within the shard group first, then between the groups."""
     if plan.zero == 0:
         return collective_s(
-            cluster, "all_reduce", num_bytes, _group(cluster, plan, size=ranks, stride=stride)
+            cluster,
+            "all_reduce",
+            num_bytes,
+            group_of(cluster, gpus=plan.gpus, size=ranks, stride=stride),
         )
     group = min(ranks, plan.zero_group or ranks)
     seconds = collective_s(
-        cluster, "reduce_scatter", num_bytes, _group(cluster, plan, size=group, stride=stride)
+        cluster,
+        "reduce_scatter",
+        num_bytes,
+        group_of(cluster, gpus=plan.gpus, size=group, stride=stride),
     )
     if ranks > group:
-        between = _group(cluster, plan, size=ranks // group, stride=stride * group)
+        between = group_of(cluster, gpus=plan.gpus, size=ranks // group, stride=stride * group)
         seconds += collective_s(cluster, "all_reduce", num_bytes / group, between)
     return seconds
 

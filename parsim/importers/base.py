@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -24,9 +25,9 @@ class Family(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, protected_namespaces=())
 
+    @abstractmethod
     def shape(self) -> dict[str, Any]:
         """The fields of ModelSpec that this config sets."""
-        raise NotImplementedError
 
 
 class LlamaLike(Family):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -16,6 +15,7 @@ from parsim.compare.runs import Predictor, read_runs, validate_runs
 from parsim.compare.statistics import summarize
 from parsim.config import dump_json
 from parsim.errors import ParsimError
+from tests.builders import write_csv
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "published"
 
@@ -117,14 +117,6 @@ def library() -> Library:
 
 def read(library: Library, base: dict[str, str] = ROW, **cells: str) -> Run:
     return run_of(base | cells, library)
-
-
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 # What a row means
@@ -297,7 +289,7 @@ def test_vtrains_composed_rows_are_what_its_harness_timed(
 
 
 def test_a_framework_that_nothing_is_known_of_is_said_in_the_report(tmp_path: Path) -> None:
-    table = write(tmp_path / "runs.csv", [ROW, ROW | {"id": "typo", "framework": "torchtitann"}])
+    table = write_csv(tmp_path / "runs.csv", [ROW, ROW | {"id": "typo", "framework": "torchtitann"}])
     lines = validate_runs(table).to_lines()
     assert "1 rows on a stack torchtitann: nearest is megatron-core-2025" in lines
 
@@ -373,7 +365,7 @@ def test_memory_never_refuses_a_measured_run() -> None:
 
 def test_rows_stay_in_order_and_none_is_dropped(tmp_path: Path) -> None:
     rows = [ROW | {"id": f"r{i}", "gpus": "384" if i % 2 else "7"} for i in range(4)]
-    report = validate_runs(write(tmp_path / "runs.csv", rows))
+    report = validate_runs(write_csv(tmp_path / "runs.csv", rows))
     assert [row.id for row in report.rows] == ["r0", "r1", "r2", "r3"]
     assert [row.status for row in report.rows] == ["unsupported", "ok", "unsupported", "ok"]
     assert (report.summary.rows, report.summary.ok) == (4, 2)
@@ -388,13 +380,13 @@ def test_rows_stay_in_order_and_none_is_dropped(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_the_nearest_header(tmp_path: Path) -> None:
     renamed = {("global_bach" if key == "global_batch" else key): value for key, value in ROW.items()}
     with pytest.raises(ParsimError, match="'global_batch' is missing, and 'global_bach' is near it"):
-        validate_runs(write(tmp_path / "runs.csv", [renamed]))
+        validate_runs(write_csv(tmp_path / "runs.csv", [renamed]))
 
 
 def test_a_misspelt_optional_column_is_not_lost(tmp_path: Path) -> None:
     renamed = {("zero_or_fdsp" if key == "zero_or_fsdp" else key): value for key, value in ROW.items()}
     with pytest.raises(ParsimError, match="zero_or_fdsp"):
-        read_runs(write(tmp_path / "runs.csv", [renamed]))
+        read_runs(write_csv(tmp_path / "runs.csv", [renamed]))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +406,7 @@ def test_a_file_that_is_no_table(tmp_path: Path, content: bytes, message: str) -
 
 
 def test_a_byte_order_mark_and_a_short_row(tmp_path: Path) -> None:
-    path = write(tmp_path / "runs.csv", [ROW])
+    path = write_csv(tmp_path / "runs.csv", [ROW])
     lines = path.read_text(encoding="utf-8").splitlines()
     short = ",".join(lines[1].split(",")[:8])
     path.write_text("\ufeff" + "\n".join([*lines, short]) + "\n", encoding="utf-8")

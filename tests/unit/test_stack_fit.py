@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from parsim.compare.stack_profile import fitted_source, stack_toml
 from parsim.config import load_stack
 from parsim.errors import ParsimError
 from parsim.stack import Stack
+from tests.builders import write_csv
 
 STACK = load_stack("llm-foundry")
 SHAPES = {"1b": (24, 2048, 16, 8192), "7b": (32, 4096, 32, 16384), "13b": (40, 5120, 40, 20480)}
@@ -168,21 +168,13 @@ def test_the_profile_says_what_was_fitted_and_reads_back(tmp_path: Path) -> None
     assert load_stack(str(path)) == stack
 
 
-def write(path: Path, rows: Sequence[dict[str, str]]) -> Path:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 def test_a_user_fits_a_stack_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ten rows that name a stack and a hardware profile of the user's own."""
     mine = replace(STACK, name="mine", gemm_slowdown=1.3)
     profile = Path(__file__).parents[2] / "hardware_profiles" / "a100-sxm-80gb.toml"
     (tmp_path / "cluster.toml").write_bytes(profile.read_bytes())
     own = {"framework": "mine", "hardware": str(tmp_path / "cluster.toml")}
-    runs = write(tmp_path / "runs.csv", measured_on(mine, [cells | own for cells in ROWS[:10]]))
+    runs = write_csv(tmp_path / "runs.csv", measured_on(mine, [cells | own for cells in ROWS[:10]]))
     start, out = tmp_path / "mine.toml", tmp_path / "fitted.toml"
     start.write_text(stack_toml(replace(STACK, name="mine")), encoding="utf-8")
     command = ["calibrate", "--runs", str(runs), "--stack", str(start), "-o", str(out), "--json"]
@@ -197,7 +189,7 @@ def test_a_user_fits_a_stack_of_their_own(tmp_path: Path, capsys: pytest.Capture
 def test_rows_of_an_unknown_framework_are_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = write(tmp_path / "runs.csv", [cells | {"framework": "my-trainer"} for cells in ROWS])
+    runs = write_csv(tmp_path / "runs.csv", [cells | {"framework": "my-trainer"} for cells in ROWS])
     assert run_command(["calibrate", "--runs", str(runs), "--stack", "llm-foundry"]) == 2
     assert "my-trainer: framework is unknown" in capsys.readouterr().err
 
