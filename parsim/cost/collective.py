@@ -52,7 +52,7 @@ class Group:
 
 
 def group_of(cluster: Cluster, *, size: int, stride: int, gpus: int | None = None) -> Group:
-    """The worst group of `size` ranks that lie `stride` global ranks apart, of all among `gpus` ranks."""
+    """The worst group of `size` ranks that lie `stride` global ranks apart, of all in `gpus` ranks."""
     return Group(size, cluster.domain_ranks(size=size, stride=stride, gpus=gpus))
 
 

@@ -133,6 +133,18 @@ def test_a_host_that_cannot_keep_up_sets_the_pace() -> None:
     assert prediction.step_time_s == pytest.approx(64, rel=0.01)
 
 
+def test_a_tensor_parallel_group_is_torn_only_where_the_plan_has_the_ranks() -> None:
+    """Six ranks fit a node of eight; the next six begin in it and end in another."""
+    model = small_model(hidden=768, heads=12, kv_heads=6, ffn_hidden=1536)
+    job = Job(model=model, seq_len=256, global_batch=4)
+
+    def forward_tp_s(dp: int) -> float:
+        cell = cell_of(job, ParallelPlan(tp=6, dp=dp))
+        return CostModel(model, round_cluster(), plain_stack()).layer(cell, 0).time.forward.tp_s
+
+    assert forward_tp_s(2) > 5 * forward_tp_s(1)  # the network has a tenth of the rate
+
+
 def test_layers_timed_alone_begin_with_an_idle_device() -> None:
     """A device that is busy for long pays the lead once a pass; collectives are not beside launches."""
     model = small_model()
