@@ -6,6 +6,7 @@ from typing import TypeGuard
 import pytest
 
 from parsim.cost.cell import Cell, cell_of
+from parsim.cost.collective import NETWORK_EFFICIENCY, NETWORK_HOP_S
 from parsim.cost.flops import model_flops, model_flops_per_token
 from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.layer import embedding_operations, layer_operations
@@ -143,6 +144,47 @@ def test_a_tensor_parallel_group_is_torn_only_where_the_plan_has_the_ranks() -> 
         return CostModel(model, round_cluster(), plain_stack()).layer(cell, 0).time.forward.tp_s
 
     assert forward_tp_s(2) > 5 * forward_tp_s(1)  # the network has a tenth of the rate
+
+
+def test_a_loaded_network_slows_every_collective_that_crosses_it() -> None:
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=16)
+
+    def forward_tp_s(tp: int, dp_slowdown: float) -> float:
+        costs = CostModel(model, round_cluster(gpus_per_node=2, scale_up_domain=2),
+                          plain_stack(dp_slowdown=dp_slowdown))  # fmt: skip
+        return costs.layer(cell_of(job, ParallelPlan(tp=tp)), 0).time.forward.tp_s
+
+    assert forward_tp_s(4, 3.0) == pytest.approx(3 * forward_tp_s(4, 1.0))
+    assert forward_tp_s(2, 3.0) == forward_tp_s(2, 1.0)
+
+
+def test_sends_over_the_network_leave_a_node_that_holds_both_stages() -> None:
+    model = small_model()
+    job = Job(model=model, seq_len=256, global_batch=16)
+    inside_s, outside_s = (
+        step_cost(
+            job, ParallelPlan(pp=2), CostModel(model, round_cluster(), plain_stack(**stack))
+        ).send_s[0]
+        for stack in ({}, {"pp_over_network": True})
+    )
+    network = round_cluster().inter_node
+    sent_s = 256 * model.hidden * 2 / (NETWORK_EFFICIENCY * network.bandwidth_bytes_per_s)
+    assert outside_s == pytest.approx(NETWORK_HOP_S + sent_s)
+    assert inside_s < outside_s
+
+
+def test_an_embedding_timed_alone_has_no_transfers() -> None:
+    model = small_model()
+    cell = cell_of(Job(model=model, seq_len=256, global_batch=4), ParallelPlan(tp=4))
+
+    def end_tp_s(lead_s: float) -> float:
+        costs = CostModel(model, round_cluster(), plain_stack(layer_lead_s=lead_s))
+        whole, layer = costs.stages(cell, (model.layers,))[0].time, costs.layer(cell, 0).time
+        return whole.forward.tp_s - model.layers * layer.forward.tp_s
+
+    assert end_tp_s(0.0) > 1e-6
+    assert end_tp_s(0.5) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_layers_timed_alone_begin_with_an_idle_device() -> None:
