@@ -31,6 +31,11 @@ class Task(NamedTuple):
     """Activations that come to life when the task starts."""
     freed_bytes: float = 0.0
     """Activations that die when it ends."""
+    joins_replicas: bool = False
+    """Runs among all data-parallel replicas of its pipeline rank, or waits for all of them: it starts
+    for all at once where they are not alike."""
+    num_bytes: float = 0.0
+    """What each device sends in this transfer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -266,3 +266,22 @@ def test_a_split_backward_gathers_its_parameters_once() -> None:
     plan = ParallelPlan(dp=2, pp=2, zero=3)
     step = timeline(plan, 1, flat_cost(2, gather_s=0.5), csv=SPLIT, fsdp_prefetch=False)
     assert busy(step, "dp", 1) == pytest.approx(2 * 0.5)
+
+
+# Replicas
+
+
+@pytest.mark.parametrize(("zero", "overlap"), [(0, False), (1, False), (1, True), (3, True)])
+def test_what_joins_replicas(zero: int, overlap: bool) -> None:
+    """Reductions, gathers and the update (it needs the norm of all gradients); a tied embedding is summed
+    within each pipeline.
+    """
+    plan = ParallelPlan(dp=2, pp=2, zero=zero)
+    cost = flat_cost(2, send_s=0.5, reduce_s=1.0, gather_s=zero and 1.0, tied_reduce_s=0.5)
+    stack = plain_stack(dp_overlap=overlap)
+    tasks = lower(make_schedule(plan, 2), cost, plan, stack).tasks
+    joining = {task.name.split()[0] for task in tasks if task.joins_replicas}
+    assert joining == {"gradients", "optimizer"} | ({"parameters"} if zero else set())
+    assert {task.name for task in tasks if task.kind == "dp" and not task.joins_replicas} == {
+        "tied embedding"
+    }

@@ -1,0 +1,188 @@
+"""What keeps data-parallel replicas alike, as tasks of a Program.
+
+Gradients are reduced behind the last backward of each stage (with ZeRO-2 and 3 behind every one),
+parameters gathered ahead of the passes that read them, and every rank updates its own once all gradients
+are there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from parsim.cost.step import StepCost
+from parsim.plan import ParallelPlan
+from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, Schedule
+from parsim.schedule.program import Task
+from parsim.stack import Stack
+from parsim.timeline import COMPUTE, DP, HOST
+
+
+@dataclass(slots=True)
+class Work:
+    """The tasks so far, in order."""
+
+    chain: dict[int, list[int]]
+    """Last tasks of each rank's latest two pieces of work; the next piece starts after the last."""
+    tasks: list[Task] = field(default_factory=list)
+
+    def add(self, task: Task) -> int:
+        """Append a task; returns its index."""
+        self.tasks.append(task)
+        return len(self.tasks) - 1
+
+
+class Cut(NamedTuple):
+    """How an action is cut up, so that communication runs beside its pieces."""
+
+    pieces: int
+    takes_s: float
+    """What that communication takes from the whole action's compute."""
+    waits_for_update: bool
+    """The pieces wait for parameters that were gathered at the start of the step (ZeRO-1 and 2)."""
+    gathers: bool
+    """The pieces' parameters are gathered for this pass alone (ZeRO-3)."""
+    reduces: bool
+    """The pieces' gradients are reduced behind them."""
+
+
+@dataclass(slots=True)
+class ReplicaSync:
+    """Adds the data-parallel tasks of a step to `work`, around those of its actions."""
+
+    schedule: Schedule
+    cost: StepCost
+    plan: ParallelPlan
+    stack: Stack
+    work: Work
+    gathered: dict[int, list[int]] = field(default_factory=dict)
+    """Tasks that gather the parameters of a stage at the start of the step, by bucket."""
+    ahead: dict[int, int] = field(default_factory=dict)
+    """The gather that a rank's next piece waits for, where it was sent out ahead of it."""
+    reduced: dict[int, int] = field(default_factory=dict)
+    """Last reduction of gradients on each rank."""
+    rank_of: dict[int, int] = field(init=False)
+    """The pipeline rank of every stage, in order of stage."""
+    last_gradient: dict[int, Action] = field(init=False)
+    first_forward: dict[int, Action] = field(init=False)
+
+    def __post_init__(self) -> None:
+        actions = list(self.schedule.actions())
+        self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
+        self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
+        self.first_forward = {a.stage: a for a in reversed(actions) if a.kind == FORWARD}
+
+    def begin(self) -> None:
+        """What comes before the first action: parameters that ZeRO-1 and 2 updated elsewhere."""
+        if not self._gathers_after_update():
+            return
+        for stage, rank in self.rank_of.items():
+            sync = self.cost.syncs[stage]
+            if sync.gather_s > 0:
+                task = self._parameters(rank, stage, sync.gather_s / sync.buckets, ())
+                self.gathered[stage] = [self.work.add(task) for _ in range(sync.buckets)]
+
+    def cut(self, action: Action) -> Cut:
+        """The pieces that an action runs in."""
+        sync = self.cost.syncs[action.stage]
+        waits = action == self.first_forward.get(action.stage) and action.stage in self.gathered
+        gathers = self.plan.zero == 3 and action.kind != WEIGHT_GRAD and sync.gather_s > 0
+        reduces = self._reduces(action)
+        return Cut(
+            pieces=sync.buckets if waits or gathers or reduces else 1,
+            takes_s=(waits or gathers) * sync.gather_takes_s + reduces * sync.reduce_takes_s,
+            waits_for_update=waits,
+            gathers=gathers,
+            reduces=reduces,
+        )
+
+    def parameters(
+        self, rank: int, action: Action, cut: Cut, piece: int, after: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """The tasks that bring the parameters of a piece; `after` is what else the piece waits for."""
+        if cut.waits_for_update:
+            return (self.gathered[action.stage][piece],)
+        if not cut.gathers:
+            return ()
+        ahead = self.ahead.pop(rank, None)
+        return (self._gather(rank, action, after) if ahead is None else ahead,)
+
+    def gradients(self, rank: int, action: Action, cut: Cut, piece: int, end: int) -> None:
+        """Reduce a piece's gradients once it ends, after what is gathered ahead of the next piece."""
+        if not cut.reduces:
+            return
+        # What is gathered ahead goes out before this piece's gradients are there to be reduced.
+        if cut.gathers and self.stack.fsdp_prefetch and piece + 1 < cut.pieces:
+            self.ahead[rank] = self._gather(rank, action, ())
+        self._reduce(rank, action.stage, self.cost.syncs[action.stage].reduce_s / cut.pieces, (end,))
+
+    def finish(self) -> None:
+        """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
+        chain = self.work.chain
+        for stage, rank in self.rank_of.items():
+            sync = self.cost.syncs[stage]
+            if sync.reduce_s > 0 and self.plan.zero < 2 and not self.stack.dp_overlap:
+                self._reduce(rank, stage, sync.reduce_s, (chain[rank][-1],))
+        if self.cost.tied_reduce_s > 0:
+            self._reduce_tied()
+        # The norm of all gradients is needed before any is applied, so every rank waits for all.
+        ends = {*self.reduced.values(), *(ends[-1] for ends in chain.values() if ends)}
+        for rank in range(self.schedule.pp):
+            self._update(rank, tuple(sorted(ends)))
+
+    def _gathers_after_update(self) -> bool:
+        """Whether parameters that ZeRO-1 and 2 updated elsewhere come back beside the next forwards."""
+        stack = self.stack
+        return self.plan.zero in (1, 2) and stack.dp_overlap and not stack.zero_broadcast_s
+
+    def _parameters(
+        self, rank: int, stage: int, seconds: float, after: tuple[int, ...], micro_batch: int = -1
+    ) -> Task:
+        name = f"parameters {stage}"
+        return Task(rank, DP, name, "dp", seconds, after, stage, micro_batch, joins_replicas=True)
+
+    def _gather(self, rank: int, action: Action, after: tuple[int, ...]) -> int:
+        """Gather one piece's parameters (FSDP), in the way of its compute or one piece ahead."""
+        sync = self.cost.syncs[action.stage]
+        if self.stack.fsdp_prefetch:
+            # Ahead means from when the piece before starts, that is from the end of the one before it.
+            after = tuple(self.work.chain[rank][:-1])
+        seconds = sync.gather_s / sync.buckets
+        return self.work.add(self._parameters(rank, action.stage, seconds, after, action.micro_batch))
+
+    def _reduces(self, action: Action) -> bool:
+        """Whether gradients are reduced piece by piece behind this action."""
+        if action.kind not in (BACKWARD, WEIGHT_GRAD) or self.cost.syncs[action.stage].reduce_s <= 0:
+            return False
+        if self.plan.zero >= 2:
+            return True
+        return self.stack.dp_overlap and action == self.last_gradient[action.stage]
+
+    def _reduce(self, rank: int, stage: int, seconds: float, after: tuple[int, ...]) -> None:
+        task = Task(rank, DP, f"gradients {stage}", "dp", seconds, after, stage, joins_replicas=True)
+        self.reduced[rank] = self.work.add(task)
+
+    def _reduce_tied(self) -> None:
+        """Sum the gradients of the embedding that the first and the last stage both hold."""
+        chain, first = self.work.chain, self.rank_of[0]
+        last = self.rank_of[len(self.cost.stages) - 1]
+        after: tuple[int, ...] = (chain[first][-1], chain[last][-1])
+        if last in self.reduced:
+            after += (self.reduced[last],)
+        task = Task(
+            first, DP, "tied embedding", "dp", self.cost.tied_reduce_s, after, receiver=(last, DP)
+        )
+        self.reduced[first] = self.work.add(task)
+
+    def _update(self, rank: int, ready: tuple[int, ...]) -> None:
+        syncs = [self.cost.syncs[s] for s, r in self.rank_of.items() if r == rank]
+        seconds = sum(sync.optimizer_s for sync in syncs)
+        update = Task(rank, COMPUTE, "optimizer", "optimizer", seconds, ready, joins_replicas=True)
+        end = self.work.add(update)
+        gather_s = sum(sync.gather_s for sync in syncs)
+        if gather_s > 0 and self.plan.zero in (1, 2) and not self._gathers_after_update():
+            end = self.work.add(
+                Task(rank, DP, "parameters", "dp", gather_s, (end,), joins_replicas=True)
+            )
+        if self.stack.step_overhead_s > 0:
+            self.work.add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))
