@@ -7,6 +7,7 @@ its tasks in that order, one at a time; a task starts when its stream is free an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from parsim.timeline import MemorySample, Span, Timeline
@@ -86,17 +87,18 @@ def step_time_s(program: Program) -> float:
 
 def timeline_of(program: Program, times: TaskTimes) -> Timeline:
     """The Timeline of a program whose tasks run at `times`."""
-    spans = []
+    lanes: dict[tuple[int, str], list[Span]] = {}
     for task, start, end in zip(program.tasks, times.start_s, times.end_s, strict=True):
-        span = Span(
-            task.rank, task.stream, task.name, start, end, task.kind, task.stage, task.micro_batch
-        )
-        spans.append(span)
-        if task.receiver is not None:
-            rank, stream = task.receiver
-            spans.append(span._replace(rank=rank, stream=stream))
-    spans.sort(key=lambda span: (span.rank, span.stream, span.start_s, span.end_s))
-    return Timeline(spans=tuple(spans), memory=_memory(program, times), title=program.title)
+        rank, stream, name, kind, _, _, stage, i, receiver, *_ = task
+        lane = lanes.setdefault((rank, stream), [])
+        lane.append(Span(rank, stream, name, start, end, kind, stage, i))
+        if receiver is not None:
+            rank, stream = receiver
+            lane = lanes.setdefault((rank, stream), [])
+            lane.append(Span(rank, stream, name, start, end, kind, stage, i))
+    # Tasks of a stream stand in the order in which they run, so no lane needs sorting.
+    spans = tuple(chain.from_iterable(lanes[lane] for lane in sorted(lanes)))
+    return Timeline(spans=spans, memory=_memory(program, times), title=program.title)
 
 
 def _memory(program: Program, times: TaskTimes) -> tuple[MemorySample, ...]:

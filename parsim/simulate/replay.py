@@ -1,15 +1,19 @@
-"""Replay: a Program run as a discrete-event simulation.
+"""Replay: a Program run as a discrete-event simulation. Time is in seconds.
 
-Every stream of every rank is a SimPy process that takes its tasks in order; time is in seconds.
+The end of every task is one SimPy event. When it happens, the tasks that waited for it count down, and
+those with nothing left to wait for start. A SimPy process for each stream would take several events a
+task; docs/decisions/0010-replay-by-callbacks.md has the figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import simpy
 
-from parsim.schedule.program import Program, Task, TaskTimes, timeline_of
+from parsim.schedule.program import Program, TaskTimes, timeline_of
 from parsim.timeline import Timeline
 
 
@@ -19,32 +23,79 @@ def replay(program: Program) -> Timeline:
     A task starts when its stream is free and everything in `after` has ended; a transfer also shows on
     the receiving rank's stream.
     """
+    with no_garbage_collection():
+        return timeline_of(program, replayed_times(program))
+
+
+def replayed_times(program: Program) -> TaskTimes:
+    """When each task of a program runs, in seconds, by its index."""
+    if not program.tasks:
+        return TaskTimes([], [])
+    ranks, streams, _, _, durations_s, afters, *_ = zip(*program.tasks, strict=True)
+    missing, waiting = _dependencies(zip(ranks, streams, strict=True), afters)
+    start_s, end_s = [0.0] * len(afters), [0.0] * len(afters)
     env = simpy.Environment()
-    done = [env.event() for _ in program.tasks]
-    times = TaskTimes([0.0] * len(program.tasks), [0.0] * len(program.tasks))
-    streams: dict[tuple[int, str], list[int]] = {}
-    for index, task in enumerate(program.tasks):
-        streams.setdefault((task.rank, task.stream), []).append(index)
-    for indices in streams.values():
-        env.process(_stream(env, program.tasks, indices, done, times))
+    schedule, new = env.schedule, _TaskEnd.__new__
+
+    def ended(event: simpy.Event) -> None:
+        now, index = env.now, event._value
+        end_s[index] = now
+        for other in waiting[index]:
+            if missing[other] == 1:
+                start_s[other] = now
+                end = new(_TaskEnd)
+                end._value, end.callbacks = other, callbacks
+                schedule(end, 1, durations_s[other])
+            else:
+                missing[other] -= 1
+
+    callbacks = [ended]
+    for index, count in enumerate(missing):
+        if not count:
+            end = new(_TaskEnd)
+            end._value, end.callbacks = index, callbacks
+            schedule(end, 1, durations_s[index])
     env.run()
-    return timeline_of(program, times)
+    return TaskTimes(start_s, end_s)
 
 
-def _stream(
-    env: simpy.Environment,
-    tasks: tuple[Task, ...],
-    indices: list[int],
-    done: list[simpy.Event],
-    times: TaskTimes,
-) -> Generator[simpy.Event, None, None]:
-    """One stream: its tasks one after the other."""
-    for index in indices:
-        task = tasks[index]
-        for needed in task.after:
-            if not done[needed].processed:
-                yield done[needed]
-        times.start_s[index] = env.now
-        yield env.timeout(task.duration_s)
-        times.end_s[index] = env.now
-        done[index].succeed()
+class _TaskEnd(simpy.Event):  # type: ignore[misc]
+    """The end of a task: what simpy.Timeout is, with a list of callbacks that all ends share.
+
+    SimPy takes `callbacks` off an event before it calls them, so one list serves many events.
+    """
+
+    _ok = True
+
+
+def _dependencies(
+    streams: Iterable[tuple[int, str]], afters: Sequence[tuple[int, ...]]
+) -> tuple[list[int], list[list[int]]]:
+    """How many tasks each task waits for, and which tasks wait for it.
+
+    It waits for `after` and for the task before it on its stream (twice, where that is the same task).
+    """
+    missing = list(map(len, afters))
+    waiting: list[list[int]] = [[] for _ in afters]
+    latest: dict[tuple[int, str], int] = {}
+    for index, (stream, after) in enumerate(zip(streams, afters, strict=True)):
+        for i in after:
+            waiting[i].append(index)
+        before = latest.get(stream)
+        if before is not None:
+            waiting[before].append(index)
+            missing[index] += 1
+        latest[stream] = index
+    return missing, waiting
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Without the cyclic garbage collector: a replay makes many objects and no cycles."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
