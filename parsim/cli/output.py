@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parsim import __version__
@@ -14,6 +16,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from parsim.simulate.prediction import Prediction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """What an option adds to an answer; nothing where it was not given."""
+
+    item: dict[str, Any] = field(default_factory=dict)
+    """Fields of the JSON ITEM."""
+    lines: list[str] = field(default_factory=list)
+    written: list[Path] = field(default_factory=list)
+    """Files."""
 
 
 def document(
@@ -89,8 +102,8 @@ def _quiet_progress(every_s: float = 5.0) -> Callable[[str, int, int], None]:
     return show
 
 
-def print_prediction(prediction: Prediction) -> None:
-    """One simulated step, for reading."""
+def print_prediction(prediction: Prediction, more: Sequence[str] = ()) -> None:
+    """One simulated step, for reading, and what options say `more` of it."""
     from parsim.units import format_bytes, format_duration
 
     p = prediction
@@ -111,4 +124,4 @@ def print_prediction(prediction: Prediction) -> None:
     for key, num_bytes in p.memory.to_data(p.context_bytes).items():
         if num_bytes > 0 and key != "peak":
             lines.append(f"    {key:<12}{format_bytes(num_bytes):>10}")
-    print_lines(lines)
+    print_lines([*lines, *more])

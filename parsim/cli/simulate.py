@@ -22,6 +22,7 @@ from parsim.cli.options import (
     load_plan,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
+from parsim.cli.simulate_goodput import GoodputChartOption, MtbfOption, simulate_goodput
 
 if TYPE_CHECKING:
     from parsim.plan import ParallelPlan
@@ -58,6 +59,8 @@ def simulate(
             "instead of the plan's own schedule, a new one is written.",
         ),
     ] = None,
+    mtbf: MtbfOption = None,
+    goodput_chart: GoodputChartOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replay one step of a plan: step time, breakdown, memory, timeline.
@@ -103,13 +106,15 @@ def simulate(
 
         write_chrome_trace(trace, [timeline])
         written.append(trace)
-    item = prediction.to_item() | setup.origin
+    goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack)
+    item = prediction.to_item() | goodput.item | setup.origin
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
+        inputs |= {"mtbf": mtbf}
         print_json(document("simulate", inputs, item))
     else:
-        print_prediction(prediction)
-    for path in written:
+        print_prediction(prediction, goodput.lines)
+    for path in [*written, *goodput.written]:
         say(f"wrote {path}")
     if not prediction.fits:
         raise typer.Exit(1)
