@@ -32,7 +32,12 @@ _APART = 0.1
 """An interval that is nearer to the best than this share is not marked beside it."""
 _TICKS_S = [
     size_s * count
-    for size_s, counts in ((1, (1, 3, 10, 30)), (60, (1, 3, 10, 30)), (3600, (1, 3, 10)), (86400, (1, 3, 10)))
+    for size_s, counts in (
+        (1, (1, 3, 10, 30)),
+        (60, (1, 3, 10, 30)),
+        (3600, (1, 3, 10)),
+        (86400, (1, 3, 10)),
+    )
     for count in counts
 ]
 
@@ -62,9 +67,10 @@ def goodput_figure(run: LongRun, *, title: str) -> Figure:
         f"a checkpoint every {format_duration(best.interval_s)} is best, goodput {best.simulated:.1%}"
     )
     note = (
-        f"{counted(len(run.histories), 'simulated run')} of {format_duration(run.split.total_s)}; a failure "
-        f"every {format_duration(run.failures.mtbf_s)}, {format_duration(run.failures.restart_s)} until it "
-        f"trains again, training stops {format_duration(run.checkpointing.blocking_s)} for a checkpoint"
+        f"{counted(len(run.histories), 'simulated run')} of {format_duration(run.split.total_s)}; "
+        f"a failure every {format_duration(run.failures.mtbf_s)}, "
+        f"{format_duration(run.failures.restart_s)} until it trains again, "
+        f"training stops {format_duration(run.checkpointing.blocking_s)} for a checkpoint"
     )
     with style():
         figure = new_figure(_WIDTH_IN)
@@ -124,16 +130,17 @@ def _mark(axes: Axes, run: LongRun) -> None:
         zorder=5,
         label=f"best simulated: {format_duration(best.interval_s)}",
     )
-    if abs(run.point.interval_s / best.interval_s - 1) > _APART:
+    asked = run.point
+    if abs(asked.interval_s / best.interval_s - 1) > _APART:
         axes.plot(
-            run.point.interval_s,
-            run.point.simulated,
+            asked.interval_s,
+            asked.simulated,
             "D",
             color=SERIES_COLORS[4],
             markersize=8,
             markeredgecolor="white",
             zorder=4,
-            label=f"asked for: {format_duration(run.point.interval_s)}, goodput {run.point.simulated:.1%}",
+            label=f"asked for: {format_duration(asked.interval_s)}, goodput {asked.simulated:.1%}",
         )
     young_s = young_interval_s(run.checkpointing.blocking_s, run.failures.mtbf_s)
     low, high = axes.get_xlim()

@@ -20,8 +20,8 @@ MtbfOption = Annotated[
     str | None,
     typer.Option(
         "--mtbf",
-        help="Goodput of a long run: mean time between failures of a GPU (50000h), or failures of the whole "
-        "job in a time (419/54days), then settings: 50000h,checkpoint=30min,write=30s,spares=8.",
+        help="Goodput of a long run: mean time between failures of a GPU (50000h), or failures of the "
+        "whole job in a time (419/54days), then settings: 50000h,checkpoint=30min,write=30s,spares=8.",
     ),
 ]
 GoodputChartOption = Annotated[
@@ -261,8 +261,8 @@ def _lines(request: GoodputRequest, run: LongRun, prediction: Prediction) -> lis
     lines = [
         f"  long run of {format_duration(total_s)}, {request.runs} times: a failure every "
         f"{format_duration(mtbf_s)}, which is {request.gpu_mtbf_s / 3600:,.0f} h for a GPU",
-        f"    goodput       {point.simulated:>10.1%}  (90 % of runs {point.low:.1%} to {point.high:.1%}, "
-        f"closed form {point.expected:.1%})",
+        f"    goodput       {point.simulated:>10.1%}  (90 % of runs {point.low:.1%} to "
+        f"{point.high:.1%}, closed form {point.expected:.1%})",
         f"    effective     {point.simulated * _tokens_per_s_per_gpu(prediction):>10,.0f}  tokens/s/GPU",
         f"    checkpoints   {format_duration(between_s):>10}  apart "
         f"({between_s / prediction.step_time_s:,.0f} steps), {format_bytes(request.checkpoint_bytes)} "
@@ -275,7 +275,9 @@ def _lines(request: GoodputRequest, run: LongRun, prediction: Prediction) -> lis
             share = seconds / total_s
             lines.append(f"    {key.replace('_', ' '):<14}{format_duration(seconds):>10}  {share:6.1%}")
     if point.simulated < NO_PROGRESS:
-        lines.append("    THE JOB MAKES NO PROGRESS: it fails before it has restarted and saved its work")
+        lines.append(
+            "    THE JOB MAKES NO PROGRESS: it fails before it has restarted and saved its work"
+        )
     if request.assumed:
         lines.append(f"    assumed: {'; '.join(request.assumed)}")
     return lines

@@ -230,9 +230,7 @@ def simulate_long_run(
     )
 
 
-def _point(
-    checkpointing: Checkpointing, failures: Failures, histories: Sequence[History]
-) -> CurvePoint:
+def _point(checkpointing: Checkpointing, failures: Failures, histories: Sequence[History]) -> CurvePoint:
     goodputs = [time_split(history, checkpointing).goodput for history in histories]
     low, high = np.quantile(goodputs, (0.05, 0.95))
     return CurvePoint(
