@@ -61,6 +61,10 @@ class Timeline:
     memory: tuple[MemorySample, ...] = ()
     source: str = "simulated"
     """"simulated" or "measured"."""
+    rank_names: tuple[str, ...] = ()
+    """What each rank is, by its number, where the number does not say it."""
+    copies: tuple[int, ...] = ()
+    """How many times each rank counts in means over ranks, by its number; empty: once."""
     title: str = ""
 
     @property
@@ -122,11 +126,12 @@ def breakdown_s(timeline: Timeline) -> dict[str, float]:
     Each instant of a rank is given to one key: compute first, then communication by kind (so only its
     exposed part counts), then optimizer and host overhead; what is left is the bubble.
     """
+    copies = dict(enumerate(timeline.copies))
     by_rank: dict[int, list[Span]] = {}
     for span in timeline.spans:
         by_rank.setdefault(span.rank, []).append(span)
     totals = dict.fromkeys((key for key, _ in _BREAKDOWN), 0.0)
-    for spans in by_rank.values():
+    for rank, spans in by_rank.items():
         covered: list[tuple[float, float]] = []
         covered_s = 0.0
         for key, kinds in _BREAKDOWN:
@@ -134,8 +139,8 @@ def breakdown_s(timeline: Timeline) -> dict[str, float]:
             if own:
                 covered = merged([*covered, *own])
                 now_s = sum(end - start for start, end in covered)
-                totals[key] += now_s - covered_s
+                totals[key] += copies.get(rank, 1) * (now_s - covered_s)
                 covered_s = now_s
-    num_ranks = max(1, len(by_rank))
+    num_ranks = max(1, sum(copies.get(rank, 1) for rank in by_rank))
     means = {key: total / num_ranks for key, total in totals.items()}
     return means | {"bubble": max(0.0, timeline.end_s - sum(means.values()))}

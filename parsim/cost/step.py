@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import collective_s, group_of, send_recv_s
@@ -78,6 +80,27 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
         send_s=tuple(_send_s(i, job, plan, costs) for i in range(len(stages) - 1)),
         tied_reduce_s=tied_s,
         extremes_s=_extremes_s(job, plan, costs),
+    )
+
+
+def mixed_step_cost(job: Job, plan: ParallelPlan, costs_by_rank: Sequence[CostModel]) -> StepCost:
+    """The costs of a step whose pipeline ranks run on different devices.
+
+    A transfer between two kinds of devices takes as long as the slower kind's would.
+    """
+    if all(costs is costs_by_rank[0] for costs in costs_by_rank):
+        return step_cost(job, plan, costs_by_rank[0])
+    kinds = {id(costs): costs for costs in costs_by_rank}
+    priced = {key: step_cost(job, plan, costs) for key, costs in kinds.items()}
+    of_stage = [priced[id(costs_by_rank[plan.stage_rank(s)])] for s in range(plan.num_stages)]
+    return StepCost(
+        stages=tuple(cost.stages[s] for s, cost in enumerate(of_stage)),
+        syncs=tuple(cost.syncs[s] for s, cost in enumerate(of_stage)),
+        send_s=tuple(
+            max(here.send_s[s], there.send_s[s]) for s, (here, there) in enumerate(pairwise(of_stage))
+        ),
+        tied_reduce_s=max(cost.tied_reduce_s for cost in priced.values()),
+        extremes_s=max(cost.extremes_s for cost in priced.values()),
     )
 
 

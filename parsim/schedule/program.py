@@ -17,6 +17,7 @@ class Task(NamedTuple):
     """One piece of work on one stream of one rank."""
 
     rank: int
+    """Negative: on no rank; a task of no time, at which replicas wait for each other."""
     stream: str
     name: str
     kind: str
@@ -46,6 +47,10 @@ class Program:
     tasks: tuple[Task, ...]
     static_bytes: tuple[float, ...] = ()
     """What each rank holds all the time: everything but activations kept for the backward."""
+    rank_names: tuple[str, ...] = ()
+    """What each rank is, where numbers do not say it."""
+    copies: tuple[int, ...] = ()
+    """How many pipelines each rank stands for, where they differ."""
     title: str = ""
 
     @property
@@ -90,6 +95,8 @@ def timeline_of(program: Program, times: TaskTimes) -> Timeline:
     lanes: dict[tuple[int, str], list[Span]] = {}
     for task, start, end in zip(program.tasks, times.start_s, times.end_s, strict=True):
         rank, stream, name, kind, _, _, stage, i, receiver, *_ = task
+        if rank < 0:
+            continue
         lane = lanes.setdefault((rank, stream), [])
         lane.append(Span(rank, stream, name, start, end, kind, stage, i))
         if receiver is not None:
@@ -98,7 +105,13 @@ def timeline_of(program: Program, times: TaskTimes) -> Timeline:
             lane.append(Span(rank, stream, name, start, end, kind, stage, i))
     # Tasks of a stream stand in the order in which they run, so no lane needs sorting.
     spans = tuple(chain.from_iterable(lanes[lane] for lane in sorted(lanes)))
-    return Timeline(spans=spans, memory=_memory(program, times), title=program.title)
+    return Timeline(
+        spans=spans,
+        memory=_memory(program, times),
+        rank_names=program.rank_names,
+        copies=program.copies,
+        title=program.title,
+    )
 
 
 def _memory(program: Program, times: TaskTimes) -> tuple[MemorySample, ...]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 from parsim.cost.flops import model_flops
 from parsim.cost.interval import interval_s
 from parsim.cost.memory import MemoryUse, rank_memory
 from parsim.cost.stage import CostModel, StageCost
-from parsim.cost.step import StepCost, step_cost
+from parsim.cost.step import StepCost, mixed_step_cost, step_cost
 from parsim.hardware import peak_flops_per_s
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule import make_schedule
@@ -18,6 +20,7 @@ from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
 from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
+from parsim.simulate.uneven import Unevenness, unfolded_program
 from parsim.timeline import Timeline, breakdown_s
 
 
@@ -35,11 +38,11 @@ class Prediction:
     breakdown_s: dict[str, float]
     """Adds up to step_time_s."""
     memory: MemoryUse
-    """Of the fullest rank."""
+    """Of the rank with least to spare."""
     context_bytes: float
     device_memory_bytes: float
     peak_flops_per_s: float
-    """Dense peak of the GEMMs' dtype on one device."""
+    """Dense peak of the GEMMs' dtype on one device (mean over devices of several kinds)."""
 
     @property
     def fits(self) -> bool:
@@ -101,11 +104,19 @@ def memory_by_rank(
 
 
 def program_of(
-    job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
+    job: Job,
+    plan: ParallelPlan,
+    costs: CostModel,
+    schedule: Schedule | None = None,
+    *,
+    costs_by_rank: Sequence[CostModel] = (),
 ) -> tuple[Program, list[MemoryUse]]:
-    """The Program of a plan's step, and the memory of each of its ranks."""
+    """The Program of a plan's step, and the memory of each of its ranks.
+
+    costs_by_rank: of every pipeline rank, where their devices are not all of one kind.
+    """
     schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
-    cost = step_cost(job, plan, costs)
+    cost = mixed_step_cost(job, plan, costs_by_rank) if costs_by_rank else step_cost(job, plan, costs)
     memory = memory_by_rank(cost, schedule, job, plan, costs)
     static = tuple(use.peak - use.activations for use in memory)
     title = f"{job.model.name}, {plan.short()}"
@@ -113,12 +124,20 @@ def program_of(
 
 
 def predict(
-    job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
+    job: Job,
+    plan: ParallelPlan,
+    costs: CostModel,
+    schedule: Schedule | None = None,
+    *,
+    uneven: Unevenness | None = None,
+    costs_by_rank: Sequence[CostModel] = (),
 ) -> tuple[Prediction, Timeline]:
     """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
-    program, memory = program_of(job, plan, costs, schedule)
+    program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank)
+    if uneven is not None:
+        program = unfolded_program(program, plan, uneven)
     timeline = replay(program)
-    return prediction_of(job, plan, costs, timeline, memory), timeline
+    return prediction_of(job, plan, costs, timeline, memory, costs_by_rank=costs_by_rank), timeline
 
 
 def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
@@ -128,20 +147,31 @@ def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
 
 
 def prediction_of(
-    job: Job, plan: ParallelPlan, costs: CostModel, timeline: Timeline, memory: list[MemoryUse]
+    job: Job,
+    plan: ParallelPlan,
+    costs: CostModel,
+    timeline: Timeline,
+    memory: list[MemoryUse],
+    *,
+    costs_by_rank: Sequence[CostModel] = (),
 ) -> Prediction:
-    """What a simulated timeline says of a plan."""
+    """What a simulated timeline says of a plan; its memory is that of the rank with least to spare."""
     step_s = timeline.end_s
+    clusters = [c.cluster for c in costs_by_rank or [costs] * plan.pp]
+    room = [c.device.memory_bytes - use.peak for c, use in zip(clusters, memory, strict=True)]
+    fullest = room.index(min(room))
+    kinds = {cluster.name: cluster for cluster in clusters}.values()
+    intervals = [interval_s(step_s, job, cluster, costs.stack) for cluster in kinds]
     return Prediction(
         job=job,
         plan=plan,
-        hardware=costs.cluster.name,
+        hardware=" + ".join(cluster.name for cluster in kinds),
         stack=costs.stack.name,
         step_time_s=step_s,
-        interval_s=interval_s(step_s, job, costs.cluster, costs.stack),
+        interval_s=(min(low for low, _ in intervals), max(high for _, high in intervals)),
         breakdown_s=breakdown_s(timeline),
-        memory=max(memory, key=lambda use: use.peak),
+        memory=memory[fullest],
         context_bytes=costs.stack.context_bytes,
-        device_memory_bytes=costs.cluster.device.memory_bytes,
-        peak_flops_per_s=peak_flops_per_s(costs.cluster.device, job.precision),
+        device_memory_bytes=clusters[fullest].device.memory_bytes,
+        peak_flops_per_s=fmean(peak_flops_per_s(c.device, job.precision) for c in clusters),
     )
