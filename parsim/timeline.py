@@ -7,8 +7,8 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple
@@ -75,6 +75,18 @@ class Timeline:
     def end_s(self) -> float:
         """The end of the last span: the step time, where time starts at 0."""
         return max((span.end_s for span in self.spans), default=0.0)
+
+    def rank_name(self, rank: int) -> str:
+        """What to call a rank."""
+        return self.rank_names[rank] if rank < len(self.rank_names) else f"rank {rank}"
+
+    def only(self, ranks: Container[int]) -> Timeline:
+        """The same step with nothing but some of its ranks."""
+        return replace(
+            self,
+            spans=tuple(span for span in self.spans if span.rank in ranks),
+            memory=tuple(sample for sample in self.memory if sample.rank in ranks),
+        )
 
     def lanes(self) -> Iterator[tuple[int, str, tuple[Span, ...]]]:
         """(rank, stream, spans in order of start) for each stream that has spans."""

@@ -74,9 +74,9 @@ def draw_panels(
     ranks = [spans_by_rank(t) for t in timelines]
     row_in = row_height_in(timelines, sum(map(len, ranks)))
     panels = grow(figure, header_in, [row_in * len(r) for r in ranks], gap_in)
-    for axes, spans in zip(panels, ranks, strict=True):
+    for axes, timeline, spans in zip(panels, timelines, ranks, strict=True):
         rows = [
-            Row(label=f"rank {rank}", top=float(place), spans=spans[rank])
+            Row(label=timeline.rank_name(rank), top=float(place), spans=spans[rank])
             for place, rank in enumerate(spans)
         ]
         draw_rows(axes, rows, end_s=end_s, unit_s=unit[1], width_in=PLOT_IN, row_in=row_in)

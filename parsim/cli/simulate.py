@@ -23,6 +23,16 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_prediction, say
 from parsim.cli.simulate_goodput import GoodputChartOption, MtbfOption, simulate_goodput
+from parsim.cli.simulate_uneven import (
+    JitterOption,
+    RankHardwareOption,
+    SeedOption,
+    StragglerOption,
+    rank_costs,
+    read_unevenness,
+    unevenness_section,
+    worth_drawing,
+)
 
 if TYPE_CHECKING:
     from parsim.plan import ParallelPlan
@@ -59,6 +69,10 @@ def simulate(
             "instead of the plan's own schedule, a new one is written.",
         ),
     ] = None,
+    straggler: StragglerOption = None,
+    jitter: JitterOption = 0.0,
+    rank_hardware: RankHardwareOption = None,
+    seed: SeedOption = 0,
     mtbf: MtbfOption = None,
     goodput_chart: GoodputChartOption = None,
     as_json: JsonOption = False,
@@ -88,18 +102,23 @@ def simulate(
     setup, parallel_plan = load_plan(plan, flags)
     num_micro_batches = parallel_plan.num_micro_batches(setup.job)
     schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
-    prediction, timeline = predict(setup.job, parallel_plan, setup.costs(), schedule)
+    costs, by_rank = setup.costs(), rank_costs(rank_hardware, setup, flags, parallel_plan)
+    uneven = read_unevenness(straggler, jitter, seed, parallel_plan)
+    prediction, timeline = predict(
+        setup.job, parallel_plan, costs, schedule, uneven=uneven, costs_by_rank=by_rank
+    )
+    drawn = timeline if uneven is None else worth_drawing(timeline, parallel_plan.pp)
     written = []
     if chart is not None:
         from parsim.charts.gantt import draw_gantt
 
-        draw_gantt(timeline, chart)
+        draw_gantt(drawn, chart)
         written.append(chart)
     if memory_chart is not None:
         from parsim.charts.memory import draw_memory
 
         capacity = prediction.device_memory_bytes - prediction.context_bytes
-        draw_memory(timeline, memory_chart, capacity_bytes=capacity)
+        draw_memory(drawn, memory_chart, capacity_bytes=capacity)
         written.append(memory_chart)
     if trace is not None:
         from parsim.export.chrome_trace import write_chrome_trace
@@ -107,13 +126,15 @@ def simulate(
         write_chrome_trace(trace, [timeline])
         written.append(trace)
     goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack)
-    item = prediction.to_item() | goodput.item | setup.origin
+    unevenness = unevenness_section(uneven, prediction, costs, by_rank, schedule)
+    item = prediction.to_item() | unevenness.item | goodput.item | setup.origin
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
-        inputs |= {"mtbf": mtbf}
-        print_json(document("simulate", inputs, item))
+        inputs |= {"mtbf": mtbf, "straggler": straggler, "jitter": jitter or None}
+        inputs |= {"rank_hardware": rank_hardware}
+        print_json(document("simulate", inputs, item, seed=seed))
     else:
-        print_prediction(prediction, goodput.lines)
+        print_prediction(prediction, unevenness.lines + goodput.lines)
     for path in [*written, *goodput.written]:
         say(f"wrote {path}")
     if not prediction.fits:

@@ -82,7 +82,7 @@ def _timeline_events(
     threads = {(rank, stream): without_overlap(spans) for rank, stream, spans in timeline.lanes()}
     place: dict[Span, tuple[int, int]] = {}
     for rank, pid in pids.items():
-        yield _name("process_name", pid, 0, {"name": f"{group} rank {rank}"})
+        yield _name("process_name", pid, 0, {"name": f"{group} {timeline.rank_name(rank)}"})
         yield _name("process_sort_index", pid, 0, {"sort_index": pid})
         mine = [
             (stream if i == 0 else f"{stream} ({i + 1})", spans)

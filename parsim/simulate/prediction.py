@@ -20,7 +20,7 @@ from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
 from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
-from parsim.simulate.uneven import Unevenness, unfolded_program
+from parsim.simulate.uneven import Unevenness, uneven_program
 from parsim.timeline import Timeline, breakdown_s
 
 
@@ -135,7 +135,7 @@ def predict(
     """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
     program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank)
     if uneven is not None:
-        program = unfolded_program(program, plan, uneven)
+        program = uneven_program(program, plan, uneven)
     timeline = replay(program)
     return prediction_of(job, plan, costs, timeline, memory, costs_by_rank=costs_by_rank), timeline
 
@@ -157,7 +157,7 @@ def prediction_of(
 ) -> Prediction:
     """What a simulated timeline says of a plan; its memory is that of the rank with least to spare."""
     step_s = timeline.end_s
-    clusters = [c.cluster for c in costs_by_rank or [costs] * plan.pp]
+    clusters = [c.cluster for c in costs_by_rank] or [costs.cluster] * len(memory)
     room = [c.device.memory_bytes - use.peak for c, use in zip(clusters, memory, strict=True)]
     fullest = room.index(min(room))
     kinds = {cluster.name: cluster for cluster in clusters}.values()

@@ -113,13 +113,18 @@ def _waiting_with(plan: ParallelPlan, at: Coordinate) -> range:
     return range(first // pipeline, -(-(first + plan.expert_ranks) // pipeline))
 
 
-def unfolded_program(program: Program, plan: ParallelPlan, uneven: Unevenness) -> Program:
-    """The Program with a copy of its tasks for each group of replicas that are alike.
+def uneven_program(program: Program, plan: ParallelPlan, uneven: Unevenness) -> Program:
+    """The Program of a step whose ranks differ, from that of one whose ranks are alike."""
+    program = unfolded_program(program, replicas_of(plan, uneven))
+    return _jittered(program, plan, uneven) if uneven.jitter else program
+
+
+def unfolded_program(program: Program, replicas: Sequence[Replica]) -> Program:
+    """The Program with a copy of its tasks for each group of replicas.
 
     Rank k·pp + p of the result is pipeline rank p of the k-th group. Tasks that join replicas wait for
     what all their copies wait for, those before them on their streams included.
     """
-    replicas = replicas_of(plan, uneven)
     pp = len(program.ranks)
     link_of_all = [max(replica.link[p] for replica in replicas) for p in range(pp)]
     tasks: list[Task] = []
@@ -142,21 +147,15 @@ def unfolded_program(program: Program, plan: ParallelPlan, uneven: Unevenness) -
             copy_after = (len(tasks) - 1 - k,) if joins else tuple(first[j] + k for j in after)
             copy_s = duration_s * _factor(task, replica, link_of_all)
             copy_receiver = receiver and (k * pp + receiver[0], receiver[1])
-            tasks.append(
-                Task(
-                    k * pp + rank, stream, name, kind, copy_s, copy_after, stage, i, copy_receiver, *rest
-                )
-            )
-    unfolded = replace(
+            copy = (k * pp + rank, stream, name, kind, copy_s, copy_after, stage, i, copy_receiver)
+            tasks.append(Task._make((*copy, *rest)))
+    return replace(
         program,
         tasks=tuple(tasks),
         static_bytes=program.static_bytes * len(replicas),
         rank_names=tuple(_name(replica, p) for replica in replicas for p in range(pp)),
         copies=tuple(len(replica.members) for replica in replicas for _ in range(pp)),
     )
-    if uneven.jitter:
-        return _jittered(unfolded, plan, uneven)
-    return unfolded
 
 
 def _factor(task: Task, replica: Replica, link_of_all: Sequence[float]) -> float:
@@ -171,8 +170,8 @@ def _factor(task: Task, replica: Replica, link_of_all: Sequence[float]) -> float
 
 
 def _name(replica: Replica, pp_i: int) -> str:
-    more = f" (and {len(replica.members) - 1} alike)" if len(replica.members) > 1 else ""
-    return f"dp {replica.members[0]}{more}, pp {pp_i}"
+    alike = len(replica.members)
+    return f"×{alike} pp {pp_i}" if alike > 1 else f"dp {replica.members[0]} pp {pp_i}"
 
 
 def _jittered(program: Program, plan: ParallelPlan, uneven: Unevenness) -> Program:

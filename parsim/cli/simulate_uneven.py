@@ -1,0 +1,184 @@
+"""`parsim simulate --straggler --jitter --rank-hardware`: ranks that are not alike."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from parsim.cli.options import Flags, Setup, load_machine
+from parsim.cli.output import Section
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from parsim.cost.stage import CostModel
+    from parsim.plan import ParallelPlan
+    from parsim.schedule.action import Schedule
+    from parsim.simulate.prediction import Prediction
+    from parsim.simulate.uneven import Straggler, Unevenness
+    from parsim.timeline import Timeline
+
+StragglerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--straggler",
+        help="A slow device: rank=7,slow=1.3 (compute) or rank=7,link=2 (its transfers to other stages "
+        "and replicas); count=100,slow=1.3 draws ranks by --seed. Can be repeated.",
+    ),
+]
+JitterOption = Annotated[
+    float,
+    typer.Option(
+        "--jitter", help="Relative standard deviation of every device's compute time, such as 0.02."
+    ),
+]
+RankHardwareOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank-hardware",
+        help="Other devices for some pipeline ranks: 8-15=a100-sxm-80gb. Can be repeated.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+
+
+def read_unevenness(
+    stragglers: Sequence[str] | None, jitter: float, seed: int, plan: ParallelPlan
+) -> Unevenness | None:
+    """What the flags say, checked against the plan; None where nothing is uneven."""
+    from parsim.simulate.uneven import Unevenness, check_unevenness
+
+    found: list[Straggler] = []
+    for text in stragglers or ():
+        found += _stragglers(text, seed, plan)
+    uneven = Unevenness(stragglers=tuple(found), jitter=jitter, seed=seed)
+    check_unevenness(uneven, plan)
+    return None if uneven.is_even else uneven
+
+
+def _stragglers(text: str, seed: int, plan: ParallelPlan) -> list[Straggler]:
+    from parsim.errors import ParsimError
+    from parsim.settings_text import parse_settings
+    from parsim.simulate.uneven import Straggler
+
+    where = "--straggler"
+    known = {"rank": int, "count": int, "slow": float, "link": float}
+    given = parse_settings(text, known, where=where).values
+    factors = {key: given[key] for key in ("slow", "link") if key in given}
+    if ("rank" in given) == ("count" in given) or not factors:
+        raise ParsimError(
+            "a straggler has a rank (or a count of ranks to draw) and how much slower it is",
+            where=where,
+            got=text,
+            expected="rank=7,slow=1.3 or count=100,slow=1.3",
+        )
+    if "rank" in given:
+        return [Straggler(given["rank"], **factors)]
+    if not 1 <= given["count"] <= plan.gpus:
+        raise ParsimError(
+            "there are not so many ranks",
+            where=f"{where} count",
+            got=given["count"],
+            expected=f"1 to {plan.gpus}",
+        )
+    ranks = random.Random(f"{seed} {text}").sample(range(plan.gpus), given["count"])
+    return [Straggler(rank, **factors) for rank in sorted(ranks)]
+
+
+def rank_costs(
+    texts: Sequence[str] | None, setup: Setup, flags: Flags, plan: ParallelPlan
+) -> tuple[CostModel, ...]:
+    """The cost model of every pipeline rank; none where all have the same devices.
+
+    Raises ParsimError for ranks that the plan does not have, or devices that cannot train in the job's
+    precision.
+    """
+    from dataclasses import replace
+
+    from parsim.cost.stage import CostModel
+    from parsim.errors import ParsimError
+    from parsim.hardware import peak_flops_per_s
+
+    if not texts:
+        return ()
+    by_rank = [setup.costs()] * plan.pp
+    for text in texts:
+        ranks, equals, hardware = (piece.strip() for piece in text.partition("="))
+        first, dash, last = ranks.partition("-")
+        if not equals or not first.isdecimal() or not (last.isdecimal() or not dash):
+            raise ParsimError(
+                "devices are given for pipeline ranks",
+                where="--rank-hardware",
+                got=text,
+                expected="8-15=a100-sxm-80gb or 3=a100-sxm-80gb",
+            )
+        low, high = int(first), int(last or first)
+        if not low <= high < plan.pp:
+            raise ParsimError(
+                "there are no such pipeline ranks",
+                where=f"--rank-hardware {text}",
+                got=ranks,
+                expected=f"0 to {plan.pp - 1}",
+            )
+        cluster, _ = load_machine(replace(flags, hardware=hardware, stack=setup.stack.name))
+        peak_flops_per_s(cluster.device, setup.job.precision)
+        by_rank[low : high + 1] = [CostModel(setup.job.model, cluster, setup.stack)] * (high - low + 1)
+    return tuple(by_rank)
+
+
+def unevenness_section(
+    uneven: Unevenness | None,
+    prediction: Prediction,
+    costs: CostModel,
+    costs_by_rank: Sequence[CostModel],
+    schedule: Schedule,
+) -> Section:
+    """What uneven ranks add to a simulated step, beside the same step with ranks that are alike."""
+    from parsim.schedule.program import step_time_s
+    from parsim.simulate.prediction import program_of
+    from parsim.simulate.uneven import replicas_of
+    from parsim.units import format_duration
+
+    section = Section()
+    if costs_by_rank:
+        section.item["rank_hardware"] = [costs.cluster.name for costs in costs_by_rank]
+    if uneven is None:
+        return section
+    plan = prediction.plan
+    even, _ = program_of(prediction.job, plan, costs, schedule, costs_by_rank=costs_by_rank)
+    even_s = step_time_s(even)
+    slowdown, groups = prediction.step_time_s / even_s, len(replicas_of(plan, uneven))
+    section.item["unevenness"] = {
+        "stragglers": [straggler._asdict() for straggler in uneven.stragglers],
+        "jitter": uneven.jitter,
+        "seed": uneven.seed,
+        "replica_groups": groups,
+        "even_step_time_s": even_s,
+        "slowdown": slowdown,
+    }
+    count = len(uneven.stragglers)
+    what = [f"{count} slow device{'s' * (count > 1)}"] if count else []
+    what += [f"jitter of {uneven.jitter:.1%}"] if uneven.jitter else []
+    section.lines.append(
+        f"  uneven        {' and '.join(what)}: {slowdown:.3f} × the even step of "
+        f"{format_duration(even_s)}; pipelines of {groups} kind{'s' * (groups > 1)}"
+    )
+    return section
+
+
+def worth_drawing(timeline: Timeline, pp: int, *, max_ranks: int = 64) -> Timeline:
+    """The timeline, or of many groups of pipelines the one that stands for most and the slowest."""
+    if len(timeline.copies) <= max_ranks:
+        return timeline
+    busy_s = dict.fromkeys(timeline.ranks, 0.0)
+    for span in timeline.spans:
+        if span.stream == "compute":
+            busy_s[span.rank] += span.duration_s
+    groups = range(len(timeline.copies) // pp)
+    usual = max(groups, key=lambda k: timeline.copies[k * pp])
+    others = [k for k in groups if k != usual]
+    slowest = max(others, key=lambda k: max(busy_s[k * pp + p] for p in range(pp)))
+    ranks = {k * pp + p for k in (usual, slowest) for p in range(pp)}
+    return timeline.only(ranks)
