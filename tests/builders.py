@@ -76,6 +76,7 @@ def flat_cost(
         stages=(stage,) * num_stages,
         syncs=(sync,) * num_stages,
         send_s=(send_s,) * (num_stages - 1),
+        send_bytes=(0.0,) * (num_stages - 1),
         tied_reduce_s=tied_reduce_s,
     )
 

@@ -249,12 +249,28 @@ def dispatch_s(cluster: Cluster, num_bytes: float, top_k: int, group: Group) -> 
     if group.size == 1 or num_bytes <= 0:
         return 0.0
     latency_s, bus = _inside(cluster, "all_to_all", group.local)
-    inside = expected_distinct(group.size, top_k) * (group.local - 1) / group.local
+    inside, between = _dispatch_copies(top_k, group)
     if group.domains == 1:
         return latency_s + inside * num_bytes / bus
-    between = expected_distinct(group.domains, top_k) * (group.domains - 1) / group.domains
     network_s = between * num_bytes / _network_bytes_per_s(cluster, 1)
     return latency_s + _hop_s(cluster.inter_node) + _slower(inside * num_bytes / bus, network_s)
+
+
+def dispatch_wire_factor(top_k: int, group: Group) -> float:
+    """Bytes that each rank sends in a dispatch over the bytes of its tokens: copies over the network,
+    and those that are handed on (or sent directly) inside its domain.
+
+    >>> dispatch_wire_factor(1, Group(4, 4)), dispatch_wire_factor(1, Group(4, 2))
+    (0.75, 1.0)
+    """
+    return sum(_dispatch_copies(top_k, group))
+
+
+def _dispatch_copies(top_k: int, group: Group) -> tuple[float, float]:
+    """Copies of a token that go over links inside domains, and over the network."""
+    inside = expected_distinct(group.size, top_k) * (group.local - 1) / group.local
+    between = expected_distinct(group.domains, top_k) * (group.domains - 1) / group.domains
+    return inside, between
 
 
 def expected_distinct(places: int, draws: int) -> float:

@@ -50,6 +50,7 @@ class Gemm:
 class Attention:
     """softmax(Q Kᵀ) V over `batch` sequences, causal, on `heads` heads of this rank."""
 
+    name: str = "attention"
     batch: int
     seq_len: int
     context_ranks: int

@@ -1,38 +1,42 @@
-"""What operations cost: seconds of each pass of a layer, on a cluster and under a stack."""
+"""What operations cost together: the passes of a layer, on a cluster and under a stack.
+
+A pass is a list of timed operations in the order they run. Its time is their sum by stream, but for what
+runs beside others; the same list is what a timeline in detail shows.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
-from parsim.cost.attention import BACKWARD_FLOPS_RATIO, attention_flops, attention_s
 from parsim.cost.cell import Cell
-from parsim.cost.collective import Group, collective_s, dispatch_s, group_of
-from parsim.cost.gemm import gemm_s, training_slowdown
-from parsim.cost.memory_bound import memory_bound_s
-from parsim.cost.operation import (
-    PASSES,
-    Attention,
-    Beside,
-    Elementwise,
-    Gemm,
-    Operation,
-    Pass,
-    Stream,
-    Transfer,
+from parsim.cost.operation import Attention, Beside, Gemm, Operation, Pass, Transfer
+from parsim.cost.operation_time import (
+    forward_s,
+    input_grad_s,
+    straggling_s,
+    transfer_bytes,
+    transfer_group,
+    transfer_s,
+    weight_grad_s,
 )
 from parsim.cost.recompute import recomputed, recomputed_shares
-from parsim.hardware import Cluster, slowest_of
+from parsim.hardware import Cluster
 from parsim.stack import Stack
 
 
 class PassTime(NamedTuple):
-    """Seconds of one pass over some layers for one micro-batch, by stream; communication as exposed."""
+    """One pass over some layers for one micro-batch, by stream; communication as far as exposed."""
 
     compute_s: float = 0.0
     tp_s: float = 0.0
     cp_s: float = 0.0
     ep_s: float = 0.0
+    tp_bytes: float = 0.0
+    """What each device sends in that time."""
+    cp_bytes: float = 0.0
+    ep_bytes: float = 0.0
 
     def plus(self, other: PassTime) -> PassTime:
         """Both, one after the other."""
@@ -44,11 +48,11 @@ class PassTime(NamedTuple):
 
     @property
     def total_s(self) -> float:
-        return sum(self)
+        return self.compute_s + self.tp_s + self.cp_s + self.ep_s
 
 
 class PartTime(NamedTuple):
-    """Seconds of one part of the model (a layer, the embedding, the head) for one micro-batch."""
+    """One part of the model (a layer, the embedding, the head) for one micro-batch."""
 
     forward: PassTime
     input_grad: PassTime
@@ -78,6 +82,46 @@ class HostTime(NamedTuple):
     with nothing queued, and its collectives, timed by themselves, are not beside the launches."""
 
 
+class TimedOperation(NamedTuple):
+    """One operation in a pass, or the part of one that does (or does not) run beside others."""
+
+    name: str
+    stream: Literal["compute", "tp", "cp", "ep"]
+    seconds: float
+    num_bytes: float = 0.0
+    """What each device sends."""
+    beside: bool = False
+    """Runs beside the operations that follow, and adds nothing to the pass."""
+
+
+class PartPasses(NamedTuple):
+    """The passes of one part of the model for one micro-batch, each in the order it runs.
+
+    With the gradients of weights stand the transfers that run beside them.
+    """
+
+    forward: tuple[TimedOperation, ...]
+    input_grad: tuple[TimedOperation, ...]
+    weight_grad: tuple[TimedOperation, ...]
+    recompute: tuple[TimedOperation, ...]
+
+
+_Product = Literal["forward", "input_grad", "weight_grad"]
+_SECONDS: dict[_Product, Callable[[Operation, Cell, Cluster, Stack], float]] = {
+    "forward": forward_s,
+    "input_grad": input_grad_s,
+    "weight_grad": weight_grad_s,
+}
+
+
+class _Transfers(NamedTuple):
+    """The transfers of one pass, by the place of an operation in the list of all."""
+
+    exposed: Mapping[int, TimedOperation]
+    beside: Mapping[tuple[_Product, int], Sequence[TimedOperation]]
+    """What runs beside a product of an operation."""
+
+
 def part_time(
     operations: tuple[Operation, ...],
     cell: Cell,
@@ -86,257 +130,196 @@ def part_time(
     *,
     host: HostTime | None = None,
 ) -> PartTime:
-    """Seconds of one part of the model.
+    """Seconds of one part of the model: the sums of its passes."""
+    passes = part_passes(operations, cell, cluster, stack, host=host)
+    return PartTime(*(pass_time(timed) for timed in passes))
+
+
+def pass_time(timed: Iterable[TimedOperation]) -> PassTime:
+    """The sum by stream of what is in the way of a pass."""
+    seconds: dict[str, float] = defaultdict(float)
+    sent: dict[str, float] = defaultdict(float)
+    for operation in timed:
+        if not operation.beside:
+            seconds[operation.stream] += operation.seconds
+            sent[operation.stream] += operation.num_bytes
+    return PassTime(
+        seconds["compute"], seconds["tp"], seconds["cp"], seconds["ep"],
+        sent["tp"], sent["cp"], sent["ep"],
+    )  # fmt: skip
+
+
+def part_passes(
+    operations: tuple[Operation, ...],
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+    *,
+    host: HostTime | None = None,
+) -> PartPasses:
+    """What one part of the model does in each pass.
 
     A pass takes max(host, device): the host runs ahead of a busy device and is waited for by an idle
     one. Where the device is itself the host, both times add up.
     """
     host = host or HostTime()
-    times = {when: _transfers_s(operations, when, cell, cluster, stack) for when in PASSES}
-    forward = times["forward"]._replace(
-        compute_s=sum(_forward_s(op, cell, cluster, stack) for op in operations)
-    )
-    input_grad = times["backward"]._replace(
-        compute_s=sum(_input_grad_s(op, cell, cluster, stack) for op in operations)
-    )
-    weight_grad = PassTime(sum(_weight_grad_s(op, cell, cluster, stack) for op in operations))
+    there = _transfers(operations, "forward", cell, cluster, stack)
+    back = _transfers(operations, "backward", cell, cluster, stack)
+    forward = list(_timed(operations, "forward", there, cell, cluster, stack))
+    input_grad = list(_timed(operations, "input_grad", back, cell, cluster, stack))
+    gradients = back._replace(exposed={})  # what is left of them is in the way of the input gradient
+    weight_grad = list(_timed(operations, "weight_grad", gradients, cell, cluster, stack))
+    behind_s = pass_time(weight_grad).compute_s
     if _overlaps_exchange(cell, cluster, stack):
-        forward = _beside_compute(forward, stack)
-        input_grad = _beside_compute(input_grad, stack, also_s=weight_grad.compute_s)
-    forward = _with_host(forward, host, host.forward_s, cluster)
-    input_grad = _with_host(input_grad, host, host.backward_s, cluster, beside_s=weight_grad.total_s)
+        forward = list(_exchange_beside(forward, stack))
+        input_grad = list(_exchange_beside(input_grad, stack, also_s=behind_s))
+    forward = _launched(forward, host, host.forward_s, cluster)
+    input_grad = _launched(input_grad, host, host.backward_s, cluster, beside_s=behind_s)
     recompute = _recompute(operations, forward, cell, cluster, stack, host)
-    return PartTime(forward, input_grad, weight_grad, recompute)
+    return PartPasses(tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(recompute))
+
+
+def _timed(
+    operations: tuple[Operation, ...],
+    product: _Product,
+    transfers: _Transfers,
+    cell: Cell,
+    cluster: Cluster,
+    stack: Stack,
+    shares: Sequence[float] | None = None,
+) -> Iterator[TimedOperation]:
+    """One pass in the order it runs; `shares` of the operations, or all of them."""
+    order = range(len(operations))
+    for i in order if product == "forward" else reversed(order):
+        op, share = operations[i], 1.0 if shares is None else shares[i]
+        yield from transfers.beside.get((product, i), ())
+        seconds = share * _SECONDS[product](op, cell, cluster, stack) if share else 0.0
+        if seconds:
+            yield TimedOperation(op.name, "compute", seconds)
+        if i in transfers.exposed:
+            yield transfers.exposed[i]
 
 
 def _overlaps_exchange(cell: Cell, cluster: Cluster, stack: Stack) -> bool:
     """Whether tokens travel to and from their experts beside another micro-batch's compute."""
-    leaves_domain = _group(cell, cluster, "ep").domains > 1
+    leaves_domain = transfer_group(cell, cluster, "ep").domains > 1
     return stack.fused_experts or (stack.ep_overlap == "network" and leaves_domain)
 
 
-def _beside_compute(time: PassTime, stack: Stack, *, also_s: float = 0.0) -> PassTime:
+def _exchange_beside(
+    timed: Sequence[TimedOperation], stack: Stack, *, also_s: float = 0.0
+) -> Iterator[TimedOperation]:
     """A pass whose exchange of tokens has compute beside it: its own, and `also_s` of another pass."""
-    hidden_s = min(time.ep_s, time.compute_s + also_s)
-    return time._replace(ep_s=time.ep_s - hidden_s + stack.overlap_cost * hidden_s)
+    cover_s = pass_time(timed).compute_s + also_s
+    for operation in timed:
+        if operation.stream != "ep":
+            yield operation
+            continue
+        hidden_s = min(operation.seconds, cover_s)
+        cover_s -= hidden_s
+        yield from _parted(operation, hidden_s, stack.overlap_cost)
 
 
-def _with_host(
-    time: PassTime, host: HostTime, host_s: float, cluster: Cluster, *, beside_s: float = 0.0
-) -> PassTime:
+def _parted(operation: TimedOperation, hidden_s: float, cost: float) -> Iterator[TimedOperation]:
+    """A transfer cut in two: what runs beside compute, and in the way the rest and `cost` of that."""
+    share = hidden_s / operation.seconds if operation.seconds else 0.0
+    exposed_s = operation.seconds - hidden_s + cost * hidden_s
+    if hidden_s:
+        yield operation._replace(seconds=hidden_s, num_bytes=share * operation.num_bytes, beside=True)
+    if exposed_s:
+        yield operation._replace(seconds=exposed_s, num_bytes=(1 - share) * operation.num_bytes)
+
+
+def _launched(
+    timed: list[TimedOperation],
+    host: HostTime,
+    host_s: float,
+    cluster: Cluster,
+    *,
+    beside_s: float = 0.0,
+) -> list[TimedOperation]:
     """A pass with what its host adds: all of its time on a device that is the host, else what is left
     of it after the device's work (`beside_s`: of another pass that the host launches with this one).
     """
     if not cluster.device.is_host:
+        time = pass_time(timed)
         busy_s = time.compute_s + host.lead_s if host.lead_s else time.total_s
         host_s = host.lead_s + max(0.0, host_s - busy_s - beside_s)
-    return time._replace(compute_s=time.compute_s + host_s)
+    return [TimedOperation("launches", "compute", host_s), *timed] if host_s else timed
 
 
 def _recompute(
     operations: tuple[Operation, ...],
-    forward: PassTime,
+    forward: list[TimedOperation],
     cell: Cell,
     cluster: Cluster,
     stack: Stack,
     host: HostTime,
-) -> PassTime:
+) -> list[TimedOperation]:
     """The part of the forward that the backward runs again."""
     what = recomputed(cell, stack)
     if what == "nothing":
-        return PassTime()
+        return []
     if what == "everything" and not stack.recompute_stops_early:
         return forward
     shares = recomputed_shares(operations, what, stops_early=stack.recompute_stops_early)
-    compute_s = sum(
-        share * _forward_s(op, cell, cluster, stack)
-        for op, share in zip(operations, shares, strict=True)
-        if share
-    )
-    time = _transfers_s(operations, "forward", cell, cluster, stack, shares)
-    time = time._replace(compute_s=compute_s)
-    return time if what == "attention_core" else _with_host(time, host, host.forward_s, cluster)
+    transfers = _transfers(operations, "forward", cell, cluster, stack, shares)
+    timed = list(_timed(operations, "forward", transfers, cell, cluster, stack, shares))
+    return timed if what == "attention_core" else _launched(timed, host, host.forward_s, cluster)
 
 
-def _gemm(
-    op: Gemm, m: int, n: int, k: int, layout: str, cell: Cell, cluster: Cluster, stack: Stack
-) -> float:
-    dtype = cell.precision if op.low_precision else cell.activation_dtype
-    bare_s = gemm_s(
-        cluster,
-        m,
-        n,
-        k,
-        dtype=dtype,
-        layout=layout,
-        batch=op.batch,
-        stream_k=stack.gemm_stream_k,
-        training=True,
-    )
-    by_row = dtype == "fp8" and stack.fp8_scaling == "row"
-    slowdown = stack.gemm_slowdown * (stack.fp8_row_slowdown if by_row else 1.0)
-    return slowdown * _pace(cell, cluster) * bare_s
-
-
-def _pace(cell: Cell, cluster: Cluster) -> float:
-    """What waiting for the slowest device adds to compute under a power limit."""
-    return slowest_of(cell.gpus, cluster.device.clock_spread)
-
-
-def _elementwise_s(op: Elementwise, num_bytes: float, cluster: Cluster, stack: Stack) -> float:
-    routed = stack.routed_slowdown if op.routed else 1.0
-    return routed * stack.memory_bound_slowdown * memory_bound_s(cluster, num_bytes)
-
-
-def _widths(op: Gemm, stack: Stack) -> tuple[int, ...]:
-    """Columns of the products that a linear layer runs as."""
-    return op.columns if op.columns and not stack.merged_products else (op.n,)
-
-
-def _forward_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
-    if isinstance(op, Gemm):
-        return sum(_gemm(op, op.m, n, op.k, "TN", cell, cluster, stack) for n in _widths(op, stack))
-    if isinstance(op, Attention):
-        return _attention_s(op, cell, cluster, stack, backward=False)
-    if isinstance(op, Elementwise):
-        return _elementwise_s(op, op.forward_bytes, cluster, stack)
-    return 0.0
-
-
-def _input_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
-    if isinstance(op, Gemm):
-        widths = _widths(op, stack)
-        added_bytes = 3 * (len(widths) - 1) * op.batch * op.m * op.k * cell.activation_bytes
-        added_s = stack.memory_bound_slowdown * memory_bound_s(cluster, added_bytes)
-        return added_s + sum(_gemm(op, op.m, op.k, n, "NN", cell, cluster, stack) for n in widths)
-    if isinstance(op, Attention):
-        return _attention_s(op, cell, cluster, stack, backward=True)
-    if isinstance(op, Elementwise):
-        return _elementwise_s(op, op.backward_bytes, cluster, stack)
-    return 0.0
-
-
-def _weight_grad_s(op: Operation, cell: Cell, cluster: Cluster, stack: Stack) -> float:
-    if isinstance(op, Gemm):
-        return sum(_gemm(op, n, op.k, op.m, "NT", cell, cluster, stack) for n in _widths(op, stack))
-    return 0.0
-
-
-def _attention_s(op: Attention, cell: Cell, cluster: Cluster, stack: Stack, *, backward: bool) -> float:
-    dtype = cell.activation_dtype
-    if op.fused:
-        whole_s = attention_s(
-            cluster,
-            batch=op.batch,
-            seq_q=op.seq_len,
-            seq_kv=op.seq_len,
-            heads=op.heads,
-            kv_heads=op.kv_heads,
-            head_dim=op.head_dim,
-            v_head_dim=op.v_head_dim,
-            window=op.window,
-            dtype=dtype,
-            backward=backward,
-        )
-        whole_s *= stack.attention_slowdown * _pace(cell, cluster)
-        if stack.attention_max_flops_per_s:
-            capped_s = _useful_flops(op, backward) / stack.attention_max_flops_per_s
-            slowdown = training_slowdown(cluster.device, dtype) * _pace(cell, cluster)
-            whole_s = max(whole_s, capped_s * slowdown)
-        return whole_s / op.context_ranks
-    batch = op.batch * op.heads
-    queries = op.seq_len // op.context_ranks
-    scores = gemm_s(cluster, queries, op.seq_len, op.head_dim, dtype=dtype, batch=batch)
-    values = gemm_s(cluster, queries, op.v_head_dim, op.seq_len, dtype=dtype, batch=batch)
-    return stack.gemm_slowdown * _pace(cell, cluster) * (scores + values) * (2 if backward else 1)
-
-
-def _useful_flops(op: Attention, backward: bool) -> float:
-    """FLOPs under the causal mask of the whole sequence."""
-    flops = attention_flops(
-        batch=op.batch,
-        seq_q=op.seq_len,
-        seq_kv=op.seq_len,
-        heads=op.heads,
-        head_dim=op.head_dim,
-        v_head_dim=op.v_head_dim,
-        window=op.window,
-    )
-    return flops * (BACKWARD_FLOPS_RATIO if backward else 1.0)
-
-
-def _transfers_s(
+def _transfers(
     operations: tuple[Operation, ...],
     when: Pass,
     cell: Cell,
     cluster: Cluster,
     stack: Stack,
-    shares: tuple[float, ...] | None = None,
-) -> PassTime:
-    """Exposed communication of one pass, by stream; `shares` of the operations, or all of them."""
-    total = {"tp": 0.0, "cp": 0.0, "ep": 0.0}
-    behind_attention_s = 0.0
+    shares: Sequence[float] | None = None,
+) -> _Transfers:
+    """Communication of one pass; `shares` of the operations, or all of them."""
+    exposed: dict[int, TimedOperation] = {}
+    beside: dict[tuple[_Product, int], list[TimedOperation]] = defaultdict(list)
+    own: _Product = "forward" if when == "forward" else "input_grad"
+    # The first of cp chunks is local, so a ring has (cp − 1)/cp of the attention to hide behind.
+    ring_cover_s: float | None = None
     for i, op in enumerate(operations):
-        if not isinstance(op, Transfer) or op.when != when:
-            continue
         share = 1.0 if shares is None else shares[i]
+        if not isinstance(op, Transfer) or op.when != when or not share:
+            continue
         seconds = share * transfer_s(op, cell, cluster, stack)
+        sent = share * transfer_bytes(op, cell, cluster, stack)
+        timed = TimedOperation(op.name, op.stream, seconds, sent)
+        if op.beside is None:
+            late_s = share * straggling_s(op, cell, stack)
+            exposed[i] = timed._replace(seconds=seconds + late_s)
+            continue
         if op.beside == "attention":
-            behind_attention_s += seconds
-        elif op.beside is not None:
-            cover_s = share * _cover_s(operations, i, op.beside, cell, cluster, stack)
+            product, place, cost = own, _attention_at(operations), 0.0
+            if ring_cover_s is None:
+                whole_s = _SECONDS[own](operations[place], cell, cluster, stack)
+                ring_cover_s = whole_s * (cell.cp - 1) / cell.cp
+            hidden_s = min(seconds, ring_cover_s)
+            ring_cover_s -= hidden_s
+        else:
+            product, place = _cover(operations, i, op.beside)
+            cost = stack.overlap_cost
+            cover_s = share * _SECONDS[product](operations[place], cell, cluster, stack)
             hidden_s = min(seconds, cover_s)
-            total[op.stream] += seconds - hidden_s + stack.overlap_cost * hidden_s
-        elif share:
-            total[op.stream] += seconds + share * _straggling_s(op, cell, stack)
-    if behind_attention_s:
-        cover_s = sum(
-            _attention_s(op, cell, cluster, stack, backward=when == "backward")
-            for op in operations
-            if isinstance(op, Attention)
-        )
-        # The first of cp chunks is local, so a ring has (cp − 1)/cp of the attention to hide behind.
-        total["cp"] += max(0.0, behind_attention_s - cover_s * (cell.cp - 1) / cell.cp)
-    return PassTime(0.0, total["tp"], total["cp"], total["ep"])
+        for part in _parted(timed, hidden_s, cost):
+            if part.beside:
+                beside[product, place].append(part)
+            else:
+                exposed[i] = part
+    return _Transfers(exposed, beside)
 
 
-def _cover_s(
-    operations: tuple[Operation, ...],
-    i: int,
-    beside: Beside,
-    cell: Cell,
-    cluster: Cluster,
-    stack: Stack,
-) -> float:
-    """Seconds of the matrix product that transfer `i` runs beside."""
+def _attention_at(operations: tuple[Operation, ...]) -> int:
+    return next(i for i, op in enumerate(operations) if isinstance(op, Attention))
+
+
+def _cover(operations: tuple[Operation, ...], i: int, beside: Beside) -> tuple[_Product, int]:
+    """The matrix product that transfer `i` runs beside."""
     where, product = beside.split()
-    order = operations[i + 1 :] if where == "next" else reversed(operations[:i])
-    gemm = next(op for op in order if isinstance(op, Gemm))
-    price = {"forward": _forward_s, "input_grad": _input_grad_s, "weight_grad": _weight_grad_s}
-    return price[product](gemm, cell, cluster, stack)
-
-
-def _straggling_s(op: Transfer, cell: Cell, stack: Stack) -> float:
-    """What a collective in the way costs beyond itself; none among one rank."""
-    ranks = {"tp": cell.tp, "cp": cell.cp, "ep": cell.ep}[op.stream]
-    return stack.collective_overhead_s * math.log2(ranks)
-
-
-def transfer_s(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> float:
-    """Seconds of one collective: tp ranks lie next to each other, then cp, then dp (and ep over all)."""
-    group = _group(cell, cluster, op.stream)
-    if not op.top_k:
-        crossing = stack.dp_slowdown if group.domains > 1 else 1.0
-        return crossing * collective_s(cluster, op.kind, op.num_bytes, group)
-    if stack.moe_dispatch == "deduplicated":
-        return stack.ep_slowdown * dispatch_s(cluster, op.num_bytes / op.top_k, op.top_k, group)
-    return stack.ep_slowdown * collective_s(cluster, op.kind, op.num_bytes, group)
-
-
-def _group(cell: Cell, cluster: Cluster, stream: Stream) -> Group:
-    size, stride = {
-        "tp": (cell.tp, 1),
-        "cp": (cell.cp, cell.tp),
-        "ep": (cell.ep, cell.expert_tp),
-    }[stream]
-    return group_of(cluster, size=size, stride=stride, gpus=cell.gpus)
+    order = range(i + 1, len(operations)) if where == "next" else range(i - 1, -1, -1)
+    place = next(j for j in order if isinstance(operations[j], Gemm))
+    return product, place  # type: ignore[return-value]

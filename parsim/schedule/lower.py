@@ -135,7 +135,7 @@ class _Lowering:
         self.times = {
             (stage, kind): time
             for stage, cost in enumerate(self.cost.stages)
-            for kind, time in _times(cost.time, self._action_s(), self.cost.extremes_s).items()
+            for kind, time in _times(cost.time, self._host()).items()
         }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.work = Work(chain={rank: [] for rank in range(self.schedule.pp)})
@@ -144,9 +144,12 @@ class _Lowering:
         )
         self.sync.begin()
 
-    def _action_s(self) -> float:
-        """Host time of an action; a rank without a pipeline just runs its forwards and backwards."""
-        return self.stack.action_host_s if self.schedule.pp > 1 else 0.0
+    def _host(self) -> PassTime:
+        """What comes with every action: host time (a rank without a pipeline just runs its forwards and
+        backwards), and the extremes of fp8 tensors.
+        """
+        host_s = self.stack.action_host_s if self.schedule.pp > 1 else 0.0
+        return PassTime(host_s, self.cost.extremes_s, tp_bytes=self.cost.extremes_bytes)
 
     def add_action(self, rank: int, action: Action) -> None:
         """The tasks of one action: its compute, in pieces or whole, then the transfer of its result."""
@@ -195,9 +198,14 @@ class _Lowering:
                 freed_bytes=saved if kind in (BACKWARD, WEIGHT_GRAD) and piece == pieces - 1 else 0.0,
             )
         )
-        for stream, seconds in ((TP, time.tp_s), (CP, time.cp_s), (EP, time.ep_s)):
+        for stream, seconds, sent in (
+            (TP, time.tp_s, time.tp_bytes),
+            (CP, time.cp_s, time.cp_bytes),
+            (EP, time.ep_s, time.ep_bytes),
+        ):
             if seconds > 0:
-                end = self.work.add(Task(rank, stream, str(action), stream, seconds, (end,), stage, i))
+                task = Task(rank, stream, str(action), stream, seconds, (end,), stage, i, num_bytes=sent)
+                end = self.work.add(task)
         return end
 
     def _send(self, rank: int, action: Action) -> None:
@@ -221,6 +229,7 @@ class _Lowering:
                     stage,
                     i,
                     receiver=(target, "pp_recv_prev" if forth else "pp_recv_next"),
+                    num_bytes=self.cost.send_bytes[min(stage, target_stage)],
                 )
             )
             if not self.stack.pp_overlap:
@@ -228,12 +237,11 @@ class _Lowering:
         self.arrived[action] = end
 
 
-def _times(time: PartTime, action_s: float, extremes_s: float) -> dict[str, PassTime]:
+def _times(time: PartTime, host: PassTime) -> dict[str, PassTime]:
     """What each kind of action takes; the input gradient of a split backward recomputes first."""
-    host = PassTime(action_s, extremes_s)
     return {
         FORWARD: time.forward.plus(host),
         BACKWARD: time.backward.plus(host),
         INPUT_GRAD: time.recompute.plus(time.input_grad).plus(host),
-        WEIGHT_GRAD: time.weight_grad.plus(PassTime(action_s)),
+        WEIGHT_GRAD: time.weight_grad.plus(PassTime(host.compute_s)),
     }

@@ -79,7 +79,7 @@ class ReplicaSync:
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
             if sync.gather_s > 0:
-                task = self._parameters(rank, stage, sync.gather_s / sync.buckets, ())
+                task = self._parameters(rank, stage, sync.buckets, ())
                 self.gathered[stage] = [self.work.add(task) for _ in range(sync.buckets)]
 
     def cut(self, action: Action) -> Cut:
@@ -114,7 +114,7 @@ class ReplicaSync:
         # What is gathered ahead goes out before this piece's gradients are there to be reduced.
         if cut.gathers and self.stack.fsdp_prefetch and piece + 1 < cut.pieces:
             self.ahead[rank] = self._gather(rank, action, ())
-        self._reduce(rank, action.stage, self.cost.syncs[action.stage].reduce_s / cut.pieces, (end,))
+        self._reduce(rank, action.stage, cut.pieces, (end,))
 
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
@@ -122,7 +122,7 @@ class ReplicaSync:
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
             if sync.reduce_s > 0 and self.plan.zero < 2 and not self.stack.dp_overlap:
-                self._reduce(rank, stage, sync.reduce_s, (chain[rank][-1],))
+                self._reduce(rank, stage, 1, (chain[rank][-1],))
         if self.cost.tied_reduce_s > 0:
             self._reduce_tied()
         # The norm of all gradients is needed before any is applied, so every rank waits for all.
@@ -136,19 +136,30 @@ class ReplicaSync:
         return self.plan.zero in (1, 2) and stack.dp_overlap and not stack.zero_broadcast_s
 
     def _parameters(
-        self, rank: int, stage: int, seconds: float, after: tuple[int, ...], micro_batch: int = -1
+        self, rank: int, stage: int, pieces: int, after: tuple[int, ...], micro_batch: int = -1
     ) -> Task:
-        name = f"parameters {stage}"
-        return Task(rank, DP, name, "dp", seconds, after, stage, micro_batch, joins_replicas=True)
+        """Gather one of so many pieces of a stage's parameters."""
+        sync = self.cost.syncs[stage]
+        return Task(
+            rank,
+            DP,
+            f"parameters {stage}",
+            "dp",
+            sync.gather_s / pieces,
+            after,
+            stage,
+            micro_batch,
+            joins_replicas=True,
+            num_bytes=sync.gather_bytes / pieces,
+        )
 
     def _gather(self, rank: int, action: Action, after: tuple[int, ...]) -> int:
         """Gather one piece's parameters (FSDP), in the way of its compute or one piece ahead."""
-        sync = self.cost.syncs[action.stage]
         if self.stack.fsdp_prefetch:
             # Ahead means from when the piece before starts, that is from the end of the one before it.
             after = tuple(self.work.chain[rank][:-1])
-        seconds = sync.gather_s / sync.buckets
-        return self.work.add(self._parameters(rank, action.stage, seconds, after, action.micro_batch))
+        buckets = self.cost.syncs[action.stage].buckets
+        return self.work.add(self._parameters(rank, action.stage, buckets, after, action.micro_batch))
 
     def _reduces(self, action: Action) -> bool:
         """Whether gradients are reduced piece by piece behind this action."""
@@ -158,8 +169,20 @@ class ReplicaSync:
             return True
         return self.stack.dp_overlap and action == self.last_gradient[action.stage]
 
-    def _reduce(self, rank: int, stage: int, seconds: float, after: tuple[int, ...]) -> None:
-        task = Task(rank, DP, f"gradients {stage}", "dp", seconds, after, stage, joins_replicas=True)
+    def _reduce(self, rank: int, stage: int, pieces: int, after: tuple[int, ...]) -> None:
+        """Reduce one of so many pieces of a stage's gradients."""
+        sync = self.cost.syncs[stage]
+        task = Task(
+            rank,
+            DP,
+            f"gradients {stage}",
+            "dp",
+            sync.reduce_s / pieces,
+            after,
+            stage,
+            joins_replicas=True,
+            num_bytes=sync.reduce_bytes / pieces,
+        )
         self.reduced[rank] = self.work.add(task)
 
     def _reduce_tied(self) -> None:
@@ -170,7 +193,14 @@ class ReplicaSync:
         if last in self.reduced:
             after += (self.reduced[last],)
         task = Task(
-            first, DP, "tied embedding", "dp", self.cost.tied_reduce_s, after, receiver=(last, DP)
+            first,
+            DP,
+            "tied embedding",
+            "dp",
+            self.cost.tied_reduce_s,
+            after,
+            receiver=(last, DP),
+            num_bytes=self.cost.tied_reduce_bytes,
         )
         self.reduced[first] = self.work.add(task)
 
@@ -181,8 +211,8 @@ class ReplicaSync:
         end = self.work.add(update)
         gather_s = sum(sync.gather_s for sync in syncs)
         if gather_s > 0 and self.plan.zero in (1, 2) and not self._gathers_after_update():
-            end = self.work.add(
-                Task(rank, DP, "parameters", "dp", gather_s, (end,), joins_replicas=True)
-            )
+            sent = sum(sync.gather_bytes for sync in syncs)
+            gather = Task(rank, DP, "parameters", "dp", gather_s, (end,))
+            end = self.work.add(gather._replace(joins_replicas=True, num_bytes=sent))
         if self.stack.step_overhead_s > 0:
             self.work.add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))

@@ -273,8 +273,8 @@ def test_a_split_backward_gathers_its_parameters_once() -> None:
 
 @pytest.mark.parametrize(("zero", "overlap"), [(0, False), (1, False), (1, True), (3, True)])
 def test_what_joins_replicas(zero: int, overlap: bool) -> None:
-    """Reductions, gathers and the update (it needs the norm of all gradients); a tied embedding is summed
-    within each pipeline.
+    """Reductions, gathers and the update, which needs the norm of all gradients. A tied embedding is
+    summed within each pipeline.
     """
     plan = ParallelPlan(dp=2, pp=2, zero=zero)
     cost = flat_cost(2, send_s=0.5, reduce_s=1.0, gather_s=zero and 1.0, tied_reduce_s=0.5)
