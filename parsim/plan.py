@@ -15,6 +15,9 @@ from parsim.model import ModelSpec
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
+USUAL_PLACEMENT = "tp-cp-dp-pp"
+"""Mesh dimensions from the fastest to the slowest, as frameworks lay out their ranks."""
+
 V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
 
@@ -81,6 +84,8 @@ class ParallelPlan:
     recompute: Recompute = "none"
     tp_overlap: bool = False
     """Tensor-parallel communication is cut up and hidden behind the GEMMs (async tp)."""
+    placement: str = USUAL_PLACEMENT
+    """Mesh dimensions from the fastest to the slowest: ranks next to each other differ in the first."""
     stage_split: tuple[int, ...] = ()
     """Layers of every stage in order; empty: as even as can be, embedding and head counted."""
 
@@ -100,6 +105,15 @@ class ParallelPlan:
                 where="recompute",
                 got=self.recompute,
                 expected=", ".join(RECOMPUTE_MODES),
+            )
+        if self.placement != USUAL_PLACEMENT and (
+            sorted(self.placement.split("-")) != sorted(USUAL_PLACEMENT.split("-"))
+        ):
+            raise ParsimError(
+                "a placement names every mesh dimension once",
+                where="placement",
+                got=self.placement,
+                expected=f"an order of {USUAL_PLACEMENT}",
             )
         if self.stage_split and len(self.stage_split) != self.num_stages:
             raise ParsimError(
@@ -133,20 +147,33 @@ class ParallelPlan:
         """Micro-batches that each pipeline runs in a step."""
         return job.global_batch // (self.dp * self.micro_batch)
 
+    @property
+    def strides(self) -> Coordinate:
+        """How many global ranks neighbours along each mesh dimension lie apart.
+
+        >>> ParallelPlan(dp=2, tp=4, pp=2, placement="tp-pp-cp-dp").strides
+        Coordinate(pp=4, dp=8, cp=8, tp=1)
+        """
+        stride, strides = 1, {}
+        for dimension in self.placement.split("-"):
+            strides[dimension] = stride
+            stride *= getattr(self, dimension)
+        return Coordinate(**strides)
+
     def coordinate(self, rank: int) -> Coordinate:
-        """Mesh coordinate of a global rank: rank = ((pp_i·DP + dp_i)·CP + cp_i)·TP + tp_i.
+        """Mesh coordinate of a global rank; as usually placed ((pp_i·DP + dp_i)·CP + cp_i)·TP + tp_i.
 
         >>> ParallelPlan(dp=2, tp=4, pp=2).coordinate(13)
         Coordinate(pp=1, dp=1, cp=0, tp=1)
         """
-        rest, tp_i = divmod(rank, self.tp)
-        rest, cp_i = divmod(rest, self.cp)
-        pp_i, dp_i = divmod(rest, self.dp)
-        return Coordinate(pp_i, dp_i, cp_i, tp_i)
+        sizes = (self.pp, self.dp, self.cp, self.tp)
+        return Coordinate(
+            *(rank // stride % size for stride, size in zip(self.strides, sizes, strict=True))
+        )
 
     def rank(self, at: Coordinate) -> int:
         """The global rank at a mesh coordinate."""
-        return ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+        return sum(place * stride for place, stride in zip(at, self.strides, strict=True))
 
     def stage_rank(self, stage: int) -> int:
         """The pipeline rank that holds a stage.
@@ -216,7 +243,7 @@ def parse_plan(text: str) -> ParallelPlan:
 
 
 def _parse_value(key: str, value: str) -> object:
-    if key in ("schedule", "recompute"):
+    if key in ("schedule", "recompute", "placement"):
         return value.lower()
     if key in ("sequence_parallel", "tp_overlap"):
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

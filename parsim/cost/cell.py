@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from parsim.hardware import DTYPE_BYTES
-from parsim.plan import Job, ParallelPlan
+from parsim.mesh import Axis, mesh_axes, part_of
+from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan
 
 
 class Cell(NamedTuple):
@@ -26,6 +27,8 @@ class Cell(NamedTuple):
     expert_tp: int = 1
     gpus: int = 1
     """Devices of the whole plan: a synchronous step goes at the pace of the slowest."""
+    groups: tuple[tuple[Axis, ...], ...] = ()
+    """Axes of the groups of tp, cp and ep, where they are not placed one after the other from rank 0."""
 
     @property
     def tokens(self) -> int:
@@ -67,4 +70,11 @@ def cell_of(job: Job, plan: ParallelPlan) -> Cell:
         tp_overlap=plan.tp_overlap,
         expert_tp=plan.expert_tp,
         gpus=plan.gpus,
+        groups=() if plan.placement == USUAL_PLACEMENT else _groups(plan),
     )
+
+
+def _groups(plan: ParallelPlan) -> tuple[tuple[Axis, ...], ...]:
+    replicas = mesh_axes(plan, "tp", "cp", "dp")
+    experts = part_of(replicas, size=plan.ep, skip=plan.expert_tp)
+    return mesh_axes(plan, "tp"), mesh_axes(plan, "cp"), experts

@@ -18,6 +18,7 @@ from parsim.cost.interpolation import along_line
 from parsim.errors import ParsimError, did_you_mean
 from parsim.hardware import Cluster, Link
 from parsim.kernels import CollectiveFit, MeasuredCollective, Protocol
+from parsim.mesh import Axis, group_size
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
 
@@ -54,6 +55,19 @@ class Group:
 def group_of(cluster: Cluster, *, size: int, stride: int, gpus: int | None = None) -> Group:
     """The worst group of `size` ranks that lie `stride` global ranks apart, of all in `gpus` ranks."""
     return Group(size, cluster.domain_ranks(size=size, stride=stride, gpus=gpus))
+
+
+def group_over(cluster: Cluster, axes: tuple[Axis, ...], *, gpus: int) -> Group:
+    """The worst group over `axes` of a mesh of `gpus` ranks.
+
+    Several axes lie in whole blocks, which domains hold whole or cut evenly (check_plan sees to it).
+    """
+    if len(axes) <= 1:
+        size, stride = axes[0] if axes else (1, 1)
+        return group_of(cluster, size=size, stride=stride, gpus=gpus)
+    domain = cluster.scale_up_domain
+    local = math.prod(max(1, min(axis.size, domain // axis.stride)) for axis in axes)
+    return Group(group_size(axes), local)
 
 
 def wire_factor(kind: str, size: int) -> float:

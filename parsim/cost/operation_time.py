@@ -12,6 +12,7 @@ from parsim.cost.collective import (
     dispatch_s,
     dispatch_wire_factor,
     group_of,
+    group_over,
     wire_factor,
 )
 from parsim.cost.gemm import gemm_s, training_slowdown
@@ -68,7 +69,7 @@ def transfer_bytes(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> 
 
 
 def transfer_s(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> float:
-    """Seconds of one collective: tp ranks lie next to each other, then cp, then dp (and ep over all)."""
+    """Seconds of one collective over the group that the plan places for its stream."""
     group = transfer_group(cell, cluster, op.stream)
     if not op.top_k:
         crossing = stack.dp_slowdown if group.domains > 1 else 1.0
@@ -80,6 +81,9 @@ def transfer_s(op: Transfer, cell: Cell, cluster: Cluster, stack: Stack) -> floa
 
 def transfer_group(cell: Cell, cluster: Cluster, stream: Stream) -> Group:
     """The worst group that a stream's collectives run in."""
+    if cell.groups:
+        axes = cell.groups[("tp", "cp", "ep").index(stream)]
+        return group_over(cluster, axes, gpus=cell.gpus)
     size, stride = {
         "tp": (cell.tp, 1),
         "cp": (cell.cp, cell.tp),

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from parsim.cost.cell import cell_of
-from parsim.cost.collective import collective_s, group_of, send_recv_s, wire_factor
+from parsim.cost.collective import collective_s, group_of, group_over, send_recv_s, wire_factor
 from parsim.cost.memory import gradient_bytes
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.sync import StageSync, stage_sync
+from parsim.mesh import group_size, mesh_axes
 from parsim.plan import Job, ParallelPlan, stage_layers
 
 EXTREMES_BYTES = 1024.0
@@ -43,7 +44,7 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     tied_s = tied_bytes = 0.0
     if job.model.tied_embeddings and plan.pp > 1:
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
-        stride = (plan.pp - 1) * plan.dp * plan.cp * plan.tp
+        stride = (plan.pp - 1) * plan.strides.pp
         ends = group_of(costs.cluster, gpus=plan.gpus, size=2, stride=stride)
         tied_s = collective_s(costs.cluster, "all_reduce", size, ends)
         tied_bytes = wire_factor("all_reduce", 2) * size
@@ -89,10 +90,11 @@ def _extremes(job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[float, fl
     Source: Transformer Engine, FP8GlobalStateManager.reduce_and_update_fp8_tensors, which ends the
     outermost autocast; Megatron-Core gives it the ranks of tensor, context and data parallelism.
     """
-    ranks = plan.tp * plan.cp * plan.dp
+    axes = mesh_axes(plan, "tp", "cp", "dp")
+    ranks = group_size(axes)
     if job.precision != "fp8" or costs.stack.fp8_scaling != "delayed" or ranks == 1:
         return 0.0, 0.0
-    group = group_of(costs.cluster, gpus=plan.gpus, size=ranks, stride=1)
+    group = group_over(costs.cluster, axes, gpus=plan.gpus)
     waiting_s = costs.stack.collective_overhead_s * math.log2(ranks)
     seconds = collective_s(costs.cluster, "all_reduce", EXTREMES_BYTES, group) + waiting_s
     return seconds, wire_factor("all_reduce", ranks) * EXTREMES_BYTES
@@ -110,13 +112,13 @@ def _send(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[f
     whole = cell.tokens * job.model.hidden * cell.activation_bytes
     cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
     # Every replica hops as far: all stay in a domain only where one holds both stages whole.
-    stage_ranks = plan.dp * plan.cp * plan.tp
-    ends = min(source, target) * stage_ranks, (max(source, target) + 1) * stage_ranks - 1
+    stride = plan.strides.pp
+    ends = min(source, target) * stride, (max(source, target) + 1) * stride - 1
     local = cluster.same_domain(*ends) and not costs.stack.pp_over_network
     seconds = send_recv_s(cluster, whole / cut, local=local)
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
         seconds += collective_s(
-            cluster, "all_gather", whole, group_of(cluster, gpus=plan.gpus, size=plan.tp, stride=1)
+            cluster, "all_gather", whole, group_over(cluster, mesh_axes(plan, "tp"), gpus=plan.gpus)
         )
     return seconds, whole / cut

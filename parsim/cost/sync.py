@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from parsim.cost.collective import collective_s, group_of, wire_factor
+from parsim.cost.collective import collective_s, group_over, wire_factor
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import (
     gathered_bytes,
@@ -18,6 +18,7 @@ from parsim.cost.memory import (
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import StageCost
 from parsim.hardware import Cluster
+from parsim.mesh import Axis, group_size, mesh_axes, part_of
 from parsim.plan import Job, ParallelPlan
 from parsim.stack import Stack
 
@@ -66,22 +67,22 @@ def stage_sync(
 ) -> StageSync:
     """What reduction, gathering and update of a stage cost on each of its replicas."""
     gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
-    dense_ranks = plan.dp * plan.cp
-    expert_ranks = max(1, dense_ranks * plan.tp // plan.expert_ranks)
+    replicas = mesh_axes(plan, "tp", "cp", "dp")
+    expert_ranks = max(1, group_size(replicas) // plan.expert_ranks)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
     if plan.zero == 3:
         buckets = max(1, stage.num_layers)
     reduced = gathered = NO_TRAFFIC
-    for parameters, ranks, stride in (
-        (stage.dense_parameters, dense_ranks, plan.tp),
-        (stage.expert_parameters, expert_ranks, plan.expert_ranks),
+    for parameters, axes in (
+        (stage.dense_parameters, mesh_axes(plan, "cp", "dp")),
+        (stage.expert_parameters, part_of(replicas, size=expert_ranks, skip=plan.expert_ranks)),
     ):
-        part = _reduce(cluster, parameters * gradients / buckets, ranks, stride, plan)
+        part = _reduce(cluster, parameters * gradients / buckets, axes, plan)
         reduced = reduced.plus(part.times(buckets))
         if plan.zero:
-            group = min(ranks, plan.zero_group or ranks)
+            shards = part_of(axes, size=shard_ranks(axes, plan))
             size = parameters * gathered_bytes(job.precision, stack) / buckets
-            part = _collective(cluster, "all_gather", size, group, stride, plan)
+            part = _collective(cluster, "all_gather", size, shards, plan)
             gathered = gathered.plus(part.times(buckets))
     gather_s = gathered.seconds
     if plan.zero in (1, 2) and plan.shard_group > 1:
@@ -112,23 +113,33 @@ def _copy_s(
     return stack.memory_bound_slowdown * memory_bound_s(cluster, stage.parameters * parameter_bytes)
 
 
-def _reduce(cluster: Cluster, num_bytes: float, ranks: int, stride: int, plan: ParallelPlan) -> Traffic:
-    """Sum of gradients over `ranks`: within the shard group first, then between the groups."""
+def shard_ranks(axes: tuple[Axis, ...], plan: ParallelPlan) -> int:
+    """Ranks of a gradient's group that share its shards, in order."""
+    ranks = group_size(axes)
+    return min(ranks, plan.zero_group or ranks)
+
+
+def _reduce(
+    cluster: Cluster, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan
+) -> Traffic:
+    """Sum of gradients over a group of ranks: within the shard group first, then between those."""
     if plan.zero == 0:
-        return _collective(cluster, "all_reduce", num_bytes, ranks, stride, plan)
-    group = min(ranks, plan.zero_group or ranks)
-    within = _collective(cluster, "reduce_scatter", num_bytes, group, stride, plan)
+        return _collective(cluster, "all_reduce", num_bytes, axes, plan)
+    ranks, group = group_size(axes), shard_ranks(axes, plan)
+    within = _collective(cluster, "reduce_scatter", num_bytes, part_of(axes, size=group), plan)
     if ranks == group:
         return within
-    between = _collective(cluster, "all_reduce", num_bytes / group, ranks // group, stride * group, plan)
-    return within.plus(between)
+    others = part_of(axes, size=ranks // group, skip=group)
+    return within.plus(_collective(cluster, "all_reduce", num_bytes / group, others, plan))
 
 
 def _collective(
-    cluster: Cluster, kind: str, num_bytes: float, size: int, stride: int, plan: ParallelPlan
+    cluster: Cluster, kind: str, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan
 ) -> Traffic:
-    group = group_of(cluster, gpus=plan.gpus, size=size, stride=stride)
-    return Traffic(collective_s(cluster, kind, num_bytes, group), wire_factor(kind, size) * num_bytes)
+    group = group_over(cluster, axes, gpus=plan.gpus)
+    return Traffic(
+        collective_s(cluster, kind, num_bytes, group), wire_factor(kind, group.size) * num_bytes
+    )
 
 
 def _optimizer_s(

@@ -9,7 +9,7 @@ import dataclasses
 
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
 from parsim.schedule.action import INPUT_GRAD, Schedule
 from parsim.schedule.check import check_schedule, divisors
 
@@ -101,6 +101,8 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("context parallelism", "cp", plan.cp)
     if plan.ep > 1:
         raise _refuse("expert parallelism", "ep", plan.ep)
+    if plan.placement != USUAL_PLACEMENT:
+        raise _refuse("another placement than usual", "placement", plan.placement)
     if plan.tp_overlap:
         raise _refuse("overlapped tensor parallelism", "tp_overlap", True)
     if plan.shard_group not in (1, plan.dp):

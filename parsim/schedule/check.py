@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster, peak_flops_per_s
-from parsim.plan import V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
+from parsim.mesh import group_size, mesh_axes, part_of
+from parsim.plan import USUAL_PLACEMENT, V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.schedule import SCHEDULES, unknown_schedule
 from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule
 from parsim.schedule.interleaved import micro_batches_per_round
@@ -28,6 +29,8 @@ def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[Pa
     yield from _tensor_problems(job, plan)
     yield from _pipeline_problems(job, plan)
     yield from _group_problems(job, plan)
+    if plan.placement != USUAL_PLACEMENT:
+        yield from _placement_problems(plan, cluster)
 
 
 def divisors(n: int) -> list[int]:
@@ -188,6 +191,32 @@ def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             got=f"zero {plan.zero}, zero_group {plan.zero_group}",
             expected=f"zero of 1 or more, and a divisor of dp·cp = {plan.dp * plan.cp}",
         )
+
+
+def _placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
+    """Where dimensions lie in another order than usual, scale-up domains hold them in whole blocks."""
+    domain, block = cluster.scale_up_domain, 1
+    for dimension in plan.placement.split("-"):
+        block *= getattr(plan, dimension)
+        if domain % block and block % domain:
+            yield ParsimError(
+                "this placement tears blocks of ranks over scale-up domains",
+                where="placement",
+                got=f"blocks of {block} ranks up to {dimension}, {domain} devices a domain",
+                expected="blocks that divide a domain, or that it divides",
+                hint=f"the usual placement is {USUAL_PLACEMENT}",
+            )
+            return
+    replicas, dense = mesh_axes(plan, "tp", "cp", "dp"), mesh_axes(plan, "cp", "dp")
+    experts = max(1, group_size(replicas) // plan.expert_ranks)
+    try:
+        part_of(replicas, size=plan.ep, skip=plan.expert_tp)
+        for axes in (dense, part_of(replicas, size=experts, skip=plan.expert_ranks)):
+            shards = min(group_size(axes), plan.zero_group or group_size(axes))
+            part_of(axes, size=shards)
+            part_of(axes, size=group_size(axes) // shards, skip=shards)
+    except ParsimError as problem:
+        yield problem
 
 
 def check_schedule(schedule: Schedule) -> None:
