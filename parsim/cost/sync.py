@@ -119,9 +119,7 @@ def shard_ranks(axes: tuple[Axis, ...], plan: ParallelPlan) -> int:
     return min(ranks, plan.zero_group or ranks)
 
 
-def _reduce(
-    cluster: Cluster, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan
-) -> Traffic:
+def _reduce(cluster: Cluster, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan) -> Traffic:
     """Sum of gradients over a group of ranks: within the shard group first, then between those."""
     if plan.zero == 0:
         return _collective(cluster, "all_reduce", num_bytes, axes, plan)
