@@ -32,19 +32,26 @@ def replayed_times(program: Program) -> TaskTimes:
     if not program.tasks:
         return TaskTimes([], [])
     ranks, streams, _, _, durations_s, afters, *_ = zip(*program.tasks, strict=True)
-    missing, waiting = _dependencies(zip(ranks, streams, strict=True), afters)
-    start_s, end_s = [0.0] * len(afters), [0.0] * len(afters)
+    missing, waiting = dependencies(zip(ranks, streams, strict=True), afters)
+    return run_events(durations_s, missing, waiting)
+
+
+def run_events(
+    durations_s: Sequence[float], missing: list[int], waiting: Sequence[Sequence[int]]
+) -> TaskTimes:
+    """Run tasks that wait for `missing` others each; `waiting` says for whom their ends count."""
+    start_s, end_s = [0.0] * len(missing), [0.0] * len(missing)
     env = simpy.Environment()
     schedule, new = env.schedule, _TaskEnd.__new__
 
-    def ended(event: simpy.Event) -> None:
-        now, index = env.now, event._value
-        end_s[index] = now
+    def ended(event: _TaskEnd) -> None:
+        index = event.index
+        end_s[index] = now = env.now
         for other in waiting[index]:
             if missing[other] == 1:
                 start_s[other] = now
                 end = new(_TaskEnd)
-                end._value, end.callbacks = other, callbacks
+                end.index, end.callbacks = other, callbacks
                 schedule(end, 1, durations_s[other])
             else:
                 missing[other] -= 1
@@ -53,7 +60,7 @@ def replayed_times(program: Program) -> TaskTimes:
     for index, count in enumerate(missing):
         if not count:
             end = new(_TaskEnd)
-            end._value, end.callbacks = index, callbacks
+            end.index, end.callbacks = index, callbacks
             schedule(end, 1, durations_s[index])
     env.run()
     return TaskTimes(start_s, end_s)
@@ -65,15 +72,17 @@ class _TaskEnd(simpy.Event):  # type: ignore[misc]
     SimPy takes `callbacks` off an event before it calls them, so one list serves many events.
     """
 
+    __slots__ = ("callbacks", "index")
     _ok = True
 
 
-def _dependencies(
+def dependencies(
     streams: Iterable[tuple[int, str]], afters: Sequence[tuple[int, ...]]
 ) -> tuple[list[int], list[list[int]]]:
     """How many tasks each task waits for, and which tasks wait for it.
 
-    It waits for `after` and for the task before it on its stream (twice, where that is the same task).
+    It waits for `after` and for the task before it on its stream, unless the first of `after` waits for
+    that one itself, as communication behind compute does.
     """
     missing = list(map(len, afters))
     waiting: list[list[int]] = [[] for _ in afters]
@@ -82,10 +91,11 @@ def _dependencies(
         for i in after:
             waiting[i].append(index)
         before = latest.get(stream)
-        if before is not None:
-            waiting[before].append(index)
-            missing[index] += 1
         latest[stream] = index
+        if before is None or (after and before in afters[after[0]]):
+            continue
+        waiting[before].append(index)
+        missing[index] += 1
     return missing, waiting
 
 
