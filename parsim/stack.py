@@ -8,6 +8,7 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -128,8 +129,12 @@ class Stack:
     fsdp_copies: bool = False
     """Each parameter is a shard of its own: a layer's are copied out of the buffer that they are
     gathered into, and its gradients into the one that is reduced (PyTorch's FSDP2)."""
-    fsdp_prefetch: bool = True
-    """FSDP gathers the next layer's parameters beside this layer's compute; else in its way."""
+    fsdp_prefetch: int = 1
+    """Layers whose parameters FSDP gathers ahead of the one that runs (FSDP1's limit_all_gathers: 2);
+    0: each in the way of its own compute."""
+    zero_prefetch: float = math.inf
+    """The same of ZeRO-1 and 2, in buckets of the first forward; inf: all of them from the start of the
+    step, for their parameters have a place in any case."""
     moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
     """How tokens reach their experts. all_to_all: a copy for each of top_k experts; deduplicated: one
     copy a node that holds any of them, handed on over the scale-up links (DeepEP, HybridEP)."""
@@ -187,6 +192,9 @@ class Stack:
         for key in (f.name for f in fields(self) if f.name.endswith("_slowdown")):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
+        for key in ("fsdp_prefetch", "zero_prefetch"):
+            if getattr(self, key) < 0:
+                raise ParsimError("a prefetch depth is 0 or more", where=key, got=getattr(self, key))
         for key in ("overlap_cost", "dp_overlap_cost", "allocator_slack"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

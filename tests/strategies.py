@@ -52,7 +52,7 @@ def stacks(draw: st.DrawFn) -> Stack:
         dp_overlap_cost=draw(st.sampled_from([0.0, 0.5])),
         dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),
         zero_broadcast_s=draw(st.sampled_from([0.0, 1e-4])),
-        fsdp_prefetch=draw(st.booleans()),
+        fsdp_prefetch=draw(st.sampled_from([0, 1, 2])),
         moe_dispatch=draw(st.sampled_from(["all_to_all", "deduplicated"])),
         ep_overlap=draw(st.sampled_from(["never", "network"])),
         pp_overlap=draw(st.booleans()),

@@ -88,7 +88,7 @@ def stack_of(cells: Cells, library: Library) -> Stack:
     if NO_OVERLAP in cells.text("notes").lower():
         cells.assumed.append("no overlap of communication, by the row's notes")
         stack = replace(
-            stack, dp_overlap=False, pp_overlap=False, tp_async_backward=False, fsdp_prefetch=False
+            stack, dp_overlap=False, pp_overlap=False, tp_async_backward=False, fsdp_prefetch=0
         )
     if REDUCED_IN_BF16 in cells.text("notes"):
         cells.assumed.append("gradients reduced in bf16, as the performance recipes set")

@@ -121,9 +121,10 @@ def rank_memory(
     if plan.pp > 1:
         boundary = cell.local_tokens * job.model.hidden * cell.activation_bytes
         buffers += 2 * boundary * plan.vpp
-    if plan.zero == 3:  # the part that runs and the one that is gathered ahead
+    if plan.zero == 3:
+        # The part that runs and those gathered ahead; without any, the buffer that it is gathered into.
         largest = max(stage.largest_part_parameters for stage in stages)
-        buffers += 2 * largest * weight_bytes(job.precision)
+        buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
     use = MemoryUse(
         weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack),
         gradients=(shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack),

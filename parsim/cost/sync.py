@@ -89,7 +89,7 @@ def stage_sync(
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
     reduce_s, gather_s = stack.dp_slowdown * reduced.seconds, stack.dp_slowdown * gather_s
-    ahead = plan.zero < 3 or stack.fsdp_prefetch
+    ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) > 0
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,

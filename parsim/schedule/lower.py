@@ -164,8 +164,8 @@ class _Lowering:
                 after += (source,)
             after += self.sync.parameters(rank, action, cut, piece, after)
             end = self._compute(rank, action, part, after, piece, cut.pieces)
-            self.work.chain[rank] = [*self.work.chain[rank][-1:], end]
-            self.sync.gradients(rank, action, cut, piece, end)
+            self.work.chain[rank].append(end)
+            self.sync.gradients(rank, action, cut, end)
         self._send(rank, action)
 
     def _source(self, action: Action) -> int | None:

@@ -7,6 +7,7 @@ are there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ class Work:
     """The tasks so far, in order."""
 
     chain: dict[int, list[int]]
-    """Last tasks of each rank's latest two pieces of work; the next piece starts after the last."""
+    """The last task of every piece of work of each rank; the next piece starts after the last."""
     tasks: list[Task] = field(default_factory=list)
 
     def add(self, task: Task) -> int:
@@ -41,7 +42,7 @@ class Cut(NamedTuple):
     waits_for_update: bool
     """The pieces wait for parameters that were gathered at the start of the step (ZeRO-1 and 2)."""
     gathers: bool
-    """The pieces' parameters are gathered for this pass alone (ZeRO-3)."""
+    """The pieces' parameters are gathered for this pass, so many pieces ahead."""
     reduces: bool
     """The pieces' gradients are reduced behind them."""
 
@@ -57,8 +58,8 @@ class ReplicaSync:
     work: Work
     gathered: dict[int, list[int]] = field(default_factory=dict)
     """Tasks that gather the parameters of a stage at the start of the step, by bucket."""
-    ahead: dict[int, int] = field(default_factory=dict)
-    """The gather that a rank's next piece waits for, where it was sent out ahead of it."""
+    ahead: dict[int, list[int]] = field(default_factory=dict)
+    """Gathers of a rank's next pieces that were sent out ahead of them."""
     reduced: dict[int, int] = field(default_factory=dict)
     """Last reduction of gradients on each rank."""
     rank_of: dict[int, int] = field(init=False)
@@ -74,7 +75,7 @@ class ReplicaSync:
 
     def begin(self) -> None:
         """What comes before the first action: parameters that ZeRO-1 and 2 updated elsewhere."""
-        if not self._gathers_after_update():
+        if not self._gathers_after_update() or self.stack.zero_prefetch < math.inf:
             return
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
@@ -85,8 +86,11 @@ class ReplicaSync:
     def cut(self, action: Action) -> Cut:
         """The pieces that an action runs in."""
         sync = self.cost.syncs[action.stage]
-        waits = action == self.first_forward.get(action.stage) and action.stage in self.gathered
-        gathers = self.plan.zero == 3 and action.kind != WEIGHT_GRAD and sync.gather_s > 0
+        first = action == self.first_forward.get(action.stage)
+        waits = first and action.stage in self.gathered
+        gathers = self.plan.zero == 3 and action.kind != WEIGHT_GRAD
+        gathers |= first and self._gathers_after_update() and not waits
+        gathers &= sync.gather_s > 0
         reduces = self._reduces(action)
         return Cut(
             pieces=sync.buckets if waits or gathers or reduces else 1,
@@ -104,17 +108,23 @@ class ReplicaSync:
             return (self.gathered[action.stage][piece],)
         if not cut.gathers:
             return ()
-        ahead = self.ahead.pop(rank, None)
-        return (self._gather(rank, action, after) if ahead is None else ahead,)
+        depth = self.stack.fsdp_prefetch if self.plan.zero == 3 else self.stack.zero_prefetch
+        if not depth:
+            return (self._gather(rank, action, after),)
+        chain, ahead = self.work.chain[rank], self.ahead.setdefault(rank, [])
+        while len(ahead) <= depth and piece + len(ahead) < cut.pieces:
+            # From when the piece `depth` before starts, that is from the end of the one before that.
+            place = len(chain) + len(ahead) - int(depth) - 1
+            ahead.append(self._gather(rank, action, (chain[place],) if place >= 0 else ()))
+        return (ahead.pop(0),)
 
-    def gradients(self, rank: int, action: Action, cut: Cut, piece: int, end: int) -> None:
-        """Reduce a piece's gradients once it ends, after what is gathered ahead of the next piece."""
-        if not cut.reduces:
-            return
-        # What is gathered ahead goes out before this piece's gradients are there to be reduced.
-        if cut.gathers and self.stack.fsdp_prefetch and piece + 1 < cut.pieces:
-            self.ahead[rank] = self._gather(rank, action, ())
-        self._reduce(rank, action.stage, cut.pieces, (end,))
+    def gradients(self, rank: int, action: Action, cut: Cut, end: int) -> None:
+        """Reduce a piece's gradients once it ends.
+
+        What is gathered ahead of the next pieces goes out before: it waits for less.
+        """
+        if cut.reduces:
+            self._reduce(rank, action.stage, cut.pieces, (end,))
 
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
@@ -154,10 +164,7 @@ class ReplicaSync:
         )
 
     def _gather(self, rank: int, action: Action, after: tuple[int, ...]) -> int:
-        """Gather one piece's parameters (FSDP), in the way of its compute or one piece ahead."""
-        if self.stack.fsdp_prefetch:
-            # Ahead means from when the piece before starts, that is from the end of the one before it.
-            after = tuple(self.work.chain[rank][:-1])
+        """Gather one piece's parameters for one pass."""
         buckets = self.cost.syncs[action.stage].buckets
         return self.work.add(self._parameters(rank, action.stage, buckets, after, action.micro_batch))
 

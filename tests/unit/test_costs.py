@@ -407,8 +407,8 @@ def test_fsdp2_copies_what_it_gathers_and_reduces() -> None:
     assert plain.gather_takes_s == plain.reduce_takes_s == 0
 
 
-@pytest.mark.parametrize(("prefetch", "share"), [(True, 0.25), (False, 0.0)])
-def test_hidden_communication_takes_its_share_of_compute(prefetch: bool, share: float) -> None:
+@pytest.mark.parametrize(("prefetch", "share"), [(1, 0.25), (0, 0.0)])
+def test_hidden_communication_takes_its_share_of_compute(prefetch: int, share: float) -> None:
     model = small_model()
     job, plan = Job(model=model, seq_len=256, global_batch=8), ParallelPlan(dp=8, zero=3)
     stack = plain_stack(dp_overlap_cost=0.25, fsdp_prefetch=prefetch)

@@ -152,21 +152,21 @@ def test_zero_gathers_at_the_end_or_beside_the_first_forward(zero: int) -> None:
 
 def test_fsdp_gathers_in_the_way_of_every_forward_and_backward() -> None:
     plan, cost = ParallelPlan(dp=2, zero=3), flat_cost(1, gather_s=0.5, buckets=4)
-    step = timeline(plan, 3, cost, fsdp_prefetch=False)
+    step = timeline(plan, 3, cost, fsdp_prefetch=0)
     assert step.end_s == pytest.approx(3 * (3.0 + 2 * 0.5))
     assert busy(step, "dp") == pytest.approx(3 * 2 * 0.5)
 
 
 def test_fsdp_gathers_one_layer_ahead() -> None:
     plan = ParallelPlan(dp=2, zero=3)
-    step = timeline(plan, 3, flat_cost(1, gather_s=0.5, buckets=4), fsdp_prefetch=True)
+    step = timeline(plan, 3, flat_cost(1, gather_s=0.5, buckets=4), fsdp_prefetch=1)
     assert step.end_s == pytest.approx(0.5 / 4 + 3 * 3.0)  # only the first layer waits
     assert busy(step, "dp") == pytest.approx(3 * 2 * 0.5)
     # One layer ahead and no more: the third gather waits for the first piece of compute.
     gathers, work = spans(step, "dp"), spans(step, "compute")
     assert [g.start_s for g in gathers[:3]] == [0.0, 0.125, work[0].end_s]
     slow = flat_cost(1, gather_s=4.0, buckets=4)  # longer than either pass: the network sets the pace
-    assert seconds(plan, 3, slow, fsdp_prefetch=True) == pytest.approx(3 * 2 * 4.0 + 2.0 / 4)
+    assert seconds(plan, 3, slow, fsdp_prefetch=1) == pytest.approx(3 * 2 * 4.0 + 2.0 / 4)
 
 
 def test_what_hidden_communication_costs_lies_between_nothing_and_all_of_it() -> None:
@@ -264,7 +264,7 @@ def test_a_weight_gradient_stays_where_it_is() -> None:
 
 def test_a_split_backward_gathers_its_parameters_once() -> None:
     plan = ParallelPlan(dp=2, pp=2, zero=3)
-    step = timeline(plan, 1, flat_cost(2, gather_s=0.5), csv=SPLIT, fsdp_prefetch=False)
+    step = timeline(plan, 1, flat_cost(2, gather_s=0.5), csv=SPLIT, fsdp_prefetch=0)
     assert busy(step, "dp", 1) == pytest.approx(2 * 0.5)
 
 
