@@ -22,6 +22,11 @@ V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
 
 
+Aggregation = Literal["bucket", "layer", "tensor"]
+AGGREGATIONS: tuple[Aggregation, ...] = ("bucket", "layer", "tensor")
+COMPRESSIONS = "none, fp16, bf16, int8, topk-<percent>, powersgd-<rank>"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What one optimizer step does."""
@@ -82,6 +87,12 @@ class ParallelPlan:
     """Ranks that share the shards; 0 means all dp·cp of them."""
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    aggregation: Aggregation = "bucket"
+    """Gradients that are reduced at once: a bucket of layers, a layer, or a single tensor."""
+    weighted: bool = False
+    """Each replica's gradients are scaled by its share of the samples before they are summed."""
+    compression: str = "none"
+    """How gradients are made smaller for their reduction: one of COMPRESSIONS."""
     tp_overlap: bool = False
     """Tensor-parallel communication is cut up and hidden behind the GEMMs (async tp)."""
     placement: str = USUAL_PLACEMENT
@@ -115,6 +126,15 @@ class ParallelPlan:
                 got=self.placement,
                 expected=f"an order of {USUAL_PLACEMENT}",
             )
+        if self.aggregation not in AGGREGATIONS:
+            raise ParsimError(
+                "unknown aggregation of gradients",
+                where="aggregation",
+                got=self.aggregation,
+                expected=", ".join(AGGREGATIONS),
+            )
+        if self.compression != "none":
+            parse_compression(self.compression)
         if self.stage_split and len(self.stage_split) != self.num_stages:
             raise ParsimError(
                 "stage_split needs one number a stage",
@@ -203,6 +223,39 @@ class ParallelPlan:
         return ",".join(parts)
 
 
+class Compression(NamedTuple):
+    """How gradients are compressed."""
+
+    kind: str
+    """none, fp16, bf16, int8, topk or powersgd."""
+    amount: float = 0.0
+    """Percent of the values that are sent (topk), or the rank (powersgd)."""
+
+
+def parse_compression(text: str) -> Compression:
+    """A compression from its text. Raises ParsimError for an unknown one, or one without its number.
+
+    >>> parse_compression("topk-0.1"), parse_compression("none")
+    (Compression(kind='topk', amount=0.1), Compression(kind='none', amount=0.0))
+    """
+    kind, dash, number = text.partition("-")
+    if kind in ("none", "fp16", "bf16", "int8") and not dash:
+        return Compression(kind)
+    try:
+        amount = float(number) if kind in ("topk", "powersgd") else 0.0
+    except ValueError:
+        amount = 0.0
+    if 0 < amount <= 100 and (kind == "topk" or amount.is_integer()):
+        return Compression(kind, amount)
+    raise ParsimError(
+        "unknown compression of gradients",
+        where="compression",
+        got=text,
+        expected=COMPRESSIONS,
+        hint="such as topk-1 (a percent up to 100) or powersgd-4 (a whole rank up to 100)",
+    )
+
+
 def _short_defaults(tp: int, schedule: str) -> dict[str, object]:
     """Defaults of the short form that depend on other fields."""
     return {"sequence_parallel": tp > 1, "vpp": 2 if schedule in V_SHAPED_SCHEDULES else 1}
@@ -243,9 +296,9 @@ def parse_plan(text: str) -> ParallelPlan:
 
 
 def _parse_value(key: str, value: str) -> object:
-    if key in ("schedule", "recompute", "placement"):
+    if key in ("schedule", "recompute", "placement", "aggregation", "compression"):
         return value.lower()
-    if key in ("sequence_parallel", "tp_overlap"):
+    if key in ("sequence_parallel", "tp_overlap", "weighted"):
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if value.lower() not in words:
             raise ParsimError("this field is yes or no", where=key, got=value, expected="true, false")

@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec
-from parsim.plan import Job, ParallelPlan, Recompute
+from parsim.plan import AGGREGATIONS, Job, ParallelPlan, Recompute
 from parsim.schedule.check import plan_problems
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
 
 Case = tuple[Job, ParallelPlan, CostModel]
 
+COMPRESSED = ("none", "none", "none", "bf16", "int8", "topk-1", "powersgd-2")
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -83,6 +84,9 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
         zero_group=draw(st.sampled_from([0, *groups])) if zero else 0,
         sequence_parallel=tp > 1 and (model.moe is not None or draw(st.booleans())),
         recompute=draw(st.sampled_from(RECOMPUTE)),
+        aggregation=draw(st.sampled_from(AGGREGATIONS)) if dp * cp > 1 and not zero else "bucket",
+        weighted=dp * cp > 1 and draw(st.booleans()),
+        compression=draw(st.sampled_from(COMPRESSED)) if dp * cp > 1 and not zero else "none",
         tp_overlap=tp > 1 and draw(st.booleans()),
         stage_split=draw(stage_splits(model.layers, pp * vpp)) if draw(st.booleans()) else (),
     )

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from parsim.cost.cell import Cell, cell_of
+from parsim.cost.compression import keeps_residual
 from parsim.cost.stage import StageCost
 from parsim.hardware import DTYPE_BYTES
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import Job, ParallelPlan, parse_compression
 from parsim.stack import Stack
 
 
@@ -26,6 +27,8 @@ class MemoryUse:
     """Recomputed layer, gradients of activations, and the tensors of the kernels that run."""
     buffers: float
     """Pipeline receive buffers and gathered FSDP parameters."""
+    residuals: float = 0.0
+    """What compressed gradients left out, kept for the next step (error feedback)."""
     slack: float = 0.0
     """What the caching allocator holds beyond all these."""
 
@@ -37,7 +40,7 @@ class MemoryUse:
     @property
     def static(self) -> float:
         """What is there all the time."""
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.residuals
 
     def to_data(self, context_bytes: float) -> dict[str, float]:
         """The `memory_bytes` table of the JSON contract; context lies outside the allocator."""
@@ -125,9 +128,11 @@ def rank_memory(
         # The part that runs and those gathered ahead; without any, the buffer that it is gathered into.
         largest = max(stage.largest_part_parameters for stage in stages)
         buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
+    gradients = (shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack)
     use = MemoryUse(
         weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack),
-        gradients=(shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack),
+        gradients=gradients,
+        residuals=gradients if keeps_residual(parse_compression(plan.compression)) else 0.0,
         optimizer=shards * optimizer_bytes(job, stack),
         activations=sum(
             stage.saved_bytes * count for stage, count in zip(stages, in_flight, strict=True)

@@ -136,6 +136,7 @@ def _experts(model: ModelSpec, cell: Cell, stack: Stack, routed: int) -> tuple[O
             k=k,
             batch=local,
             low_precision=True,
+            expert=True,
             saved_bytes=routed * k * narrow,
         )
         for name, n, k in (("expert fc1", columns, h), ("expert fc2", h, f))

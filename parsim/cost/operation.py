@@ -37,6 +37,8 @@ class Gemm:
     """Widths of the matrices that are multiplied as one (they add up to n); empty: one."""
     low_precision: bool = False
     """Runs in the job's narrow dtype (fp8 …) where it has one; else in that of the activations."""
+    expert: bool = False
+    """W belongs to routed experts, one to each of the batch."""
     saved_bytes: float = 0.0
     """Bytes of X kept for the backward."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
@@ -15,6 +16,7 @@ from parsim.cost.layer import (
 from parsim.cost.operation import Operation, Transfer
 from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
 from parsim.cost.recompute import recomputed, saved_bytes
+from parsim.cost.weights import StageWeights, Tensors, layer_weights, table_weights, together
 from parsim.hardware import Cluster
 from parsim.model import (
     ModelSpec,
@@ -171,7 +173,10 @@ class CostModel:
 
     def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
         """Every stage of a split (layers of each stage in order); embedding first, head last."""
-        stages = []
+        return tuple(self._stage(cell, kinds) for kinds in self._kinds(split))
+
+    def _kinds(self, split: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
+        """The parts of every stage of a split, in order."""
         first = 0
         for index, num_layers in enumerate(split):
             kinds = [self._kind(layer) for layer in range(first, first + num_layers)]
@@ -180,8 +185,32 @@ class CostModel:
                 kinds.insert(0, EMBEDDING)
             if index == len(split) - 1:
                 kinds.extend([MTP] * self.model.mtp_layers + [HEAD])
-            stages.append(self._stage(cell, tuple(kinds)))
-        return tuple(stages)
+            yield tuple(kinds)
+
+    def stage_weights(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageWeights, ...]:
+        """The tensors of every stage of a split on one rank."""
+        return tuple(
+            together(self._weights(cell, kind, kinds) for kind in kinds) for kinds in self._kinds(split)
+        )
+
+    def _weights(self, cell: Cell, kind: str, kinds: tuple[str, ...]) -> StageWeights:
+        """The tensors of a part of a stage; tied ones once, or as a copy on another stage."""
+        model = self.model
+        if kind == EMBEDDING:
+            table = table_weights(model.vocab, model.hidden, cell.tp)
+            positions = replicated_embedding_parameters(model)
+            return StageWeights(table._replace(num_vectors=1 if positions else 0))
+        if kind == HEAD:
+            shared = model.tied_embeddings and EMBEDDING in kinds
+            table = Tensors() if shared else table_weights(model.vocab, model.hidden, cell.tp)
+            return StageWeights(table._replace(num_vectors=int(model.final_norm)))
+        if kind == MTP:  # its head is the model's
+            operations = mtp_operations(model, cell, self.stack)
+            operations = tuple(op for op in operations if op.name != "head")
+        else:
+            layer = next(i for i in range(model.layers) if self._kind(i) == kind)
+            operations = layer_operations(model, layer, cell, self.stack)
+        return layer_weights(model, operations, merged=self.stack.merged_products)
 
     def _stage(self, cell: Cell, kinds: tuple[str, ...]) -> StageCost:
         key = cell, kinds

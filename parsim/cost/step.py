@@ -12,6 +12,7 @@ from parsim.cost.collective import collective_s, group_of, group_over, send_recv
 from parsim.cost.memory import gradient_bytes
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.sync import StageSync, stage_sync
+from parsim.cost.weights import NO_WEIGHTS
 from parsim.mesh import group_size, mesh_axes
 from parsim.plan import Job, ParallelPlan, stage_layers
 
@@ -40,7 +41,15 @@ class StepCost:
 def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     """The costs of a plan's step."""
     cell = cell_of(job, plan)
-    stages = costs.stages(cell, stage_layers(job.model, plan))
+    split = stage_layers(job.model, plan)
+    stages = costs.stages(cell, split)
+    weights = (NO_WEIGHTS,) * len(stages)
+    if plan.aggregation == "tensor" or plan.compression != "none":
+        weights = costs.stage_weights(cell, split)
+    syncs: dict[int, StageSync] = {}  # stages of the same parts are one object
+    for stage, tensors in zip(stages, weights, strict=True):
+        if id(stage) not in syncs:
+            syncs[id(stage)] = stage_sync(stage, job, plan, costs.cluster, costs.stack, tensors)
     tied_s = tied_bytes = 0.0
     if job.model.tied_embeddings and plan.pp > 1:
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
@@ -52,7 +61,7 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     sends = [_send(i, job, plan, costs) for i in range(len(stages) - 1)]
     return StepCost(
         stages=stages,
-        syncs=tuple(stage_sync(stage, job, plan, costs.cluster, costs.stack) for stage in stages),
+        syncs=tuple(syncs[id(stage)] for stage in stages),
         send_s=tuple(seconds for seconds, _ in sends),
         send_bytes=tuple(num_bytes for _, num_bytes in sends),
         tied_reduce_s=tied_s,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from parsim.cost.collective import collective_s, group_over, wire_factor
+from parsim.cost.collective import group_over
+from parsim.cost.compression import NOTHING_REDUCED, Reduced, reduced_over
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import (
     gathered_bytes,
@@ -17,28 +17,12 @@ from parsim.cost.memory import (
 )
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import StageCost
+from parsim.cost.traffic import NO_TRAFFIC, collective
+from parsim.cost.weights import NO_WEIGHTS, Gradients, StageWeights, messages
 from parsim.hardware import Cluster
 from parsim.mesh import Axis, group_size, mesh_axes, part_of
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import Job, ParallelPlan, parse_compression
 from parsim.stack import Stack
-
-
-class Traffic(NamedTuple):
-    """A transfer: how long it takes, and what each device sends."""
-
-    seconds: float = 0.0
-    num_bytes: float = 0.0
-
-    def plus(self, other: Traffic) -> Traffic:
-        """Both, one after the other."""
-        return Traffic(self.seconds + other.seconds, self.num_bytes + other.num_bytes)
-
-    def times(self, count: float) -> Traffic:
-        """The same, `count` times over."""
-        return Traffic(count * self.seconds, count * self.num_bytes)
-
-
-NO_TRAFFIC = Traffic()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,49 +41,67 @@ class StageSync:
     buckets: int
     """Pieces that both can be cut into, to run beside compute."""
     optimizer_s: float
+    reduce_kernels_s: float = 0.0
+    """Kernels that a reduction needs before and after it: weighting, casts, compression."""
     reduce_bytes: float = 0.0
     """What each device sends in the whole reduction."""
     gather_bytes: float = 0.0
 
 
 def stage_sync(
-    stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack
+    stage: StageCost,
+    job: Job,
+    plan: ParallelPlan,
+    cluster: Cluster,
+    stack: Stack,
+    weights: StageWeights = NO_WEIGHTS,
 ) -> StageSync:
-    """What reduction, gathering and update of a stage cost on each of its replicas."""
-    gradients, weights = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
+    """What reduction, gathering and update of a stage cost on each of its replicas.
+
+    `weights` are needed where tensors are reduced one by one, or compressed by their shape.
+    """
+    width, gathered_width = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
     replicas = mesh_axes(plan, "tp", "cp", "dp")
     expert_ranks = max(1, group_size(replicas) // plan.expert_ranks)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
-    if plan.zero == 3:
+    if plan.zero == 3 or plan.aggregation != "bucket":
         buckets = max(1, stage.num_layers)
-    reduced = gathered = NO_TRAFFIC
-    for parameters, axes in (
-        (stage.dense_parameters, mesh_axes(plan, "cp", "dp")),
-        (stage.expert_parameters, part_of(replicas, size=expert_ranks, skip=plan.expert_ranks)),
+    reduced, gathered = NOTHING_REDUCED, NO_TRAFFIC
+    for parameters, tensors, axes in (
+        (stage.dense_parameters, weights.dense, mesh_axes(plan, "cp", "dp")),
+        (
+            stage.expert_parameters,
+            weights.experts,
+            part_of(replicas, size=expert_ranks, skip=plan.expert_ranks),
+        ),
     ):
-        part = _reduce(cluster, parameters * gradients / buckets, axes, plan)
-        reduced = reduced.plus(part.times(buckets))
+        for message in messages(parameters, tensors, buckets, plan.aggregation):
+            part = _reduce(message.gradients, axes, width, plan, cluster, stack)
+            reduced = reduced.plus(part.times(message.times))
+        if plan.weighted and parameters and group_size(axes) > 1:
+            reduced = reduced.plus(_weighted(parameters * width, axes, plan, cluster, stack))
         if plan.zero:
             shards = part_of(axes, size=shard_ranks(axes, plan))
             size = parameters * gathered_bytes(job.precision, stack) / buckets
-            part = _collective(cluster, "all_gather", size, shards, plan)
-            gathered = gathered.plus(part.times(buckets))
+            group = group_over(cluster, shards, gpus=plan.gpus)
+            gathered = gathered.plus(collective(cluster, "all_gather", size, group).times(buckets))
     gather_s = gathered.seconds
     if plan.zero in (1, 2) and plan.shard_group > 1:
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
-    reduce_s, gather_s = stack.dp_slowdown * reduced.seconds, stack.dp_slowdown * gather_s
+    reduce_s, gather_s = stack.dp_slowdown * reduced.traffic.seconds, stack.dp_slowdown * gather_s
     ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) > 0
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,
         gather_takes_s=stack.dp_overlap_cost * gather_s * ahead
-        + _copy_s(stage, plan, cluster, stack, 2 * weights),
+        + _copy_s(stage, plan, cluster, stack, 2 * gathered_width),
         reduce_takes_s=stack.dp_overlap_cost * reduce_s
-        + _copy_s(stage, plan, cluster, stack, weights + gradients),
+        + _copy_s(stage, plan, cluster, stack, gathered_width + width),
         buckets=buckets,
         optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
-        reduce_bytes=reduced.num_bytes,
+        reduce_bytes=reduced.traffic.num_bytes,
+        reduce_kernels_s=reduced.device_s,
         gather_bytes=gathered.num_bytes,
     )
 
@@ -119,25 +121,39 @@ def shard_ranks(axes: tuple[Axis, ...], plan: ParallelPlan) -> int:
     return min(ranks, plan.zero_group or ranks)
 
 
-def _reduce(cluster: Cluster, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan) -> Traffic:
+def _reduce(
+    gradients: Gradients,
+    axes: tuple[Axis, ...],
+    width: float,
+    plan: ParallelPlan,
+    cluster: Cluster,
+    stack: Stack,
+) -> Reduced:
     """Sum of gradients over a group of ranks: within the shard group first, then between those."""
+    num_bytes = gradients.values * width
     if plan.zero == 0:
-        return _collective(cluster, "all_reduce", num_bytes, axes, plan)
-    ranks, group = group_size(axes), shard_ranks(axes, plan)
-    within = _collective(cluster, "reduce_scatter", num_bytes, part_of(axes, size=group), plan)
-    if ranks == group:
-        return within
-    others = part_of(axes, size=ranks // group, skip=group)
-    return within.plus(_collective(cluster, "all_reduce", num_bytes / group, others, plan))
+        group = group_over(cluster, axes, gpus=plan.gpus)
+        compression = parse_compression(plan.compression)
+        return reduced_over(group, gradients, compression, width, cluster, stack)
+    ranks, size = group_size(axes), shard_ranks(axes, plan)
+    shards = group_over(cluster, part_of(axes, size=size), gpus=plan.gpus)
+    traffic = collective(cluster, "reduce_scatter", num_bytes, shards)
+    if ranks > size:
+        others = part_of(axes, size=ranks // size, skip=size)
+        between = group_over(cluster, others, gpus=plan.gpus)
+        traffic = traffic.plus(collective(cluster, "all_reduce", num_bytes / size, between))
+    return Reduced(traffic)
 
 
-def _collective(
-    cluster: Cluster, kind: str, num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan
-) -> Traffic:
+def _weighted(
+    num_bytes: float, axes: tuple[Axis, ...], plan: ParallelPlan, cluster: Cluster, stack: Stack
+) -> Reduced:
+    """Gradients scaled by a weight before they are summed: read and written once more, and the sum of
+    all replicas' weights (samples, or tokens that count) as an all-reduce of one fp32 number.
+    """
+    scaling_s = stack.memory_bound_slowdown * memory_bound_s(cluster, 2 * num_bytes)
     group = group_over(cluster, axes, gpus=plan.gpus)
-    return Traffic(
-        collective_s(cluster, kind, num_bytes, group), wire_factor(kind, group.size) * num_bytes
-    )
+    return Reduced(collective(cluster, "all_reduce", 4.0, group), scaling_s)
 
 
 def _optimizer_s(

@@ -105,6 +105,9 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("another placement than usual", "placement", plan.placement)
     if plan.tp_overlap:
         raise _refuse("overlapped tensor parallelism", "tp_overlap", True)
+    for key, usual in (("aggregation", "bucket"), ("weighted", False), ("compression", "none")):
+        if getattr(plan, key) != usual:
+            raise _refuse("gradients reduced in other ways than by buckets", key, getattr(plan, key))
     if plan.shard_group not in (1, plan.dp):
         raise _refuse("ZeRO in groups smaller than dp", "zero_group", plan.zero_group)
     if plan.pp == 1 and plan.vpp > 1:

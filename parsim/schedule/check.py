@@ -29,6 +29,7 @@ def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[Pa
     yield from _tensor_problems(job, plan)
     yield from _pipeline_problems(job, plan)
     yield from _group_problems(job, plan)
+    yield from _reduction_problems(plan)
     if plan.placement != USUAL_PLACEMENT:
         yield from _placement_problems(plan, cluster)
 
@@ -217,6 +218,35 @@ def _placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[Parsim
             part_of(axes, size=group_size(axes) // shards, skip=shards)
     except ParsimError as problem:
         yield problem
+
+
+def _reduction_problems(plan: ParallelPlan) -> Iterator[ParsimError]:
+    """Settings of the sum of gradients over replicas."""
+    if plan.zero and plan.compression != "none":
+        yield ParsimError(
+            "compression replaces the all-reduce of whole gradients, which ZeRO does not have",
+            where="compression",
+            got=f"{plan.compression} with zero {plan.zero}",
+            expected="zero 0",
+            hint="frameworks hook compression into replicated data parallelism alone: use zero=0",
+        )
+    if plan.zero and plan.aggregation != "bucket":
+        yield ParsimError(
+            "ZeRO shards gradients in flat buckets",
+            where="aggregation",
+            got=f"{plan.aggregation} with zero {plan.zero}",
+            expected="aggregation=bucket",
+            hint="zero=3 reduces them layer by layer in any case",
+        )
+    if plan.dp * plan.cp == 1:
+        for key, idle in (("compression", "none"), ("weighted", False), ("aggregation", "bucket")):
+            if getattr(plan, key) != idle:
+                yield ParsimError(
+                    "a single replica reduces no gradients",
+                    where=key,
+                    got=f"{str(getattr(plan, key)).lower()} with dp·cp = 1",
+                    hint=f"leave {key} out, or use dp of 2 or more",
+                )
 
 
 def check_schedule(schedule: Schedule) -> None:

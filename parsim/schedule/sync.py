@@ -94,7 +94,8 @@ class ReplicaSync:
         reduces = self._reduces(action)
         return Cut(
             pieces=sync.buckets if waits or gathers or reduces else 1,
-            takes_s=(waits or gathers) * sync.gather_takes_s + reduces * sync.reduce_takes_s,
+            takes_s=(waits or gathers) * sync.gather_takes_s
+            + reduces * (sync.reduce_takes_s + sync.reduce_kernels_s),
             waits_for_update=waits,
             gathers=gathers,
             reduces=reduces,
@@ -132,6 +133,8 @@ class ReplicaSync:
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
             if sync.reduce_s > 0 and self.plan.zero < 2 and not self.stack.dp_overlap:
+                if sync.reduce_kernels_s > 0:
+                    self._prepare(rank, stage, sync.reduce_kernels_s)
                 self._reduce(rank, stage, 1, (chain[rank][-1],))
         if self.cost.tied_reduce_s > 0:
             self._reduce_tied()
@@ -191,6 +194,12 @@ class ReplicaSync:
             num_bytes=sync.reduce_bytes / pieces,
         )
         self.reduced[rank] = self.work.add(task)
+
+    def _prepare(self, rank: int, stage: int, seconds: float) -> None:
+        """Kernels that a reduction needs, where none of a backward's pieces has them."""
+        after = tuple(self.work.chain[rank][-1:])
+        task = Task(rank, COMPUTE, f"gradients {stage}", "dp", seconds, after, stage)
+        self.work.chain[rank].append(self.work.add(task))
 
     def _reduce_tied(self) -> None:
         """Sum the gradients of the embedding that the first and the last stage both hold."""

@@ -125,7 +125,7 @@ def test_memory_is_that_of_the_fullest_rank() -> None:
     item = prediction((use(), use(activations=14e9), use(weights=2e9)), context_bytes=7e9).to_item()
     assert item["memory_bytes"] == {
         "peak": 31e9, "weights": 1e9, "gradients": 2e9, "optimizer": 3e9, "activations": 14e9,
-        "working": 5e9, "buffers": 6e9, "slack": 0.0, "context": 7e9,
+        "working": 5e9, "buffers": 6e9, "residuals": 0.0, "slack": 0.0, "context": 7e9,
     }  # fmt: skip
 
 
