@@ -79,6 +79,24 @@ def choice(*words: str) -> Callable[[str], str]:
     return read
 
 
+def positive(read: Callable[[str], Any], *, or_zero: bool = False) -> Callable[[str], Any]:
+    """A reader of numbers above zero, or from zero on.
+
+    >>> positive(int)("3"), positive(float, or_zero=True)("0")
+    (3, 0.0)
+    """
+
+    def read_positive(value: str) -> Any:
+        number = read(value)
+        if not (number > 0 or (or_zero and number == 0)):
+            raise ParsimError(
+                "this number is too small", got=value, expected="0 or more" if or_zero else "more than 0"
+            )
+        return number
+
+    return read_positive
+
+
 def _read(reader: Callable[[str], Any], value: str, where: str) -> Any:
     try:
         return reader(value)

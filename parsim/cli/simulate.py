@@ -23,6 +23,13 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_prediction, say
 from parsim.cli.simulate_goodput import GoodputChartOption, MtbfOption, simulate_goodput
+from parsim.cli.simulate_ps import (
+    PsChartOption,
+    PsOption,
+    plan_of_workers,
+    read_ps,
+    simulate_ps,
+)
 from parsim.cli.simulate_uneven import (
     JitterOption,
     RankHardwareOption,
@@ -75,6 +82,8 @@ def simulate(
     seed: SeedOption = 0,
     mtbf: MtbfOption = None,
     goodput_chart: GoodputChartOption = None,
+    ps: PsOption = None,
+    ps_chart: PsChartOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replay one step of a plan: step time, breakdown, memory, timeline.
@@ -99,7 +108,8 @@ def simulate(
         intra_node=intra_node,
         memory=memory,
     )
-    setup, parallel_plan = load_plan(plan, flags)
+    ps_settings = read_ps(ps)
+    setup, parallel_plan = load_plan(plan_of_workers(plan, ps_settings), flags)
     num_micro_batches = parallel_plan.num_micro_batches(setup.job)
     schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
     costs, by_rank = setup.costs(), rank_costs(rank_hardware, setup, flags, parallel_plan)
@@ -125,17 +135,21 @@ def simulate(
 
         write_chrome_trace(trace, [timeline])
         written.append(trace)
-    goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack)
+    goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack, seed)
     unevenness = unevenness_section(uneven, prediction, costs, by_rank, schedule)
-    item = prediction.to_item() | unevenness.item | goodput.item | setup.origin
+    servers = simulate_ps(
+        ps_settings, ps_chart, setup.job, parallel_plan, costs, schedule,
+        uneven=uneven, costs_by_rank=by_rank, seed=seed,
+    )  # fmt: skip
+    item = prediction.to_item() | unevenness.item | goodput.item | servers.item | setup.origin
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
-        inputs |= {"mtbf": mtbf, "straggler": straggler, "jitter": jitter or None}
+        inputs |= {"mtbf": mtbf, "ps": ps, "straggler": straggler, "jitter": jitter or None}
         inputs |= {"rank_hardware": rank_hardware}
         print_json(document("simulate", inputs, item, seed=seed))
     else:
-        print_prediction(prediction, unevenness.lines + goodput.lines)
-    for path in [*written, *goodput.written]:
+        print_prediction(prediction, unevenness.lines + goodput.lines + servers.lines)
+    for path in [*written, *goodput.written, *servers.written]:
         say(f"wrote {path}")
     if not prediction.fits:
         raise typer.Exit(1)

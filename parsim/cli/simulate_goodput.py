@@ -60,7 +60,7 @@ class GoodputRequest:
 
 
 def simulate_goodput(
-    mtbf: str | None, chart: Path | None, prediction: Prediction, stack: Stack
+    mtbf: str | None, chart: Path | None, prediction: Prediction, stack: Stack, seed: int
 ) -> Section:
     """What `--mtbf` and `--goodput-chart` add to a simulated step."""
     from parsim.errors import ParsimError
@@ -74,7 +74,7 @@ def simulate_goodput(
                 hint="--mtbf 50000h",
             )
         return Section()
-    request = goodput_request(mtbf, prediction, stack)
+    request = goodput_request(mtbf, prediction, stack, seed)
     run = simulate_long_run(
         request.checkpointing,
         request.failures,
@@ -94,7 +94,7 @@ def simulate_goodput(
     )
 
 
-def goodput_request(text: str, prediction: Prediction, stack: Stack) -> GoodputRequest:
+def goodput_request(text: str, prediction: Prediction, stack: Stack, seed: int) -> GoodputRequest:
     """The long run that `--mtbf` describes, for a predicted step.
 
     Raises ParsimError for settings that are unknown, cannot be read, or contradict each other.
@@ -128,7 +128,7 @@ def goodput_request(text: str, prediction: Prediction, stack: Stack) -> GoodputR
         write_s=write_s,
         duration_s=given.get("duration", DURATION_S),
         runs=given.get("runs", RUNS),
-        seed=given.get("seed", 0),
+        seed=seed,
         assumed=_assumed(given),
     )
 
@@ -151,18 +151,18 @@ def _assumed(given: dict[str, Any]) -> tuple[str, ...]:
 
 def _settings(text: str) -> tuple[str, dict[str, Any]]:
     from parsim.errors import ParsimError
-    from parsim.settings_text import parse_settings
+    from parsim.settings_text import parse_settings, positive
     from parsim.units import parse_bandwidth, parse_count, parse_duration
 
-    durations = ("checkpoint", "write", "detect", "restart", "load", "repair", "duration")
-    readers = {key: _not_negative(parse_duration) for key in durations} | {
-        "storage": _not_negative(parse_bandwidth, zero=False),
+    durations = ("write", "detect", "restart", "load", "repair")
+    readers = {key: positive(parse_duration, or_zero=True) for key in durations} | {
+        "checkpoint": positive(parse_duration),
+        "duration": positive(parse_duration),
+        "storage": positive(parse_bandwidth),
         "blocking": _share,
-        "spares": _not_negative(parse_count),
-        "runs": _not_negative(parse_count, zero=False),
-        "seed": _not_negative(parse_count),
+        "spares": positive(parse_count, or_zero=True),
+        "runs": positive(parse_count),
     }
-    readers |= {key: _not_negative(parse_duration, zero=False) for key in ("checkpoint", "duration")}
     name, given = parse_settings(text, readers, where="--mtbf", named=True)
     if "repair" in given and "spares" not in given:
         raise ParsimError(
@@ -171,19 +171,6 @@ def _settings(text: str) -> tuple[str, dict[str, Any]]:
     if "storage" in given and "write" in given and "load" in given:
         raise ParsimError("write and load leave nothing for storage to say", where="--mtbf: storage")
     return name, given
-
-
-def _not_negative(parse: Any, *, zero: bool = True) -> Any:
-    """A reader that refuses numbers below zero, and zero too where it would mean nothing."""
-    from parsim.errors import ParsimError
-
-    def read(text: str) -> Any:
-        number = parse(text)
-        if number < 0 or (number == 0 and not zero):
-            raise ParsimError("this cannot be so small", got=text, expected="more than 0")
-        return number
-
-    return read
 
 
 def _share(text: str) -> float:

@@ -41,7 +41,7 @@ RankHardwareOption = Annotated[
         help="Other devices for some pipeline ranks: 8-15=a100-sxm-80gb. Can be repeated.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is drawn.")]
 
 
 def read_unevenness(
