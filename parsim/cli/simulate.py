@@ -23,6 +23,12 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_prediction, say
 from parsim.cli.simulate_goodput import GoodputChartOption, MtbfOption, simulate_goodput
+from parsim.cli.simulate_network import (
+    FabricChartOption,
+    FabricOption,
+    network_section,
+    simulate_over,
+)
 from parsim.cli.simulate_ps import (
     PsChartOption,
     PsOption,
@@ -80,6 +86,8 @@ def simulate(
     jitter: JitterOption = 0.0,
     rank_hardware: RankHardwareOption = None,
     seed: SeedOption = 0,
+    fabric: FabricOption = None,
+    fabric_chart: FabricChartOption = None,
     mtbf: MtbfOption = None,
     goodput_chart: GoodputChartOption = None,
     ps: PsOption = None,
@@ -114,9 +122,15 @@ def simulate(
     schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
     costs, by_rank = setup.costs(), rank_costs(rank_hardware, setup, flags, parallel_plan)
     uneven = read_unevenness(straggler, jitter, seed, parallel_plan)
-    prediction, timeline = predict(
-        setup.job, parallel_plan, costs, schedule, uneven=uneven, costs_by_rank=by_rank
-    )
+    contention = None
+    if fabric is not None:
+        prediction, timeline, contention = simulate_over(
+            fabric, setup, parallel_plan, schedule, uneven=uneven is not None or bool(by_rank)
+        )
+    else:
+        prediction, timeline = predict(
+            setup.job, parallel_plan, costs, schedule, uneven=uneven, costs_by_rank=by_rank
+        )
     drawn = timeline if uneven is None else worth_drawing(timeline, parallel_plan.pp)
     written = []
     if chart is not None:
@@ -135,21 +149,25 @@ def simulate(
 
         write_chrome_trace(trace, [timeline])
         written.append(trace)
+    network = network_section(contention, fabric_chart, timeline.title)
     goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack, seed)
     unevenness = unevenness_section(uneven, prediction, costs, by_rank, schedule)
     servers = simulate_ps(
         ps_settings, ps_chart, setup.job, parallel_plan, costs, schedule,
         uneven=uneven, costs_by_rank=by_rank, seed=seed,
     )  # fmt: skip
-    item = prediction.to_item() | unevenness.item | goodput.item | servers.item | setup.origin
+    sections = (network, unevenness, goodput, servers)
+    item = prediction.to_item() | setup.origin
+    for section in sections:
+        item |= section.item
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
         inputs |= {"mtbf": mtbf, "ps": ps, "straggler": straggler, "jitter": jitter or None}
-        inputs |= {"rank_hardware": rank_hardware}
+        inputs |= {"rank_hardware": rank_hardware, "fabric": fabric}
         print_json(document("simulate", inputs, item, seed=seed))
     else:
-        print_prediction(prediction, unevenness.lines + goodput.lines + servers.lines)
-    for path in [*written, *goodput.written, *servers.written]:
+        print_prediction(prediction, [line for section in sections for line in section.lines])
+    for path in [*written, *(path for section in sections for path in section.written)]:
         say(f"wrote {path}")
     if not prediction.fits:
         raise typer.Exit(1)

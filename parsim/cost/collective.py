@@ -100,10 +100,10 @@ def collective_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) ->
         fit = collective_fit(cluster, kind, group.size)
         return fitted_s(fit, cluster.intra_node, num_bytes, wire * num_bytes)
     if kind == "all_reduce":
-        return min(_tree_s(cluster, num_bytes, group), _ring_s(cluster, kind, num_bytes, group))
+        return min(tree_s(cluster, num_bytes, group), ring_s(cluster, kind, num_bytes, group))
     if kind == "all_to_all":
         return _exchange_s(cluster, num_bytes, group)
-    return _ring_s(cluster, kind, num_bytes, group)
+    return ring_s(cluster, kind, num_bytes, group)
 
 
 def send_recv_s(cluster: Cluster, num_bytes: float, *, local: bool) -> float:
@@ -216,7 +216,7 @@ def _hop_s(network: Link) -> float:
     return network.latency_s + NETWORK_HOP_S
 
 
-def _ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> float:
+def ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> float:
     """One ring through all ranks, cut into `local` rings that cross the network on different devices.
 
     Each link carries wire_factor(n) · bytes at min(ring's bus bandwidth, local · network interface); the
@@ -230,7 +230,7 @@ def _ring_s(cluster: Cluster, kind: str, num_bytes: float, group: Group) -> floa
     return (2 if kind == "all_reduce" else 1) * latency_s + transfer_s
 
 
-def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
+def tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     """all_reduce inside each domain, and over a double binary tree of the domains.
 
     Up and down the tree every domain sends its data twice, with two domains once; the latency is
@@ -242,6 +242,17 @@ def _tree_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
     sent = 1 if group.domains == 2 else 2
     network_s = sent * num_bytes / _network_bytes_per_s(cluster, group.local)
     return _joined(latency_s, _slower(inside_s, network_s), TREE_EXPONENT)
+
+
+def in_switch_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
+    """all_reduce inside each domain, and by switches that sum what all domains send (SHARP).
+
+    Every domain sends its data once and receives the sum once, at the same time; a hop up and one down.
+    """
+    latency_s, bus = _inside(cluster, "all_reduce", group.local)
+    inside_s = wire_factor("all_reduce", group.local) * num_bytes / bus
+    network_s = num_bytes / _network_bytes_per_s(cluster, group.local)
+    return latency_s + 2 * _hop_s(cluster.inter_node) + _slower(inside_s, network_s)
 
 
 def _exchange_s(cluster: Cluster, num_bytes: float, group: Group) -> float:
@@ -268,6 +279,18 @@ def dispatch_s(cluster: Cluster, num_bytes: float, top_k: int, group: Group) -> 
         return latency_s + inside * num_bytes / bus
     network_s = between * num_bytes / _network_bytes_per_s(cluster, 1)
     return latency_s + _hop_s(cluster.inter_node) + _slower(inside * num_bytes / bus, network_s)
+
+
+def network_share(group: Group, top_k: int = 0) -> float:
+    """Part of what a rank sends in an all_to_all (or a dispatch to top_k ranks) that leaves its domain.
+
+    >>> network_share(Group(16, 8)), network_share(Group(4, 2), top_k=1)
+    (0.5333333333333333, 0.5)
+    """
+    if not top_k:
+        return (group.size - group.local) / (group.size - 1)
+    inside, between = _dispatch_copies(top_k, group)
+    return between / (inside + between)
 
 
 def dispatch_wire_factor(top_k: int, group: Group) -> float:

@@ -61,19 +61,14 @@ def stage_sync(
     `weights` are needed where tensors are reduced one by one, or compressed by their shape.
     """
     width, gathered_width = gradient_bytes(job.precision, stack), weight_bytes(job.precision)
-    replicas = mesh_axes(plan, "tp", "cp", "dp")
-    expert_ranks = max(1, group_size(replicas) // plan.expert_ranks)
+    dense, experts = replica_axes(plan)
     buckets = min(max(1, stage.num_layers), max(1, round(stage.parameters / stack.dp_bucket_parameters)))
     if plan.zero == 3 or plan.aggregation != "bucket":
         buckets = max(1, stage.num_layers)
     reduced, gathered = NOTHING_REDUCED, NO_TRAFFIC
     for parameters, tensors, axes in (
-        (stage.dense_parameters, weights.dense, mesh_axes(plan, "cp", "dp")),
-        (
-            stage.expert_parameters,
-            weights.experts,
-            part_of(replicas, size=expert_ranks, skip=plan.expert_ranks),
-        ),
+        (stage.dense_parameters, weights.dense, dense),
+        (stage.expert_parameters, weights.experts, experts),
     ):
         for message in messages(parameters, tensors, buckets, plan.aggregation):
             part = _reduce(message.gradients, axes, width, plan, cluster, stack)
@@ -113,6 +108,15 @@ def _copy_s(
     if plan.zero != 3 or not stack.fsdp_copies:
         return 0.0
     return stack.memory_bound_slowdown * memory_bound_s(cluster, stage.parameters * parameter_bytes)
+
+
+def replica_axes(plan: ParallelPlan) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Axes of the groups that sum gradients: dp·cp for all layers, and for routed experts the ranks of a
+    stage that hold the same ones.
+    """
+    replicas = mesh_axes(plan, "tp", "cp", "dp")
+    ranks = max(1, group_size(replicas) // plan.expert_ranks)
+    return mesh_axes(plan, "cp", "dp"), part_of(replicas, size=ranks, skip=plan.expert_ranks)
 
 
 def shard_ranks(axes: tuple[Axis, ...], plan: ParallelPlan) -> int:

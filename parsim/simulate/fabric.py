@@ -45,9 +45,9 @@ class Fabric:
     rise: Callable[[int], tuple[Node, ...]] | None = None
     """Switches from a device up to the root that could sum what all send; None where there is none."""
 
-    def route(self, source: int, target: int) -> tuple[Link, ...]:
-        """The links from one device to another: inside a domain over its switch."""
-        if self.cluster.same_domain(source, target):
+    def route(self, source: int, target: int, *, over_network: bool = False) -> tuple[Link, ...]:
+        """The links from one device to another: inside a domain over its switch, unless told not to."""
+        if not over_network and self.cluster.same_domain(source, target):
             domain = source // self.cluster.scale_up_domain
             return tuple(pairwise((("gpu", source), ("nvswitch", domain), ("gpu", target))))
         return tuple(pairwise(self.way(source, target)))
@@ -81,7 +81,9 @@ def fabric_of(text: str, cluster: Cluster, gpus: int) -> Fabric:
     make, readers, defaults = _KINDS[name]
     known = readers | {"algorithm": choice(*ALGORITHMS)}
     given = parse_settings(text, known, where="--fabric", named=True).values
-    return make(name, {**defaults, "algorithm": "auto", **given}, cluster, gpus)
+    # Devices that fill up the last domain are there, whether the job uses them or not.
+    whole = -(-gpus // cluster.scale_up_domain) * cluster.scale_up_domain
+    return make(name, {**defaults, "algorithm": "auto", **given}, cluster, whole)
 
 
 def describe_link(link: Link) -> str:
@@ -204,7 +206,7 @@ def _torus(name: str, settings: dict[str, Any], cluster: Cluster, gpus: int) -> 
 
     Both cables of a dimension of two places lead to the same neighbour.
     """
-    domains = -(-gpus // cluster.scale_up_domain)
+    domains = gpus // cluster.scale_up_domain
     sizes = settings["dims"] or most_even(domains)
     if math.prod(sizes) != domains:
         raise ParsimError(
@@ -220,7 +222,7 @@ def _torus(name: str, settings: dict[str, Any], cluster: Cluster, gpus: int) -> 
         router: Node = ("router", gpu // cluster.scale_up_domain)
         _join(graph, ("gpu", gpu), router, bytes_per_s, latency_s)
     cables = 2 * sum(size > 1 for size in sizes)
-    cable = bytes_per_s * min(gpus, cluster.scale_up_domain) / max(1, cables)
+    cable = bytes_per_s * cluster.scale_up_domain / max(1, cables)
     for place in range(domains):
         for dimension, size in enumerate(sizes):
             if size > 1:

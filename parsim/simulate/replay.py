@@ -8,7 +8,7 @@ task; docs/decisions/0010-replay-by-callbacks.md has the figures.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import simpy
@@ -27,21 +27,33 @@ def replay(program: Program) -> Timeline:
         return timeline_of(program, replayed_times(program))
 
 
-def replayed_times(program: Program) -> TaskTimes:
-    """When each task of a program runs, in seconds, by its index."""
+def replayed_times(
+    program: Program,
+    carried: Mapping[int, Callable[[], simpy.Event]] | None = None,
+    env: simpy.Environment | None = None,
+) -> TaskTimes:
+    """When each task of a program runs, in seconds, by its index.
+
+    A task in `carried` lasts until the event happens that its function returns when it starts, in `env`.
+    """
     if not program.tasks:
         return TaskTimes([], [])
     ranks, streams, _, _, durations_s, afters, *_ = zip(*program.tasks, strict=True)
     missing, waiting = dependencies(zip(ranks, streams, strict=True), afters)
-    return run_events(durations_s, missing, waiting)
+    return run_events(durations_s, missing, waiting, carried, env)
 
 
 def run_events(
-    durations_s: Sequence[float], missing: list[int], waiting: Sequence[Sequence[int]]
+    durations_s: Sequence[float],
+    missing: list[int],
+    waiting: Sequence[Sequence[int]],
+    carried: Mapping[int, Callable[[], simpy.Event]] | None = None,
+    env: simpy.Environment | None = None,
 ) -> TaskTimes:
     """Run tasks that wait for `missing` others each; `waiting` says for whom their ends count."""
     start_s, end_s = [0.0] * len(missing), [0.0] * len(missing)
-    env = simpy.Environment()
+    env = env or simpy.Environment()
+    carried = carried or {}
     schedule, new = env.schedule, _TaskEnd.__new__
 
     def ended(event: _TaskEnd) -> None:
@@ -50,15 +62,24 @@ def run_events(
         for other in waiting[index]:
             if missing[other] == 1:
                 start_s[other] = now
+                if other in carried:
+                    carry(other)
+                    continue
                 end = new(_TaskEnd)
                 end.index, end.callbacks = other, callbacks
                 schedule(end, 1, durations_s[other])
             else:
                 missing[other] -= 1
 
+    def carry(index: int) -> None:
+        end = carried[index]()
+        end.index, end.callbacks = index, callbacks
+
     callbacks = [ended]
     for index, count in enumerate(missing):
-        if not count:
+        if not count and index in carried:
+            carry(index)
+        elif not count:
             end = new(_TaskEnd)
             end.index, end.callbacks = index, callbacks
             schedule(end, 1, durations_s[index])

@@ -1,0 +1,140 @@
+"""NetworkLoad: what the transfers of a Program put on the links of a fabric.
+
+A Program holds one replica of each pipeline rank, and all of them do the same at the same time. So a
+transfer stands for a class of flows, one for each replica that sends (every ring of a reduction, every
+pipeline's send), which start together, have the same rate, and end together: where links are not alike
+the class goes at the pace of its slowest member. Its load on a link is a count of flows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
+
+from parsim.cost.algorithms import all_reduce_s
+from parsim.cost.cell import cell_of
+from parsim.cost.collective import collective_s, group_over, wire_factor
+from parsim.cost.stage import CostModel
+from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.schedule.program import Program, Task
+from parsim.simulate.fabric import Fabric, Link
+from parsim.simulate.patterns import Load, Patterns
+from parsim.timeline import DP
+
+
+class Carried(NamedTuple):
+    """One transfer as a class of flows."""
+
+    crossings: Mapping[int, float]
+    """Kinds of links, and how many flows of the class cross one."""
+    num_bytes: float
+    """Of the largest flow; a smaller one counts as a part of a flow."""
+
+
+class LinkKind(NamedTuple):
+    """Links that the same flows cross."""
+
+    example: Link
+    """The one with the least capacity."""
+    alike: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkLoad:
+    """The transfers of a program that leave their scale-up domain."""
+
+    program: Program
+    """With the durations that its transfers have where nothing else is on their links."""
+    carried: Mapping[int, Carried]
+    """By the index of the task."""
+    links: tuple[LinkKind, ...]
+    """The kinds of links that anything crosses."""
+
+
+def network_load_of(
+    program: Program, job: Job, plan: ParallelPlan, costs: CostModel, fabric: Fabric
+) -> NetworkLoad:
+    """What the tasks of a program send over a fabric; those that stay in a domain are left out.
+
+    Where the fabric's settings name an algorithm, gradients are summed by it instead of by what the cost
+    model finds fastest.
+    """
+    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan))
+    patterns = Patterns(plan=plan, costs=costs, stages=stages, fabric=fabric)
+    program = replace(program, tasks=tuple(_by_algorithm(task, patterns) for task in program.tasks))
+    loads: dict[_Key, Load] = {}
+    keys: dict[int, _Key] = {}
+    for index, task in enumerate(program.tasks):
+        if task.num_bytes <= 0 or task.duration_s <= 0:
+            continue
+        key = _key(task)
+        if key not in loads:
+            loads[key] = patterns.load(task)
+        if loads[key]:
+            keys[index] = key
+    return _merged(program, loads, keys, fabric)
+
+
+def _by_algorithm(task: Task, patterns: Patterns) -> Task:
+    """A reduction of gradients with the duration that it has by the fabric's algorithm."""
+    algorithm = patterns.fabric.settings["algorithm"]
+    if algorithm == "auto" or task.stream != DP or task.receiver is not None or task.num_bytes <= 0:
+        return task
+    cluster, plan = patterns.costs.cluster, patterns.plan
+    parts = [(part, group_over(cluster, part.axes, gpus=plan.gpus)) for part in patterns.parts(task)]
+    sent = sum(wire_factor(part.kind, group.size) * part.num_bytes for part, group in parts)
+    usual_s = chosen_s = 0.0
+    for part, group in parts:
+        num_bytes = part.num_bytes * task.num_bytes / sent
+        seconds = collective_s(cluster, part.kind, num_bytes, group)
+        usual_s += seconds
+        if part.kind == "all_reduce" and group.domains > 1:
+            seconds = all_reduce_s(cluster, algorithm, num_bytes, group)
+        chosen_s += seconds
+    return task._replace(duration_s=task.duration_s * chosen_s / usual_s) if usual_s else task
+
+
+_Key: TypeAlias = tuple[int, str, int, int, str, float]
+"""What transfers with the same load have in common: rank, stream, other rank, stage, name, bytes."""
+
+
+def _key(task: Task) -> _Key:
+    there = task.receiver[0] if task.receiver is not None else -1
+    if task.stream != DP:
+        return task.rank, task.stream, there, -1, "", 0.0
+    # Whether a tree or a ring sums them depends on their size.
+    return task.rank, task.stream, there, task.stage, task.name, task.num_bytes
+
+
+def _merged(
+    program: Program, loads: Mapping[_Key, Load], keys: Mapping[int, _Key], fabric: Fabric
+) -> NetworkLoad:
+    """NetworkLoad over kinds of links instead of links."""
+    largest = [max(load.values(), default=0.0) for load in loads.values()]
+    flows: dict[Link, list[tuple[int, float]]] = {}
+    for number, load in enumerate(loads.values()):
+        for link, share in load.items():
+            # Rounded, so that links whose loads were added up in another order are alike.
+            flows.setdefault(link, []).append((number, round(share / largest[number], 12)))
+    kinds: dict[tuple[tuple[int, float], ...], list[Link]] = {}
+    for link, crossing in flows.items():
+        kinds.setdefault(tuple(crossing), []).append(link)
+    crossings: list[dict[int, float]] = [{} for _ in loads]
+    for kind, crossing_flows in enumerate(kinds):
+        for number, times in crossing_flows:
+            crossings[number][kind] = times
+    numbers = {key: number for number, key in enumerate(loads)}
+    carried = {
+        index: Carried(crossings[numbers[key]], program.tasks[index].num_bytes * largest[numbers[key]])
+        for index, key in keys.items()
+    }
+    links = tuple(_kind(alike, fabric) for alike in kinds.values())
+    return NetworkLoad(program=program, carried=carried, links=links)
+
+
+def _kind(alike: Sequence[Link], fabric: Fabric) -> LinkKind:
+    rates = [fabric.bytes_per_s((link,)) for link in alike]
+    least = min(rates)
+    return LinkKind(alike[rates.index(least)], len(alike), least)

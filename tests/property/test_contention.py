@@ -1,0 +1,56 @@
+"""A step over a fabric: what is true of any plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parsim.simulate.contention import Contention, predict_over
+from parsim.simulate.fabric import fabric_of
+from parsim.simulate.prediction import predict
+from tests.strategies import CASES, Case
+
+TEXTS = st.sampled_from(
+    ["switch", "rail", "rail,leaf=1,oversubscription=4", "fat-tree,leaf=8", "torus",
+     "fat-tree,leaf=4,oversubscription=3,routing=hash"]
+)  # fmt: skip
+
+
+def over(case: Case, text: str, *, wider: float = 1.0) -> Contention:
+    job, plan, costs = case
+    network = costs.cluster.inter_node
+    faster = replace(network, bandwidth_bytes_per_s=wider * network.bandwidth_bytes_per_s)
+    fabric = fabric_of(text, replace(costs.cluster, inter_node=faster), plan.gpus)
+    return predict_over(fabric, job, plan, costs)[2]
+
+
+@given(CASES, TEXTS)
+@settings(max_examples=40)
+def test_with_wide_links_the_step_is_what_it_is_without_a_fabric(case: Case, text: str) -> None:
+    found = over(case, text, wider=1000.0)
+    assert found.step_s == pytest.approx(predict(*case)[0].step_time_s, rel=1e-9)
+    assert set(found.contended_s.values()) <= {0.0}
+
+
+@given(CASES, TEXTS)
+@settings(max_examples=40)
+def test_sharing_links_only_slows(case: Case, text: str) -> None:
+    found = over(case, text)
+    assert found.step_s >= found.alone_s * (1 - 1e-9)
+    assert found.alone_s == pytest.approx(predict(*case)[0].step_time_s, rel=1e-9)
+    assert all(seconds >= 0 for seconds in found.contended_s.values())
+    for use in found.links:
+        assert 0 < use.mean <= 1 + 1e-9
+        assert all(0 <= load <= 1 + 1e-9 for _, load in use.points)
+        assert use.points[-1][1] == 0
+
+
+@given(CASES)
+@settings(max_examples=15)
+def test_the_same_input_gives_the_same_answer(case: Case) -> None:
+    one, other = (over(case, "fat-tree,leaf=4,oversubscription=2") for _ in range(2))
+    assert one.times == other.times
+    assert one.to_data() == other.to_data()
