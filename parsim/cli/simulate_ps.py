@@ -38,6 +38,8 @@ PsChartOption = Annotated[
 ]
 
 STEPS = 40
+WORKER_STEPS = 5120
+"""Of all workers together, where the request does not say: many workers do fewer steps each."""
 CHART_BOUND = 3
 """Bound of the chart's stale synchronous line where the request has none."""
 
@@ -198,6 +200,13 @@ def _check(settings: dict[str, Any], plan: ParallelPlan, uneven: Unevenness | No
             got=plan.short(),
             expected="zero=0, cp=1, ep=1",
         )
+    if plan.compression != "none":
+        raise ParsimError(
+            "gradients are compressed for all-reduces only, not for servers",
+            where="--ps with --plan",
+            got=f"compression={plan.compression}",
+            expected="compression=none",
+        )
     if uneven is not None and uneven.jitter:
         raise ParsimError(
             "with parameter servers jitter is that of a worker's whole step",
@@ -242,7 +251,7 @@ def _setup(
             job, plan, costs, schedule, stragglers=stragglers, costs_by_rank=costs_by_rank
         ),
         slow_links=tuple(slow_links),
-        steps=settings.get("steps", STEPS),
+        steps=settings.get("steps", max(STEPS // 4, min(STEPS, WORKER_STEPS // plan.dp))),
         seed=seed,
     )
 

@@ -142,4 +142,6 @@ def waiting_share(failures: Failures) -> float:
     blocked = 1.0
     for servers in range(1, failures.spares + 2):
         blocked = load * blocked / (servers + load * blocked)
+        if blocked == 0.0:  # too small for a float, and smaller still with more spares
+            break
     return blocked
