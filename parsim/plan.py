@@ -20,6 +20,8 @@ USUAL_PLACEMENT = "tp-cp-dp-pp"
 
 V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
+TWO_CHAIN_SCHEDULES = ("dualpipe",)
+"""Of these, schedules whose second chunk is a second copy of the model, run from the other end."""
 
 
 Aggregation = Literal["bucket", "layer", "tensor"]
@@ -135,12 +137,12 @@ class ParallelPlan:
             )
         if self.compression != "none":
             parse_compression(self.compression)
-        if self.stage_split and len(self.stage_split) != self.num_stages:
+        if self.stage_split and len(self.stage_split) != self.model_stages:
             raise ParsimError(
                 "stage_split needs one number a stage",
                 where="stage_split",
                 got=len(self.stage_split),
-                expected=f"pp·vpp = {self.num_stages} numbers",
+                expected=f"{self.model_stages} numbers, one for each stage of the model",
             )
 
     @property
@@ -154,7 +156,20 @@ class ParallelPlan:
 
     @property
     def num_stages(self) -> int:
+        """Stages on all pipeline ranks: of all chains together."""
         return self.pp * self.vpp
+
+    @property
+    def chains(self) -> int:
+        """How often a pipeline holds the whole model: twice in DualPipe, whose micro-batches enter at
+        both ends.
+        """
+        return 2 if self.schedule in TWO_CHAIN_SCHEDULES else 1
+
+    @property
+    def model_stages(self) -> int:
+        """Stages that the model is cut into."""
+        return self.num_stages // self.chains
 
     @property
     def shard_group(self) -> int:
@@ -312,10 +327,10 @@ def _parse_value(key: str, value: str) -> object:
 
 
 def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
-    """Layers of every stage, in order of stage.
+    """Layers of every stage of the model, in order of stage.
 
-    Even where pp·vpp divides the layers. Else embedding and head count as one layer each where that
-    makes it even (as Llama 3 405B: 126 + 2 on 16 stages, arXiv 2407.21783 section 3.3.2); else the
+    Even where their number divides the layers. Else embedding and head count as one layer each where
+    that makes it even (as Llama 3 405B: 126 + 2 on 16 stages, arXiv 2407.21783 section 3.3.2); else the
     remainder goes to the stages in the middle, away from embedding and head. A multi-token prediction
     module and the head count as three layers where that makes it even (layouts of Megatron-Bridge for
     DeepSeek-V3: 61 + 3 on 16 stages), or as two and the embedding as one in small stages.
@@ -328,7 +343,7 @@ def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
     """
     if plan.stage_split:
         return plan.stage_split
-    n = plan.num_stages
+    n = plan.model_stages
     each, rest = divmod(model.layers, n)
     if rest == 0:
         return (each,) * n

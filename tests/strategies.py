@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec
-from parsim.plan import AGGREGATIONS, Job, ParallelPlan, Recompute
+from parsim.plan import AGGREGATIONS, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
+from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES, SCHEDULES
 from parsim.schedule.check import plan_problems
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
@@ -66,8 +67,8 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
     """Any split, schedule and sharding."""
     dp, tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     pp, cp = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 1, 2]))
-    schedule = draw(st.sampled_from(["gpipe", "1f1b", "interleaved"]))
-    vpp = draw(st.sampled_from([2, 3])) if schedule == "interleaved" and pp > 1 else 1
+    schedule, vpp = draw(schedules(pp))
+    stages = pp if schedule == "dualpipe" else pp * vpp
     zero = draw(st.integers(0, 3))
     groups = [g for g in range(1, dp * cp + 1) if dp * cp % g == 0]
     eps = [ep for ep in (1, 2, 4) if model.moe and dp * cp * tp % ep == 0]
@@ -79,7 +80,7 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
         ep=draw(st.sampled_from(eps or [1])),
         vpp=vpp,
         micro_batch=draw(st.sampled_from([1, 2])),
-        schedule=schedule if vpp > 1 else draw(st.sampled_from(["gpipe", "1f1b"])),
+        schedule=schedule,
         zero=zero,
         zero_group=draw(st.sampled_from([0, *groups])) if zero else 0,
         sequence_parallel=tp > 1 and (model.moe is not None or draw(st.booleans())),
@@ -88,8 +89,19 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
         weighted=dp * cp > 1 and draw(st.booleans()),
         compression=draw(st.sampled_from(COMPRESSED)) if dp * cp > 1 and not zero else "none",
         tp_overlap=tp > 1 and draw(st.booleans()),
-        stage_split=draw(stage_splits(model.layers, pp * vpp)) if draw(st.booleans()) else (),
+        stage_split=draw(stage_splits(model.layers, stages)) if draw(st.booleans()) else (),
     )
+
+
+@st.composite
+def schedules(draw: st.DrawFn, pp: int) -> tuple[str, int]:
+    """Any schedule on so many ranks, with chunks that it takes."""
+    schedule = draw(st.sampled_from([s for s in SCHEDULES if pp > 1 or s in ONE_CHUNK_SCHEDULES]))
+    if schedule in ONE_CHUNK_SCHEDULES:
+        return schedule, 1
+    if schedule in V_SHAPED_SCHEDULES:
+        return schedule, 2
+    return schedule, draw(st.sampled_from([2, 3]))
 
 
 @st.composite
@@ -107,9 +119,13 @@ def cases(draw: st.DrawFn) -> Case:
     """A plan of a small model, on a cluster of round numbers under some stack."""
     model = draw(models())
     plan = draw(plans(model))
-    # Interleaving runs in equal rounds: so many, of pp micro-batches or more.
+    # Interleaving runs in equal rounds: so many, of pp micro-batches or more. DualPipe(V) runs 2·pp or
+    # more, half of them in each direction.
     rounds, more = draw(st.integers(1, 3)), draw(st.integers(0, plan.pp - 1))
-    global_batch = rounds * (plan.pp + more) * plan.dp * plan.micro_batch
+    num_micro_batches = rounds * (plan.pp + more)
+    if plan.schedule in OVERLAPPED_SCHEDULES:
+        num_micro_batches *= 2
+    global_batch = num_micro_batches * plan.dp * plan.micro_batch
     job = Job(model=model, seq_len=256, global_batch=global_batch)
     return job, plan, CostModel(model, round_cluster(), draw(stacks()))
 

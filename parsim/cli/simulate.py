@@ -178,7 +178,7 @@ def _schedule(path: Path | None, plan: ParallelPlan, num_micro_batches: int) -> 
     from parsim.config import read_text, write_file
     from parsim.errors import ParsimError
     from parsim.schedule import make_schedule
-    from parsim.schedule.check import check_schedule
+    from parsim.schedule.check_actions import check_schedule
     from parsim.schedule.csv_file import schedule_from_csv, schedule_to_csv
 
     if path is None or not path.exists():
@@ -187,7 +187,7 @@ def _schedule(path: Path | None, plan: ParallelPlan, num_micro_batches: int) -> 
             write_file(path, schedule_to_csv(schedule))
             say(f"wrote {path}")
         return schedule
-    schedule = schedule_from_csv(read_text(path), name=path.stem, where=str(path))
+    schedule = schedule_from_csv(read_text(path), name=path.stem, where=str(path), chains=plan.chains)
     found = (schedule.pp, schedule.num_stages, schedule.num_micro_batches)
     wanted = (plan.pp, plan.num_stages, num_micro_batches)
     if found != wanted:

@@ -20,7 +20,8 @@ from parsim.errors import ParsimError
 from parsim.model import num_parameters
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Action, Schedule
-from parsim.schedule.lower import in_running_order, lower
+from parsim.schedule.lower import lower
+from parsim.schedule.order import in_running_order
 from parsim.schedule.program import Program, step_time_s
 from parsim.stack import Stack
 

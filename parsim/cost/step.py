@@ -9,9 +9,10 @@ from itertools import pairwise
 
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import collective_s, group_of, group_over, send_recv_s, wire_factor
-from parsim.cost.memory import gradient_bytes
+from parsim.cost.memory import gradient_bytes, sharded
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.sync import StageSync, stage_sync
+from parsim.cost.traffic import Traffic
 from parsim.cost.weights import NO_WEIGHTS
 from parsim.mesh import group_size, mesh_axes
 from parsim.plan import Job, ParallelPlan, stage_layers
@@ -36,22 +37,27 @@ class StepCost:
     """All-reduce of the extremes of fp8 tensors after each pass of a stage (delayed scaling)."""
     tied_reduce_bytes: float = 0.0
     extremes_bytes: float = 0.0
+    copies_reduce: tuple[Traffic, ...] = ()
+    """All-reduce of a stage's gradients between the two ranks that hold it, by stage of the model; only
+    where a pipeline holds the model twice (DualPipe)."""
 
 
 def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     """The costs of a plan's step."""
     cell = cell_of(job, plan)
     split = stage_layers(job.model, plan)
-    stages = costs.stages(cell, split)
+    model_stages = costs.stages(cell, split)
+    stages = model_stages * plan.chains
     weights = (NO_WEIGHTS,) * len(stages)
     if plan.aggregation == "tensor" or plan.compression != "none":
-        weights = costs.stage_weights(cell, split)
+        weights = costs.stage_weights(cell, split) * plan.chains
     syncs: dict[int, StageSync] = {}  # stages of the same parts are one object
     for stage, tensors in zip(stages, weights, strict=True):
         if id(stage) not in syncs:
             syncs[id(stage)] = stage_sync(stage, job, plan, costs.cluster, costs.stack, tensors)
     tied_s = tied_bytes = 0.0
-    if job.model.tied_embeddings and plan.pp > 1:
+    # In a V the first and the last stage share a rank.
+    if job.model.tied_embeddings and plan.stage_rank(0) != plan.stage_rank(plan.num_stages - 1):
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
         stride = (plan.pp - 1) * plan.strides.pp
         ends = group_of(costs.cluster, gpus=plan.gpus, size=2, stride=stride)
@@ -68,6 +74,11 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
         tied_reduce_bytes=tied_bytes,
         extremes_s=extremes_s,
         extremes_bytes=extremes_bytes,
+        copies_reduce=tuple(
+            _copies_reduce(s, stage, job, plan, costs)
+            for s, stage in enumerate(model_stages)
+            if plan.chains > 1
+        ),
     )
 
 
@@ -90,7 +101,20 @@ def mixed_step_cost(job: Job, plan: ParallelPlan, costs_by_rank: Sequence[CostMo
         ),
         tied_reduce_s=max(cost.tied_reduce_s for cost in priced.values()),
         extremes_s=max(cost.extremes_s for cost in priced.values()),
+        copies_reduce=tuple(
+            map(max, zip(*(cost.copies_reduce for cost in priced.values()), strict=True))
+        ),
     )
+
+
+def _copies_reduce(s: int, stage: StageCost, job: Job, plan: ParallelPlan, costs: CostModel) -> Traffic:
+    """All-reduce of what a rank keeps of a stage's gradients with the rank that holds the stage too."""
+    apart = abs(plan.stage_rank(s) - plan.stage_rank(plan.model_stages + s))
+    kept = sharded(stage, plan) if plan.zero else stage.parameters
+    size = kept * gradient_bytes(job.precision, costs.stack)
+    ends = group_of(costs.cluster, gpus=plan.gpus, size=2, stride=apart * plan.strides.pp)
+    seconds = costs.stack.dp_slowdown * collective_s(costs.cluster, "all_reduce", size, ends)
+    return Traffic(seconds, wire_factor("all_reduce", 2) * size)
 
 
 def _extremes(job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[float, float]:

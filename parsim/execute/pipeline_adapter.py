@@ -19,7 +19,15 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
 
 from parsim.execute.recorder import Label, Recorder
-from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, KINDS, Action, Schedule
+from parsim.schedule.action import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRAD,
+    KINDS,
+    Action,
+    Schedule,
+    computations,
+)
 from parsim.timeline import HOST
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -67,8 +75,12 @@ class Pipeline:
         self._runtime = _Runtime(
             stages, n_microbatches=schedule.num_micro_batches, loss_fn=loss, scale_grads=False
         )
+        # torch runs the parts of an overlapped pair one after the other; apart, each is a span.
         self._runtime._prepare_schedule_with_comms(
-            {rank: [_Action.from_str(str(a)) for a in row] for rank, row in enumerate(schedule.ranks)}
+            {
+                rank: [_Action.from_str(str(action)) for action in computations(row)]
+                for rank, row in enumerate(schedule.ranks)
+            }
         )
 
     def run(self, tokens: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:

@@ -11,7 +11,8 @@ from parsim.errors import ParsimError
 from parsim.model import ModelSpec
 from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
 from parsim.schedule.action import INPUT_GRAD, Schedule
-from parsim.schedule.check import check_schedule, divisors
+from parsim.schedule.check import divisors
+from parsim.schedule.check_actions import check_schedule
 
 DTYPES = ("fp64", "fp32", "bf16")
 STALE_WEIGHTS = ("pipedream", "pipedream-2bw")
@@ -114,6 +115,13 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("several model chunks without a pipeline", "vpp", plan.vpp)
     if plan.schedule in STALE_WEIGHTS:
         raise _refuse("schedules with several versions of the weights", "schedule", plan.schedule)
+    if plan.chains > 1:
+        raise _refuse(
+            "schedules that hold each stage on two ranks",
+            "schedule",
+            plan.schedule,
+            "torch has no such pipeline; dualpipev overlaps as well and runs",
+        )
     splits = any(a.kind == INPUT_GRAD for a in schedule.actions())
     if splits and plan.pp == 1:
         raise _refuse("split backwards without a pipeline", "schedule", plan.schedule)

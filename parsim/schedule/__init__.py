@@ -5,12 +5,37 @@ from __future__ import annotations
 from parsim.errors import ParsimError, did_you_mean
 from parsim.plan import ParallelPlan
 from parsim.schedule.action import Schedule
+from parsim.schedule.dualpipe import check_two_ways, dualpipe
+from parsim.schedule.dualpipev import check_full_v, dualpipev
 from parsim.schedule.gpipe import gpipe
-from parsim.schedule.interleaved import interleaved
+from parsim.schedule.interleaved import interleaved, micro_batches_per_round
+from parsim.schedule.interleaved_zb import interleaved_zb
+from parsim.schedule.looped_bfs import looped_bfs
 from parsim.schedule.one_f_one_b import one_f_one_b
+from parsim.schedule.zb_h1 import zb_h1
+from parsim.schedule.zb_h2 import zb_h2
+from parsim.schedule.zbv import zbv
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved")
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "looped-bfs",
+    "zb-h1",
+    "zb-h2",
+    "interleaved-zb",
+    "zbv",
+    "dualpipe",
+    "dualpipev",
+)
 """Names of the schedules that parsim makes."""
+
+ONE_CHUNK_SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2")
+"""Those with one stage on each rank."""
+SPLIT_SCHEDULES = ("zb-h1", "zb-h2", "interleaved-zb", "zbv", "dualpipe", "dualpipev")
+"""Those that split some of their backwards into input and weight gradients."""
+OVERLAPPED_SCHEDULES = ("dualpipe", "dualpipev")
+"""Those with overlapped pairs of a forward and a backward."""
 
 
 def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
@@ -18,13 +43,39 @@ def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
 
     Raises ParsimError for a name that parsim does not know or sizes that the schedule does not take.
     """
-    if plan.schedule == "gpipe":
-        return gpipe(plan.pp, num_micro_batches)
-    if plan.schedule == "1f1b":
-        return one_f_one_b(plan.pp, num_micro_batches)
-    if plan.schedule == "interleaved":
-        return interleaved(plan.pp, plan.vpp, num_micro_batches)
+    match plan.schedule:
+        case "gpipe":
+            return gpipe(plan.pp, num_micro_batches)
+        case "1f1b":
+            return one_f_one_b(plan.pp, num_micro_batches)
+        case "interleaved":
+            return interleaved(plan.pp, plan.vpp, num_micro_batches)
+        case "looped-bfs":
+            return looped_bfs(plan.pp, plan.vpp, num_micro_batches)
+        case "zb-h1":
+            return zb_h1(plan.pp, num_micro_batches)
+        case "zb-h2":
+            return zb_h2(plan.pp, num_micro_batches)
+        case "interleaved-zb":
+            return interleaved_zb(plan.pp, plan.vpp, num_micro_batches)
+        case "zbv":
+            return zbv(plan.pp, num_micro_batches)
+        case "dualpipe":
+            return dualpipe(plan.pp, num_micro_batches)
+        case "dualpipev":
+            return dualpipev(plan.pp, num_micro_batches)
     raise unknown_schedule(plan.schedule)
+
+
+def check_micro_batches(plan: ParallelPlan, num_micro_batches: int) -> None:
+    """Raises ParsimError where a plan's schedule does not take so many micro-batches."""
+    match plan.schedule:
+        case "interleaved" | "interleaved-zb":
+            micro_batches_per_round(plan.pp, num_micro_batches)
+        case "dualpipe":
+            check_two_ways(plan.pp, num_micro_batches)
+        case "dualpipev":
+            check_full_v(plan.pp, num_micro_batches)
 
 
 def unknown_schedule(name: str) -> ParsimError:

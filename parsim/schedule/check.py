@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster, peak_flops_per_s
 from parsim.mesh import group_size, mesh_axes, part_of
 from parsim.plan import USUAL_PLACEMENT, V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
-from parsim.schedule import SCHEDULES, unknown_schedule
-from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action, Schedule
-from parsim.schedule.interleaved import micro_batches_per_round
-from parsim.schedule.lower import in_running_order
+from parsim.schedule import (
+    ONE_CHUNK_SCHEDULES,
+    SCHEDULES,
+    SPLIT_SCHEDULES,
+    check_micro_batches,
+    unknown_schedule,
+)
 
 
 def check_plan(job: Job, plan: ParallelPlan, cluster: Cluster) -> None:
@@ -97,32 +99,44 @@ def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     if plan.schedule not in SCHEDULES:
         yield unknown_schedule(plan.schedule)
         return
-    if plan.schedule == "interleaved" and plan.vpp == 1:
+    yield from _chunk_problems(plan)
+    yield from _split_problems(job, plan)
+    if plan.pp > 1:
+        try:
+            check_micro_batches(plan, max(1, plan.num_micro_batches(job)))
+        except ParsimError as problem:
+            yield problem
+
+
+def _chunk_problems(plan: ParallelPlan) -> Iterator[ParsimError]:
+    if plan.schedule in ("interleaved", "interleaved-zb") and plan.vpp == 1:
+        whole, one = ("1F1B", "1f1b") if plan.schedule == "interleaved" else ("zero bubble", "zb-h1")
         yield ParsimError(
-            "interleaved 1F1B needs more than one chunk a rank",
+            f"interleaved {whole} needs more than one chunk a rank",
             where="vpp",
             got=1,
             expected="vpp of 2 or more",
-            hint="schedule=1f1b is the same with one chunk",
+            hint=f"schedule={one} is the same with one chunk",
         )
     elif plan.schedule in V_SHAPED_SCHEDULES and plan.vpp != 2:
-        yield ParsimError("a V-shaped schedule has two chunks a rank", where="vpp", got=plan.vpp)
-    elif plan.schedule in ("gpipe", "1f1b") and plan.vpp > 1:
         yield ParsimError(
-            "GPipe and 1F1B have one chunk a rank",
+            "a V-shaped schedule has two chunks a rank",
+            where="vpp",
+            got=plan.vpp,
+            expected="vpp=2",
+            hint="leave vpp out: it is 2 for this schedule",
+        )
+    elif plan.schedule in ONE_CHUNK_SCHEDULES and plan.vpp > 1:
+        several = "interleaved-zb" if plan.schedule in SPLIT_SCHEDULES else "interleaved"
+        yield ParsimError(
+            f"{plan.schedule} has one chunk a rank",
             where="vpp",
             got=plan.vpp,
             expected="vpp=1",
-            hint="schedule=interleaved runs several",
+            hint=f"schedule={several} runs several",
         )
     if plan.vpp > 1 and plan.pp == 1:
         yield ParsimError("chunks need a pipeline", where="vpp", got="pp=1", expected="pp of 2 or more")
-    yield from _split_problems(job, plan)
-    if plan.schedule == "interleaved" and plan.pp > 1:
-        try:
-            micro_batches_per_round(plan.pp, max(1, plan.num_micro_batches(job)))
-        except ParsimError as problem:
-            yield problem
 
 
 def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
@@ -140,7 +154,7 @@ def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         yield ParsimError(
             "there are more stages than layers",
             where="pp·vpp",
-            got=plan.num_stages,
+            got=plan.model_stages,
             expected=f"at most {layers}, or {layers + 2} with embedding and head alone at the ends",
         )
 
@@ -247,38 +261,3 @@ def _reduction_problems(plan: ParallelPlan) -> Iterator[ParsimError]:
                     got=f"{str(getattr(plan, key)).lower()} with dp·cp = 1",
                     hint=f"leave {key} out, or use dp of 2 or more",
                 )
-
-
-def check_schedule(schedule: Schedule) -> None:
-    """Raises ParsimError where a list of actions is no training step.
-
-    Every stage runs every micro-batch's forward and backward (B, or I and W) once, all on one rank, and
-    no action waits for itself through others.
-    """
-    count = Counter(schedule.actions())
-    twice = next((action for action, times in count.items() if times > 1), None)
-    if twice is not None:
-        raise ParsimError("an action stands twice in the schedule", where=str(twice))
-    homes: dict[int, int] = {}
-    for rank, actions in enumerate(schedule.ranks):
-        for action in actions:
-            if homes.setdefault(action.stage, rank) != rank:
-                raise ParsimError(
-                    f"stage {action.stage} has actions on two ranks",
-                    where=str(action),
-                    got=f"ranks {homes[action.stage]} and {rank}",
-                )
-    for stage in range(schedule.num_stages):
-        for i in range(schedule.num_micro_batches):
-            _check_micro_batch(count, stage, i)
-    in_running_order(schedule)
-
-
-def _check_micro_batch(count: Counter[Action], stage: int, i: int) -> None:
-    present = {kind for kind in "FBIW" if count[Action(stage, kind, i)]}
-    if present not in ({FORWARD, BACKWARD}, {FORWARD, INPUT_GRAD, WEIGHT_GRAD}):
-        raise ParsimError(
-            f"stage {stage} does not run micro-batch {i} forward and backward exactly once",
-            got=", ".join(f"{stage}{kind}{i}" for kind in sorted(present)) or "no action",
-            expected=f"{stage}F{i} and {stage}B{i}, or {stage}F{i}, {stage}I{i} and {stage}W{i}",
-        )

@@ -1,6 +1,8 @@
 """Schedules as CSV files: the format of torch.distributed.pipelining, a row a rank, a cell an Action.
 
-Empty cells (idle slots) are read and skipped; parsim writes none.
+Both of its forms are read: forwards and backwards alone (compute_only), and with sends, receives and
+what happens to a stage as a whole (compute_comms). Empty cells (idle slots) are skipped; parsim writes
+none.
 """
 
 from __future__ import annotations
@@ -27,8 +29,10 @@ def schedule_to_csv(schedule: Schedule) -> str:
     return out.getvalue()
 
 
-def schedule_from_csv(text: str, *, name: str = "csv", where: str = "schedule CSV") -> Schedule:
-    """A schedule from CSV text.
+def schedule_from_csv(
+    text: str, *, name: str = "csv", where: str = "schedule CSV", chains: int = 1
+) -> Schedule:
+    """A schedule from CSV text, whose stages are so many chains.
 
     Raises ParsimError naming the row and column of a cell that is no Action.
     """
@@ -47,4 +51,4 @@ def schedule_from_csv(text: str, *, name: str = "csv", where: str = "schedule CS
         ranks.pop()
     if not ranks:
         raise ParsimError("this schedule holds no actions", where=where)
-    return Schedule(name=name, ranks=tuple(ranks))
+    return Schedule(name=name, ranks=tuple(ranks), chains=chains)

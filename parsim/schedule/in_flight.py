@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 from parsim.plan import ParallelPlan
-from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action
+from parsim.schedule import make_schedule
+from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, computations
 from parsim.schedule.interleaved import micro_batches_per_round, warmup_forwards
 
 
 def in_flight(
     plan: ParallelPlan, rank: int, num_micro_batches: int, saved_bytes: Sequence[float] = ()
 ) -> tuple[int, ...]:
-    """Micro-batches kept by each chunk of a rank (first chunk first), in closed form.
+    """Micro-batches kept by each chunk of a rank (first chunk first), of the schedule that a plan names.
 
-    saved_bytes is what each chunk keeps of a micro-batch; without it they keep alike. For schedules made
-    by parsim; peak_in_flight walks any list of actions.
+    saved_bytes is what each chunk keeps of a micro-batch; without it they keep alike. In closed form
+    where there is one, else by a walk through the rank's actions.
     """
-    m = num_micro_batches
-    if plan.schedule == "gpipe":
-        return (m,)
-    if plan.schedule == "1f1b":
-        return (min(m, plan.pp - rank),)
+    m, pp = num_micro_batches, plan.pp
+    match plan.schedule:
+        case "gpipe" | "looped-bfs":
+            return (m,) * plan.vpp
+        case "1f1b":
+            return (min(m, pp - rank),)
+        case "zb-h1":
+            return (min(m, pp),)
+        case "zb-h2":
+            return (min(m, 2 * pp - 1),)
+        case "interleaved":
+            return _interleaved(plan, rank, m, saved_bytes)
+    stages = [stage for stage in range(plan.num_stages) if plan.stage_rank(stage) == rank]
+    kept = dict(zip(stages, saved_bytes or [1.0] * plan.vpp, strict=True))
+    _, held = peak_in_flight(_actions(plan, num_micro_batches)[rank], kept)
+    return tuple(held.values())
+
+
+@lru_cache(maxsize=4)
+def _actions(plan: ParallelPlan, num_micro_batches: int) -> tuple[tuple[Action, ...], ...]:
+    return make_schedule(plan, num_micro_batches).ranks
+
+
+def _interleaved(plan: ParallelPlan, rank: int, m: int, saved_bytes: Sequence[float]) -> tuple[int, ...]:
     vpp, per_round = plan.vpp, micro_batches_per_round(plan.pp, m)
     warmup = warmup_forwards(plan.pp, vpp, rank, m)
 
@@ -68,7 +89,7 @@ def peak_in_flight(
     held = dict.fromkeys(saved_bytes, 0)
     now = most = 0.0
     at_peak = dict(held)
-    for action in actions:
+    for action in computations(actions):
         if action.kind == FORWARD:
             held[action.stage] += 1
             now += saved_bytes[action.stage]

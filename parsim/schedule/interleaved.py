@@ -50,21 +50,23 @@ def interleaved(pp: int, vpp: int, num_micro_batches: int) -> Schedule:
     )
 
 
-def _rank_actions(pp: int, vpp: int, rank: int, num_micro_batches: int) -> tuple[Action, ...]:
+def turns(kind: str, pp: int, vpp: int, rank: int, num_micro_batches: int) -> list[Action]:
+    """All forwards, or all backwards, of a rank in order: its chunks take turns."""
     per_round = micro_batches_per_round(pp, num_micro_batches)
+    chunks = range(vpp) if kind == FORWARD else range(vpp - 1, -1, -1)
+    return [
+        Action(chunk * pp + rank, kind, start + i)
+        for start in range(0, num_micro_batches, per_round)
+        for chunk in chunks
+        for i in range(per_round)
+    ]
 
-    def turn(k: int, kind: str) -> Action:
-        """The k-th forward or backward of this rank."""
-        rounds_done, within = divmod(k, per_round * vpp)
-        chunk, i = divmod(within, per_round)
-        if kind == BACKWARD:
-            chunk = vpp - 1 - chunk
-        return Action(chunk * pp + rank, kind, rounds_done * per_round + i)
 
-    total = vpp * num_micro_batches
+def _rank_actions(pp: int, vpp: int, rank: int, num_micro_batches: int) -> tuple[Action, ...]:
     warmup = warmup_forwards(pp, vpp, rank, num_micro_batches)
-    actions = [turn(k, FORWARD) for k in range(warmup)]
-    for k in range(total - warmup):
-        actions += (turn(warmup + k, FORWARD), turn(k, BACKWARD))
-    actions += (turn(k, BACKWARD) for k in range(total - warmup, total))
+    forwards = turns(FORWARD, pp, vpp, rank, num_micro_batches)
+    backwards = turns(BACKWARD, pp, vpp, rank, num_micro_batches)
+    actions = forwards[:warmup]
+    for k, backward in enumerate(backwards):
+        actions += (*forwards[warmup + k : warmup + k + 1], backward)
     return tuple(actions)

@@ -1,7 +1,8 @@
 """Lowering: a Schedule and the costs of its stages become a Program.
 
 Communication is added here, as a pass over the actions: tensor-, context- and expert-parallel parts
-after the compute they belong to, and transfers between stages; what keeps replicas alike is added by
+after the compute they belong to (beside it in an overlapped pair), and transfers between stages, where
+the schedule does not say itself when to send and receive; what keeps replicas alike is added by
 parsim.schedule.sync. Ranks of a Program are pipeline ranks: their dp·cp·tp replicas do the same at the
 same time.
 """
@@ -13,16 +14,21 @@ from dataclasses import dataclass, field
 
 from parsim.cost.price import PartTime, PassTime
 from parsim.cost.step import StepCost
-from parsim.errors import ParsimError
 from parsim.plan import ParallelPlan
 from parsim.schedule.action import (
     BACKWARD,
     FORWARD,
     INPUT_GRAD,
+    KINDS,
+    RECEIVE_BACKWARD,
+    RECEIVE_FORWARD,
+    SEND_BACKWARD,
+    SEND_FORWARD,
     WEIGHT_GRAD,
     Action,
     Schedule,
 )
+from parsim.schedule.order import in_running_order
 from parsim.schedule.program import Program, Task
 from parsim.schedule.sync import ReplicaSync, Work
 from parsim.stack import Stack
@@ -34,6 +40,9 @@ KIND_NAMES = {
     INPUT_GRAD: "input_grad",
     WEIGHT_GRAD: "weight_grad",
 }
+
+Arrival = tuple[int, bool, int]
+"""A stage's input of a micro-batch: (stage, whether it is the forward's, micro-batch)."""
 
 
 def lower(
@@ -57,63 +66,6 @@ def lower(
     return Program(tasks=tuple(lowering.work.tasks), static_bytes=static_bytes, title=title)
 
 
-def in_running_order(schedule: Schedule) -> list[tuple[int, Action]]:
-    """(rank, action) for all actions, each after everything that it needs.
-
-    Raises ParsimError with what every stuck rank waits for where no such order exists.
-    """
-    position = [0] * schedule.pp
-    last_stage = schedule.num_stages - 1
-    done: set[Action] = set()
-    order: list[tuple[int, Action]] = []
-    remaining = sum(len(actions) for actions in schedule.ranks)
-    while remaining:
-        before = remaining
-        for rank, actions in enumerate(schedule.ranks):
-            while position[rank] < len(actions):
-                action = actions[position[rank]]
-                if missing(action, done, last_stage) is not None:
-                    break
-                done.add(action)
-                order.append((rank, action))
-                position[rank] += 1
-                remaining -= 1
-        if remaining == before:
-            raise _deadlock(schedule, position, done, last_stage)
-    return order
-
-
-def missing(action: Action, done: set[Action], last_stage: int) -> Action | None:
-    """An action that must run first and has not, or None."""
-    stage, kind, i = action
-    if kind == FORWARD:
-        needed = [Action(stage - 1, FORWARD, i)] if stage else []
-    elif kind == WEIGHT_GRAD:
-        needed = [Action(stage, INPUT_GRAD, i)]
-    else:
-        needed = [Action(stage, FORWARD, i)]
-        if stage < last_stage:
-            above = Action(stage + 1, BACKWARD, i)
-            if above not in done and Action(stage + 1, INPUT_GRAD, i) not in done:
-                needed.append(above)
-    return next((need for need in needed if need not in done), None)
-
-
-def _deadlock(
-    schedule: Schedule, position: list[int], done: set[Action], last_stage: int
-) -> ParsimError:
-    waits = []
-    for rank, actions in enumerate(schedule.ranks):
-        if position[rank] < len(actions):
-            action = actions[position[rank]]
-            waits.append(f"rank {rank}: {action} waits for {missing(action, done, last_stage)}")
-    return ParsimError(
-        f"schedule {schedule.name!r} deadlocks",
-        where="; ".join(waits[:8]) + (" …" if len(waits) > 8 else ""),
-        hint="an action can only follow what it needs, on its own rank too",
-    )
-
-
 @dataclass(slots=True)
 class _Lowering:
     """The tasks so far, and what later ones must wait for."""
@@ -124,12 +76,17 @@ class _Lowering:
     stack: Stack
     work: Work = field(init=False)
     sync: ReplicaSync = field(init=False)
-    arrived: dict[Action, int] = field(default_factory=dict)
-    """The task that brings an action's result to the rank that needs it."""
+    arrived: dict[Arrival, int] = field(default_factory=dict)
+    """The task that brings an input to the rank that needs it."""
+    made: dict[Arrival, tuple[Action, int]] = field(default_factory=dict)
+    """The action, and its last task, that made an input; of transfers that are actions, what the sender
+    has done when it sends."""
     times: dict[tuple[int, str], PassTime] = field(init=False)
     """What an action takes, by stage and kind."""
     rank_of: dict[int, int] = field(init=False)
     """The pipeline rank of every stage, in order of stage."""
+    explicit: bool = field(init=False)
+    """Whether transfers are actions."""
 
     def __post_init__(self) -> None:
         self.times = {
@@ -138,6 +95,7 @@ class _Lowering:
             for kind, time in _times(cost.time, self._host()).items()
         }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
+        self.explicit = self.schedule.is_explicit()
         self.work = Work(chain={rank: [] for rank in range(self.schedule.pp)})
         self.sync = ReplicaSync(
             schedule=self.schedule, cost=self.cost, plan=self.plan, stack=self.stack, work=self.work
@@ -152,37 +110,86 @@ class _Lowering:
         return PassTime(host_s, self.cost.extremes_s, tp_bytes=self.cost.extremes_bytes)
 
     def add_action(self, rank: int, action: Action) -> None:
-        """The tasks of one action: its compute, in pieces or whole, then the transfer of its result."""
+        """The tasks of one action."""
+        if action.kind in KINDS:
+            self._add_computation(rank, action, self.times[action.stage, action.kind])
+            self._hand_on(rank, action)
+        elif action.parts:
+            self._add_pair(rank, action.parts)
+        elif action.kind in (SEND_FORWARD, SEND_BACKWARD):
+            arrival = self._goes_to(action)
+            assert arrival is not None
+            self.made[arrival] = self.made[arrival][0], self.work.chain[rank][-1]
+        elif action.kind in (RECEIVE_FORWARD, RECEIVE_BACKWARD):
+            self._receive(rank, action)
+
+    def _add_computation(
+        self, rank: int, action: Action, time: PassTime, also_after: tuple[int, ...] = ()
+    ) -> None:
+        """The compute of one action, in pieces or whole, with its communication."""
         cut = self.sync.cut(action)
-        time = self.times[action.stage, action.kind]
         part = time if cut.pieces == 1 else time.times(1 / cut.pieces)
         part = part.plus(PassTime(cut.takes_s / cut.pieces))
         for piece in range(cut.pieces):
             after = tuple(self.work.chain[rank][-1:])
-            source = self._source(action)
-            if piece == 0 and source is not None and source not in after:
-                after += (source,)
+            if piece == 0:
+                after = tuple(dict.fromkeys((*after, *self._source(action), *also_after)))
             after += self.sync.parameters(rank, action, cut, piece, after)
             end = self._compute(rank, action, part, after, piece, cut.pieces)
             self.work.chain[rank].append(end)
             self.sync.gradients(rank, action, cut, end)
-        self._send(rank, action)
 
-    def _source(self, action: Action) -> int | None:
-        """The task that brings the action's input from another stage."""
-        stage, kind, i = action
+    def _add_pair(self, rank: int, parts: tuple[Action, ...]) -> None:
+        """Two passes at once: their compute adds up, and each one's exchanges run beside the other's.
+
+        Tensor- and expert-parallel communication is hidden as far as the other pass has compute; the
+        stack's overlap_cost of it slows that compute down. Both start when both inputs are there, and
+        hand on what they made when both are over.
+        """
+        first, second = parts
+        times = {part: self.times[part.stage, part.kind] for part in parts}
+        sources = tuple(source for part in parts for source in self._source(part))
+        for part, other in ((first, second), (second, first)):
+            exposed, _ = self._beside(times[part], times[other].compute_s)
+            _, hidden = self._beside(times[other], times[part].compute_s)
+            after = tuple(dict.fromkeys((*self.work.chain[rank][-1:], *sources)))
+            at = other.stage, other.micro_batch
+            for stream, seconds, sent in _communication(hidden):
+                task = Task(rank, stream, str(other), stream, seconds, after, *at, num_bytes=sent)
+                self.work.add(task)
+            paid = PassTime(self.stack.overlap_cost * hidden.total_s)
+            self._add_computation(rank, part, exposed.plus(paid), sources)
+        for part in parts:
+            self._hand_on(rank, part)
+
+    def _beside(self, time: PassTime, compute_s: float) -> tuple[PassTime, PassTime]:
+        """What of a pass still shows beside so much compute of another, and its communication that does
+        not. Exchanges of tokens that the stack hides anyway are not hidden twice.
+        """
+        hides_anyway = self.stack.fused_experts or self.stack.ep_overlap != "never"
+        ep_s = 0.0 if hides_anyway else min(time.ep_s, compute_s)
+        tp_s = min(time.tp_s, compute_s - ep_s)
+        hidden = PassTime(
+            tp_s=tp_s,
+            ep_s=ep_s,
+            tp_bytes=time.tp_bytes * tp_s / (time.tp_s or 1.0),
+            ep_bytes=time.ep_bytes * ep_s / (time.ep_s or 1.0),
+        )
+        return time.plus(hidden.times(-1.0)), hidden
+
+    def _source(self, action: Action) -> tuple[int, ...]:
+        """The task that brings the action's input from another stage, if any does."""
+        stage, kind, i, _ = action
         if kind == WEIGHT_GRAD:
-            return None
-        if kind == FORWARD:
-            return self.arrived.get(Action(stage - 1, FORWARD, i))
-        whole = self.arrived.get(Action(stage + 1, BACKWARD, i))
-        return self.arrived.get(Action(stage + 1, INPUT_GRAD, i)) if whole is None else whole
+            return ()
+        source = self.arrived.get((stage, kind == FORWARD, i))
+        return () if source is None else (source,)
 
     def _compute(
         self, rank: int, action: Action, time: PassTime, after: tuple[int, ...], piece: int, pieces: int
     ) -> int:
         """One piece of an action: compute, then its exposed communication. Returns the last task."""
-        stage, kind, i = action
+        stage, kind, i, _ = action
         saved = self.cost.stages[stage].saved_bytes
         end = self.work.add(
             Task(
@@ -198,43 +205,73 @@ class _Lowering:
                 freed_bytes=saved if kind in (BACKWARD, WEIGHT_GRAD) and piece == pieces - 1 else 0.0,
             )
         )
-        for stream, seconds, sent in (
-            (TP, time.tp_s, time.tp_bytes),
-            (CP, time.cp_s, time.cp_bytes),
-            (EP, time.ep_s, time.ep_bytes),
-        ):
-            if seconds > 0:
-                task = Task(rank, stream, str(action), stream, seconds, (end,), stage, i, num_bytes=sent)
-                end = self.work.add(task)
+        for stream, seconds, sent in _communication(time):
+            task = Task(rank, stream, str(action), stream, seconds, (end,), stage, i, num_bytes=sent)
+            end = self.work.add(task)
         return end
 
-    def _send(self, rank: int, action: Action) -> None:
-        """Carry the action's result to the stage that needs it."""
-        stage, kind, i = action
-        target_stage = stage + 1 if kind == FORWARD else stage - 1
-        if kind == WEIGHT_GRAD or not 0 <= target_stage < len(self.cost.stages):
+    def _goes_to(self, action: Action) -> Arrival | None:
+        """What an action makes, or sends; None where no other stage needs it."""
+        stage, kind, i, _ = action
+        forth = kind in (FORWARD, SEND_FORWARD)
+        target = self.schedule.next_stage(stage) if forth else self.schedule.previous_stage(stage)
+        return None if target is None or kind == WEIGHT_GRAD else (target, forth, i)
+
+    def _hand_on(self, rank: int, action: Action) -> None:
+        """Carry the action's result to the stage that needs it, or have it ready to be sent."""
+        arrival = self._goes_to(action)
+        if arrival is None:
             return
         end = self.work.chain[rank][-1]
-        target = self.rank_of[target_stage]
-        if target != rank:
-            forth = (target - rank) % self.schedule.pp == 1
-            end = self.work.add(
-                Task(
-                    rank,
-                    "pp_send_next" if forth else "pp_send_prev",
-                    str(action),
-                    "pp",
-                    self.cost.send_s[min(stage, target_stage)],
-                    (end,),
-                    stage,
-                    i,
-                    receiver=(target, "pp_recv_prev" if forth else "pp_recv_next"),
-                    num_bytes=self.cost.send_bytes[min(stage, target_stage)],
-                )
-            )
+        if self.rank_of[arrival[0]] == rank:
+            self.arrived[arrival] = end
+        elif self.explicit:
+            self.made[arrival] = action, end
+        else:
+            self.arrived[arrival] = end = self._transfer(action, arrival[0], (end,))
             if not self.stack.pp_overlap:
                 self.work.chain[rank].append(end)
-        self.arrived[action] = end
+
+    def _receive(self, rank: int, action: Action) -> None:
+        """The transfer of a send and a receive, from when both ranks have come to theirs.
+
+        Where sends are in the way of compute, the receiver waits here.
+        """
+        arrival = action.stage, action.kind == RECEIVE_FORWARD, action.micro_batch
+        source, sent = self.made[arrival]
+        after = tuple(dict.fromkeys((sent, *self.work.chain[rank][-1:])))
+        self.arrived[arrival] = end = self._transfer(source, action.stage, after)
+        if not self.stack.pp_overlap:
+            self.work.chain[rank].append(end)
+
+    def _transfer(self, action: Action, target_stage: int, after: tuple[int, ...]) -> int:
+        stage, _, i, _ = action
+        rank, target = self.rank_of[stage], self.rank_of[target_stage]
+        forth = (target - rank) % self.schedule.pp == 1
+        return self.work.add(
+            Task(
+                rank,
+                "pp_send_next" if forth else "pp_send_prev",
+                str(action),
+                "pp",
+                self.cost.send_s[min(stage, target_stage)],
+                after,
+                stage,
+                i,
+                receiver=(target, "pp_recv_prev" if forth else "pp_recv_next"),
+                num_bytes=self.cost.send_bytes[min(stage, target_stage)],
+            )
+        )
+
+
+def _communication(time: PassTime) -> list[tuple[str, float, float]]:
+    """The streams that a pass communicates on, with seconds and bytes."""
+    parts = (
+        (TP, time.tp_s, time.tp_bytes),
+        (CP, time.cp_s, time.cp_bytes),
+        (EP, time.ep_s, time.ep_bytes),
+    )
+    return [part for part in parts if part[1] > 0]
 
 
 def _times(time: PartTime, host: PassTime) -> dict[str, PassTime]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from parsim.cost.step import StepCost
+from parsim.cost.traffic import Traffic
 from parsim.plan import ParallelPlan
 from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, Schedule
 from parsim.schedule.program import Task
@@ -137,7 +138,13 @@ class ReplicaSync:
                     self._prepare(rank, stage, sync.reduce_kernels_s)
                 self._reduce(rank, stage, 1, (chain[rank][-1],))
         if self.cost.tied_reduce_s > 0:
-            self._reduce_tied()
+            last = self.rank_of[len(self.cost.stages) - 1]
+            traffic = Traffic(self.cost.tied_reduce_s, self.cost.tied_reduce_bytes)
+            self._reduce_between("tied embedding", self.rank_of[0], last, traffic)
+        for stage, traffic in enumerate(self.cost.copies_reduce):
+            copy = self.rank_of[len(self.cost.copies_reduce) + stage]
+            one, other = sorted((self.rank_of[stage], copy))
+            self._reduce_between(f"copies {stage}", one, other, traffic)
         # The norm of all gradients is needed before any is applied, so every rank waits for all.
         ends = {*self.reduced.values(), *(ends[-1] for ends in chain.values() if ends)}
         for rank in range(self.schedule.pp):
@@ -201,24 +208,14 @@ class ReplicaSync:
         task = Task(rank, COMPUTE, f"gradients {stage}", "dp", seconds, after, stage)
         self.work.chain[rank].append(self.work.add(task))
 
-    def _reduce_tied(self) -> None:
-        """Sum the gradients of the embedding that the first and the last stage both hold."""
-        chain, first = self.work.chain, self.rank_of[0]
-        last = self.rank_of[len(self.cost.stages) - 1]
-        after: tuple[int, ...] = (chain[first][-1], chain[last][-1])
-        if last in self.reduced:
-            after += (self.reduced[last],)
-        task = Task(
-            first,
-            DP,
-            "tied embedding",
-            "dp",
-            self.cost.tied_reduce_s,
-            after,
-            receiver=(last, DP),
-            num_bytes=self.cost.tied_reduce_bytes,
-        )
-        self.reduced[first] = self.work.add(task)
+    def _reduce_between(self, name: str, one: int, other: int, traffic: Traffic) -> None:
+        """Sum gradients that two pipeline ranks both hold, after all of their own are there."""
+        chain = self.work.chain
+        after: tuple[int, ...] = (chain[one][-1], chain[other][-1])
+        if other in self.reduced:
+            after += (self.reduced[other],)
+        task = Task(one, DP, name, "dp", traffic.seconds, after, receiver=(other, DP))
+        self.reduced[one] = self.work.add(task._replace(num_bytes=traffic.num_bytes))
 
     def _update(self, rank: int, ready: tuple[int, ...]) -> None:
         syncs = [self.cost.syncs[s] for s, r in self.rank_of.items() if r == rank]

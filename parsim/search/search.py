@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from parsim.cost.cell import cell_of
 from parsim.cost.memory import MemoryUse, rank_memory
-from parsim.cost.stage import CostModel
+from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import step_cost
 from parsim.errors import NothingFits
 from parsim.plan import Job, ParallelPlan, stage_layers
@@ -24,6 +24,9 @@ from parsim.units import format_bytes
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and how far it will go (0: not known)."""
+
+FULLER_LATER = ("interleaved-zb", "zbv", "dualpipe", "dualpipev")
+"""Schedules whose later ranks may keep more than the first, or other numbers of each chunk."""
 
 OUT_OF_MEMORY = "does not fit in device memory"
 
@@ -169,15 +172,17 @@ def _no_plan(space: SpaceCount, least: tuple[float, ParallelPlan] | None, costs:
 def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
     """Memory of the pipeline rank that needs most.
 
-    Of ranks with the same stages only the first is looked at: no later one keeps more in flight.
+    Of ranks with the same stages only the first is looked at, where no later one keeps more in flight.
     """
-    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan))
+    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan)) * plan.chains
     num_micro_batches = plan.num_micro_batches(job)
+    own: list[list[StageCost]] = [[] for _ in range(plan.pp)]
+    for s, stage in enumerate(stages):
+        own[plan.stage_rank(s)].append(stage)
     uses: dict[tuple[int, ...], MemoryUse] = {}
-    for rank in range(plan.pp):
-        own = stages[rank :: plan.pp]
-        key = tuple(id(stage) for stage in own)
+    for rank, mine in enumerate(own):
+        key = (*map(id, mine), rank if plan.schedule in FULLER_LATER else 0)
         if key not in uses:
-            kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in own])
-            uses[key] = rank_memory(own, kept, job, plan, costs.stack)
+            kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in mine])
+            uses[key] = rank_memory(mine, kept, job, plan, costs.stack)
     return max(uses.values(), key=lambda use: use.peak)

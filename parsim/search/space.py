@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from parsim.errors import ParsimError
-from parsim.plan import RECOMPUTE_MODES, Job, ParallelPlan, Recompute
+from parsim.plan import RECOMPUTE_MODES, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
 from parsim.schedule.check import divisors
 
 MAX_GPUS = 1_000_000
@@ -95,20 +95,23 @@ def _splits(job: Job, constraints: Constraints, split: ParallelPlan) -> Iterator
 
 
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
-    """(schedule, vpp) choices: one chunk a rank, or interleaved with chunks that are all equal.
+    """(schedule, vpp) choices: as many chunks as the schedule has, or several that are all equal.
 
     Equal with embedding, multi-token prediction and head counted as a layer each or not, as frameworks
     ask for.
     """
     layers = job.model.layers
     ends = 2 + job.model.mtp_layers
+    even = [
+        v
+        for v in range(2, (layers + ends) // pp + 1)
+        if pp > 1 and (not layers % (pp * v) or not (layers + ends) % (pp * v))
+    ]
     for schedule in constraints.schedule or ("1f1b", "interleaved"):
-        if schedule != "interleaved":
-            yield from ((schedule, vpp) for vpp in _allowed([1], constraints.vpp))
-        elif pp > 1:
-            even = [
-                v
-                for v in range(2, (layers + ends) // pp + 1)
-                if not layers % (pp * v) or not (layers + ends) % (pp * v)
-            ]
-            yield from ((schedule, vpp) for vpp in _allowed(even, constraints.vpp))
+        if schedule in ("interleaved", "interleaved-zb"):
+            chunks = even
+        elif schedule in V_SHAPED_SCHEDULES:
+            chunks = [2] if pp > 1 else []
+        else:
+            chunks = [1, *even] if schedule == "looped-bfs" else [1]
+        yield from ((schedule, vpp) for vpp in _allowed(chunks, constraints.vpp))

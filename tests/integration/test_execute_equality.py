@@ -82,6 +82,15 @@ TWO_RANKS = (
     "llama pp=2 | backwards first",
     "llama pp=2,vpp=2,schedule=zbv | v",
     "llama pp=2,vpp=2,schedule=zbv | v split",
+    "llama pp=2,vpp=2,schedule=looped-bfs",
+    "llama pp=2,schedule=zb-h1",
+    "llama pp=2,schedule=zb-h2",
+    "llama pp=2,schedule=zb-h2 1",
+    "llama pp=2,vpp=2,schedule=interleaved-zb",
+    "llama pp=2,schedule=zbv",
+    "llama pp=2,schedule=zbv 2",
+    "llama pp=2,schedule=dualpipev",
+    "gpt pp=2,schedule=dualpipev,recompute=full 7",
     "gpt tp=2",
     "gpt tp=2,sequence_parallel=no",
     "gpt pp=2,recompute=full | split",
@@ -100,6 +109,9 @@ FOUR_RANKS = (
     "llama pp=4 2",
     "llama dp=2,pp=2,zero=3",
     "llama dp=2,pp=2,zero=2 | split",
+    "llama dp=2,pp=2,zero=2,schedule=zbv",
+    "llama dp=2,pp=2,zero=1,schedule=dualpipev",
+    "llama dp=2,pp=2,vpp=2,zero=3,schedule=looped-bfs",
 )
 EIGHT_RANKS = ("llama dp=2,tp=2,pp=2", "gpt dp=2,tp=2,pp=2,zero=3")
 

@@ -67,7 +67,8 @@ def test_gradients(case: Case) -> None:
             + plan.weighted * bool(parameters) * 2 * (n - 1) / n * 4
             for parameters, n, g in groups(cost, stage, plan)
         )
-        return num_bytes * (plan.num_micro_batches(job) if plan.zero >= 2 else 1)
+        runs = plan.num_micro_batches(job) // plan.chains
+        return num_bytes * (runs if plan.zero >= 2 else 1)
 
     program, _ = program_of(*case)
     assert sent(program, "gradients") == pytest.approx(of_each_rank(case, of_stage))
@@ -80,11 +81,25 @@ def test_parameters(case: Case) -> None:
 
     def of_stage(cost: StepCost, stage: int) -> float:
         values = sum(parameters * (g - 1) / g for parameters, _, g in groups(cost, stage, plan))
-        times = 2 * plan.num_micro_batches(job) if plan.zero == 3 else 1
+        times = 2 * plan.num_micro_batches(job) // plan.chains if plan.zero == 3 else 1
         return times * values * gathered_bytes(job.precision, costs.stack) * (plan.zero > 0)
 
     program, _ = program_of(*case)
     assert sent(program, "parameters") == pytest.approx(of_each_rank(case, of_stage))
+
+
+@given(CASES)
+def test_copies_of_stages(case: Case) -> None:
+    """DualPipe holds each stage on two ranks: they sum what they keep of its gradients, once a step."""
+    job, plan, costs = case
+    program, _ = program_of(*case)
+    copies = sent(program, "copies")
+    assert bool(copies) == (plan.schedule == "dualpipe")
+    if copies:
+        cost = step_cost(job, plan, costs)
+        kept = [sum(p / g for p, _, g in groups(cost, s, plan)) for s in range(plan.model_stages)]
+        both = sum(kept) * gradient_bytes(job.precision, costs.stack)
+        assert sum(copies.values()) == pytest.approx(both)
 
 
 @given(CASES)
@@ -97,7 +112,8 @@ def test_pipeline(case: Case) -> None:
     borders = sum(plan.stage_rank(s) != plan.stage_rank(s + 1) for s in range(plan.num_stages - 1))
     tokens = plan.micro_batch * job.seq_len / plan.cp
     cut = plan.tp if plan.sequence_parallel or costs.stack.pp_scatter_gather else 1
-    expected = 2 * borders * plan.num_micro_batches(job) * tokens * job.model.hidden * 2 / cut
+    runs = plan.num_micro_batches(job) // plan.chains
+    expected = 2 * borders * runs * tokens * job.model.hidden * 2 / cut
     assert sum(t.num_bytes for t in program.tasks if t.kind == "pp") == pytest.approx(expected)
 
 

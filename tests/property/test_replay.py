@@ -7,6 +7,7 @@ import networkx as nx
 import pytest
 from hypothesis import given, settings
 
+from parsim.schedule import make_schedule
 from parsim.schedule.program import Program, step_time_s, task_times
 from parsim.simulate.fold import unfolded
 from parsim.simulate.prediction import predict, program_of
@@ -69,8 +70,13 @@ def test_every_send_has_its_receive(case: Case) -> None:
     _, timeline = predict(job, plan, costs)
     found = sends_and_receives(timeline)
     assert found.get("send") == found.get("recv")
-    if plan.pp > 1:
-        assert len(found["send"]) == 2 * (plan.num_stages - 1) * plan.num_micro_batches(job)
+    schedule = make_schedule(plan, plan.num_micro_batches(job))
+    neighbours = [(s, schedule.next_stage(s)) for s in range(plan.num_stages)]
+    between_ranks = sum(
+        other is not None and plan.stage_rank(s) != plan.stage_rank(other) for s, other in neighbours
+    )
+    runs = plan.num_micro_batches(job) // plan.chains
+    assert len(found.get("send", [])) == 2 * between_ranks * runs
 
 
 @given(CASES)

@@ -9,6 +9,7 @@ import pytest
 
 from parsim.cost.price import PartTime, PassTime
 from parsim.cost.step import StepCost
+from parsim.cost.traffic import Traffic
 from parsim.plan import ParallelPlan
 from parsim.schedule import make_schedule
 from parsim.schedule.csv_file import schedule_from_csv
@@ -285,3 +286,18 @@ def test_what_joins_replicas(zero: int, overlap: bool) -> None:
     assert {task.name for task in tasks if task.kind == "dp" and not task.joins_replicas} == {
         "tied embedding"
     }
+
+
+# Two copies of the model (DualPipe)
+
+
+def test_the_copies_of_a_stage_sum_their_gradients_before_any_update() -> None:
+    plan = ParallelPlan(pp=2, vpp=2, schedule="dualpipe")
+    copies = (Traffic(0.5), Traffic(0.25))
+    cost = replace(flat_cost(4, optimizer_s=0.125), copies_reduce=copies)
+    step = timeline(plan, 4, cost)
+    # Both ranks run two micro-batches forward and backward in each direction, without a bubble.
+    assert step.end_s == pytest.approx(4 * 3.0 + 0.5 + 0.25 + 2 * 0.125)
+    for rank in (0, 1):
+        reduced = [(s.name, s.start_s, s.end_s) for s in spans(step, "dp", rank)]
+        assert reduced == [("copies 0", 12.0, 12.5), ("copies 1", 12.5, 12.75)]
