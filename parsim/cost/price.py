@@ -105,6 +105,11 @@ class PartPasses(NamedTuple):
     weight_grad: tuple[TimedOperation, ...]
     recompute: tuple[TimedOperation, ...]
 
+    @property
+    def time(self) -> PartTime:
+        """The sums of the passes."""
+        return PartTime(*(pass_time(timed) for timed in self))
+
 
 _Product = Literal["forward", "input_grad", "weight_grad"]
 _SECONDS: dict[_Product, Callable[[Operation, Cell, Cluster, Stack], float]] = {
@@ -131,8 +136,7 @@ def part_time(
     host: HostTime | None = None,
 ) -> PartTime:
     """Seconds of one part of the model: the sums of its passes."""
-    passes = part_passes(operations, cell, cluster, stack, host=host)
-    return PartTime(*(pass_time(timed) for timed in passes))
+    return part_passes(operations, cell, cluster, stack, host=host).time
 
 
 def pass_time(timed: Iterable[TimedOperation]) -> PassTime:

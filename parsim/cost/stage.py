@@ -14,7 +14,7 @@ from parsim.cost.layer import (
     mtp_operations,
 )
 from parsim.cost.operation import Operation, Transfer
-from parsim.cost.price import NO_TIME, HostTime, PartTime, part_time
+from parsim.cost.price import NO_TIME, HostTime, PartPasses, PartTime, part_passes
 from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.cost.weights import StageWeights, Tensors, layer_weights, table_weights, together
 from parsim.hardware import Cluster
@@ -89,23 +89,18 @@ class CostModel:
     def _part(self, cell: Cell, kind: str) -> PartCost:
         if (cell, kind) not in self._parts:
             if kind == EMBEDDING:
-                operations = embedding_operations(self.model, cell, self.stack)
                 replicated = replicated_embedding_parameters(self.model)
                 parameters = _on_rank(embedding_parameters(self.model), replicated, cell.tp)
-                part = self._end_part(operations, cell, parameters)
+                part = self._end_part(cell, kind, parameters)
             elif kind == HEAD:
-                operations = head_operations(self.model, cell, self.stack)
                 replicated = replicated_head_parameters(self.model)
                 parameters = _on_rank(head_parameters(self.model), replicated, cell.tp)
-                part = self._end_part(operations, cell, parameters)
+                part = self._end_part(cell, kind, parameters)
             elif kind == MTP:
-                last = self.model.layers - 1
-                operations = mtp_operations(self.model, cell, self.stack)
-                part = self._layer(cell, last, operations, mtp_parameters(self.model))
+                part = self._layer(cell, kind, mtp_parameters(self.model))
             else:
-                layer = next(i for i in range(self.model.layers) if self._kind(i) == kind)
-                operations = layer_operations(self.model, layer, cell, self.stack)
-                part = self._layer(cell, layer, operations, layer_parameters(self.model, layer))
+                parameters = layer_parameters(self.model, self._layer_of(kind))
+                part = self._layer(cell, kind, parameters)
             self._parts[cell, kind] = part
         return self._parts[cell, kind]
 
@@ -113,9 +108,34 @@ class CostModel:
         """Layer `layer` (from 0)."""
         return self._part(cell, self._kind(layer))
 
-    def _layer(
-        self, cell: Cell, layer: int, operations: tuple[Operation, ...], parameters: int
-    ) -> PartCost:
+    def _layer_of(self, kind: str) -> int:
+        """The first layer of a kind; of a multi-token prediction module the last, which it is like."""
+        last = self.model.layers - 1
+        return last if kind == MTP else next(i for i in range(last + 1) if self._kind(i) == kind)
+
+    def _operations(self, cell: Cell, kind: str) -> tuple[Operation, ...]:
+        if kind == EMBEDDING:
+            return embedding_operations(self.model, cell, self.stack)
+        if kind == HEAD:
+            return head_operations(self.model, cell, self.stack)
+        if kind == MTP:
+            return mtp_operations(self.model, cell, self.stack)
+        return layer_operations(self.model, self._layer_of(kind), cell, self.stack)
+
+    def passes(self, cell: Cell, kind: str) -> PartPasses:
+        """What a part of the model (one of those in `kinds`) does in each pass."""
+        operations = self._operations(cell, kind)
+        if kind not in (EMBEDDING, HEAD):
+            host = self._layer_host(self._layer_of(kind), cell)
+            return part_passes(operations, cell, self.cluster, self.stack, host=host)
+        if self.stack.layer_lead_s:  # timed alone on one device: only layers get their transfers back
+            operations = tuple(op for op in operations if not isinstance(op, Transfer))
+        host = HostTime(lead_s=self.stack.layer_lead_s)
+        once = cell._replace(recompute="none")
+        return part_passes(operations, once, self.cluster, self.stack, host=host)
+
+    def _layer(self, cell: Cell, kind: str, parameters: int) -> PartCost:
+        layer, operations = self._layer_of(kind), self._operations(cell, kind)
         again = recomputed(cell, self.stack)
         kept = saved_bytes(operations, again, cell, compiled=self.stack.fused_elementwise)
         recomputed_bytes = saved_bytes(operations, "nothing", cell) - kept
@@ -127,9 +147,7 @@ class CostModel:
         dense = parameters - experts
         return PartCost(
             is_layer=True,
-            time=part_time(
-                operations, cell, self.cluster, self.stack, host=self._layer_host(layer, cell)
-            ),
+            time=self.passes(cell, kind).time,
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
             dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
@@ -150,22 +168,12 @@ class CostModel:
         host_s *= self.cluster.device.host_slowdown
         return HostTime(host_s, host_s, stack.layer_lead_s)
 
-    def _end_part(self, operations: tuple[Operation, ...], cell: Cell, parameters: int) -> PartCost:
+    def _end_part(self, cell: Cell, kind: str, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""
-        kept_cell = cell._replace(recompute="none")
-        timed = operations
-        if self.stack.layer_lead_s:  # timed alone on one device: only layers get their transfers back
-            timed = tuple(op for op in operations if not isinstance(op, Transfer))
         return PartCost(
             is_layer=False,
-            time=part_time(
-                timed,
-                kept_cell,
-                self.cluster,
-                self.stack,
-                host=HostTime(lead_s=self.stack.layer_lead_s),
-            ),
-            saved_bytes=saved_bytes(operations, "nothing", cell),
+            time=self.passes(cell, kind).time,
+            saved_bytes=saved_bytes(self._operations(cell, kind), "nothing", cell),
             recomputed_bytes=0.0,
             dense_parameters=parameters,
             expert_parameters=0,
@@ -173,9 +181,9 @@ class CostModel:
 
     def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
         """Every stage of a split (layers of each stage in order); embedding first, head last."""
-        return tuple(self._stage(cell, kinds) for kinds in self._kinds(split))
+        return tuple(self._stage(cell, kinds) for kinds in self.kinds(split))
 
-    def _kinds(self, split: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
+    def kinds(self, split: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
         """The parts of every stage of a split, in order."""
         first = 0
         for index, num_layers in enumerate(split):
@@ -190,7 +198,7 @@ class CostModel:
     def stage_weights(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageWeights, ...]:
         """The tensors of every stage of a split on one rank."""
         return tuple(
-            together(self._weights(cell, kind, kinds) for kind in kinds) for kinds in self._kinds(split)
+            together(self._weights(cell, kind, kinds) for kind in kinds) for kinds in self.kinds(split)
         )
 
     def _weights(self, cell: Cell, kind: str, kinds: tuple[str, ...]) -> StageWeights:
@@ -204,12 +212,9 @@ class CostModel:
             shared = model.tied_embeddings and EMBEDDING in kinds
             table = Tensors() if shared else table_weights(model.vocab, model.hidden, cell.tp)
             return StageWeights(table._replace(num_vectors=int(model.final_norm)))
+        operations = self._operations(cell, kind)
         if kind == MTP:  # its head is the model's
-            operations = mtp_operations(model, cell, self.stack)
             operations = tuple(op for op in operations if op.name != "head")
-        else:
-            layer = next(i for i in range(model.layers) if self._kind(i) == kind)
-            operations = layer_operations(model, layer, cell, self.stack)
         return layer_weights(model, operations, merged=self.stack.merged_products)
 
     def _stage(self, cell: Cell, kinds: tuple[str, ...]) -> StageCost:

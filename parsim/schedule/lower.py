@@ -89,10 +89,11 @@ class _Lowering:
     """Whether transfers are actions."""
 
     def __post_init__(self) -> None:
+        host = action_host(self.cost, self.stack, pp=self.schedule.pp)
         self.times = {
             (stage, kind): time
             for stage, cost in enumerate(self.cost.stages)
-            for kind, time in _times(cost.time, self._host()).items()
+            for kind, time in _times(cost.time, host).items()
         }
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.explicit = self.schedule.is_explicit()
@@ -101,13 +102,6 @@ class _Lowering:
             schedule=self.schedule, cost=self.cost, plan=self.plan, stack=self.stack, work=self.work
         )
         self.sync.begin()
-
-    def _host(self) -> PassTime:
-        """What comes with every action: host time (a rank without a pipeline just runs its forwards and
-        backwards), and the extremes of fp8 tensors.
-        """
-        host_s = self.stack.action_host_s if self.schedule.pp > 1 else 0.0
-        return PassTime(host_s, self.cost.extremes_s, tp_bytes=self.cost.extremes_bytes)
 
     def add_action(self, rank: int, action: Action) -> None:
         """The tasks of one action."""
@@ -272,6 +266,14 @@ def _communication(time: PassTime) -> list[tuple[str, float, float]]:
         (EP, time.ep_s, time.ep_bytes),
     )
     return [part for part in parts if part[1] > 0]
+
+
+def action_host(cost: StepCost, stack: Stack, *, pp: int) -> PassTime:
+    """What comes with every action: host time (a rank without a pipeline just runs its forwards and
+    backwards), and the extremes of fp8 tensors.
+    """
+    host_s = stack.action_host_s if pp > 1 else 0.0
+    return PassTime(host_s, cost.extremes_s, tp_bytes=cost.extremes_bytes)
 
 
 def _times(time: PartTime, host: PassTime) -> dict[str, PassTime]:
