@@ -22,6 +22,14 @@ from parsim.cli.options import (
     load_plan,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
+from parsim.cli.simulate_detail import (
+    DetailChartOption,
+    DetailMicroBatchesOption,
+    DetailOption,
+    DetailRankOption,
+    read_detail,
+    simulate_detail,
+)
 from parsim.cli.simulate_goodput import GoodputChartOption, MtbfOption, simulate_goodput
 from parsim.cli.simulate_network import (
     FabricChartOption,
@@ -82,6 +90,10 @@ def simulate(
             "instead of the plan's own schedule, a new one is written.",
         ),
     ] = None,
+    detail: DetailOption = None,
+    detail_rank: DetailRankOption = None,
+    detail_micro_batches: DetailMicroBatchesOption = None,
+    detail_chart: DetailChartOption = None,
     straggler: StragglerOption = None,
     jitter: JitterOption = 0.0,
     rank_hardware: RankHardwareOption = None,
@@ -105,6 +117,7 @@ def simulate(
     """
     from parsim.simulate.prediction import predict
 
+    wanted = read_detail(detail, detail_rank, detail_micro_batches, detail_chart)
     flags = Flags(
         model=model,
         hardware=hardware,
@@ -132,6 +145,9 @@ def simulate(
             setup.job, parallel_plan, costs, schedule, uneven=uneven, costs_by_rank=by_rank
         )
     drawn = timeline if uneven is None else worth_drawing(timeline, parallel_plan.pp)
+    closer, timeline = simulate_detail(
+        wanted, timeline, setup.job, parallel_plan, costs, schedule, by_rank
+    )
     written = []
     if chart is not None:
         from parsim.charts.gantt import draw_gantt
@@ -156,14 +172,14 @@ def simulate(
         ps_settings, ps_chart, setup.job, parallel_plan, costs, schedule,
         uneven=uneven, costs_by_rank=by_rank, seed=seed,
     )  # fmt: skip
-    sections = (network, unevenness, goodput, servers)
+    sections = (closer, network, unevenness, goodput, servers)
     item = prediction.to_item() | setup.origin
     for section in sections:
         item |= section.item
     if as_json:
         inputs = flags.given() | {"plan": plan, "schedule_csv": schedule_csv and str(schedule_csv)}
         inputs |= {"mtbf": mtbf, "ps": ps, "straggler": straggler, "jitter": jitter or None}
-        inputs |= {"rank_hardware": rank_hardware, "fabric": fabric}
+        inputs |= {"rank_hardware": rank_hardware, "fabric": fabric, "detail": detail}
         print_json(document("simulate", inputs, item, seed=seed))
     else:
         print_prediction(prediction, [line for section in sections for line in section.lines])

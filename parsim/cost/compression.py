@@ -4,8 +4,9 @@ All of them replace the all-reduce of whole gradients (ZeRO 0). Kernels are boun
 
 - fp16, bf16: gradients are cast, summed in 16 bits and cast back (PyTorch's fp16_compress_hook).
 - int8: an all-reduce in int8 would overflow. Gradients are quantised in blocks with a scale each and
-  exchanged all-to-all; each rank sums its part in fp32, quantises the sum, and an all-gather hands it
-  out, two steps as in Wang et al. 2023 (ZeRO++), arXiv 2306.10209, section 3.3.
+  exchanged all-to-all, inside a scale-up domain first and then, what is left, between domains; each rank
+  sums its part in fp32 and quantises the sum, and an all-gather hands it out. Wang et al. 2023 (ZeRO++),
+  arXiv 2306.10209, section 3.3, there with a reduce-scatter alone.
 - topk-P: each rank sends the P % of its values that are largest, with their places, to all others
   by an all-gather; the rest waits for the next step in a residual. Lin et al. 2018 (Deep Gradient
   Compression), arXiv 1712.01887, without its momentum correction.
@@ -86,15 +87,19 @@ def _pass_s(num_bytes: float, cluster: Cluster, stack: Stack) -> float:
 
 
 def _int8(group: Group, values: float, width: float, cluster: Cluster, stack: Stack) -> Reduced:
-    """Quantise all, sum the own n-th of n parts and quantise it, read all of the result."""
+    """Quantise all; after each exchange sum what came and quantise it; read all of the result."""
     narrow = 1 + 4 / INT8_BLOCK
-    traffic = collective(cluster, "all_to_all", values * narrow, group).plus(
-        collective(cluster, "all_gather", values * narrow, group)
-    )
-    quantise_s = _pass_s(values * (width + narrow), cluster, stack)
-    sum_s = _pass_s(values * narrow * (1 + 1 / group.size), cluster, stack)
-    restore_s = _pass_s(values * (narrow + width), cluster, stack)
-    return Reduced(traffic, quantise_s + sum_s + restore_s)
+    hops = [group]
+    if group.domains > 1 and group.size % group.local == 0:
+        hops = [Group(group.local, group.local), Group(group.domains, 1)]
+    traffic, device_s, left = NO_TRAFFIC, _pass_s(values * (width + narrow), cluster, stack), values
+    for hop in hops:
+        if hop.size > 1:
+            traffic = traffic.plus(collective(cluster, "all_to_all", left * narrow, hop))
+            device_s += _pass_s(left * narrow * (1 + 1 / hop.size), cluster, stack)
+        left /= hop.size
+    traffic = traffic.plus(collective(cluster, "all_gather", values * narrow, group))
+    return Reduced(traffic, device_s + _pass_s(values * (narrow + width), cluster, stack))
 
 
 def _topk(

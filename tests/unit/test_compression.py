@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from parsim.cost.collective import Group
+from parsim.cost.collective import NETWORK_EFFICIENCY, Group
 from parsim.cost.compression import INT8_BLOCK, Reduced, reduced_over
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import CostModel
@@ -85,6 +85,20 @@ def test_kernels_move_what_the_algorithms_say() -> None:
     assert reduced("topk-1", ranks).device_s == pytest.approx(
         passes(3 * 4 * N, 4 * N + 12 * picked, 4 * N + ranks * 16 * picked)
     )
+
+
+def test_int8_crosses_the_network_with_what_a_node_has_summed() -> None:
+    """ZeRO++, section 3.3: of two nodes of eight, each device sends 1/8·1/2 of a byte a value to the
+    other, not half; after that the all-gather.
+    """
+    cluster = on_network(1e10)
+    inside = replace(cluster, intra_node=replace(cluster.intra_node, bandwidth_bytes_per_s=1e18))
+    group, values = Group(16, 8), 1e9
+    found = reduced_over(group, Gradients(values), parse_compression("int8"), 4.0, inside, plain_stack())
+    exchanged_s = 1 / 2 * values / 8 / (NETWORK_EFFICIENCY * 1e10)
+    gathered_s = 15 / 16 * values / 8 / (NETWORK_EFFICIENCY * 1e10)  # eight interfaces a node
+    scales = 1 + 4 / INT8_BLOCK
+    assert found.traffic.seconds == pytest.approx(scales * (exchanged_s + gathered_s), rel=0.01)
 
 
 def test_powersgd_s_kernels() -> None:
