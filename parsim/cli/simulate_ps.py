@@ -261,7 +261,6 @@ def _item(setup: PsSetup, run: PsRun) -> dict[str, Any]:
     from parsim.cost.parameter_server import server_limit, worker_limit
 
     workers, samples_per_s = setup.plan.dp, run.steps_per_s * setup.sequences
-    counts = run.staleness
     all_reduce = setup.all_reduce_steps_per_s(workers)
     return {
         "mode": setup.mode,
@@ -277,13 +276,9 @@ def _item(setup: PsSetup, run: PsRun) -> dict[str, Any]:
         "compute_s": list(setup.compute_s),
         "shards_bytes": [shard.pull_bytes for shard in run.ps.shards],
         "worker_time": run.worker_time(),
-        "server_utilisation": run.server_utilisation(),
-        "staleness": {
-            "mean": _mean_staleness(run),
-            "max": max(counts),
-            "histogram": {str(staleness): count for staleness, count in counts.items()},
-            "by_worker": [run.staleness_of(worker) for worker in range(workers)],
-        },
+        "link_utilisation": run.link_utilisation(),
+        "staleness": run.staleness().to_data()
+        | {"by_worker": [run.staleness(worker).to_data() for worker in range(workers)]},
         "max_lead": max(step.lead for step in run.steps),
         "steps": setup.steps,
     }
@@ -299,7 +294,7 @@ def _lines(setup: PsSetup, run: PsRun, item: dict[str, Any]) -> list[str]:
     )
     pull_bytes = max(shard.pull_bytes for shard in ps.shards)
     push_bytes = max(shard.push_bytes for shard in ps.shards)
-    use, staleness, limits = item["server_utilisation"], item["staleness"], item["limits"]
+    use, staleness, limits = item["link_utilisation"], item["staleness"], item["limits"]
     lines = [
         f"  parameter servers: {item['workers']} workers, {item['servers']} servers, {mode}",
         f"    step          {format_duration(item['step_time_s']):>10}  of every worker, on average "
@@ -311,8 +306,8 @@ def _lines(setup: PsSetup, run: PsRun, item: dict[str, Any]) -> list[str]:
     for key, share in item["worker_time"].items():
         lines.append(f"    {key:<14}{share:>10.1%}  of a worker's time")
     lines += [
-        f"    server links  {use['send']:>10.1%}  sending, {use['receive']:.1%} receiving, of "
-        f"{format_bandwidth(ps.server_bytes_per_s)}; a worker's step pulls "
+        f"    server links  {use['server_send']:>10.1%}  sending, {use['server_receive']:.1%} "
+        f"receiving, of {format_bandwidth(ps.server_bytes_per_s)}; a worker's step pulls "
         f"{format_bytes(pull_bytes)} from each server and pushes {format_bytes(push_bytes)}",
         f"    staleness     {staleness['mean']:>10.1f}  updates on average, {staleness['max']} at most",
     ]
@@ -331,7 +326,7 @@ def _draw(setup: PsSetup, path: Path) -> None:
     for name, limit in modes.items():
         runs = [setup.run(n, limit) for n in workers]
         rates = tuple(run.steps_per_s * sequences for run in runs)
-        curves.append(PsCurve(name, rates, _mean_staleness(runs[-1])))
+        curves.append(PsCurve(name, rates, runs[-1].staleness().mean))
     reduced = tuple(setup.all_reduce_steps_per_s(n) * sequences for n in workers)
     servers = len(setup.servers.shares)
     comparison = PsComparison(
@@ -345,8 +340,3 @@ def _draw(setup: PsSetup, path: Path) -> None:
         compute_samples_per_s=sequences * most / math.fsum(setup.compute_s),
     )
     draw_parameter_servers(comparison, path)
-
-
-def _mean_staleness(run: PsRun) -> float:
-    counts = run.staleness
-    return sum(staleness * count for staleness, count in counts.items()) / sum(counts.values())

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simpy
@@ -46,6 +46,24 @@ class WorkerStep(NamedTuple):
     """Clocks that the worker was ahead of the slowest, once it was done."""
 
 
+@dataclass(frozen=True, slots=True)
+class Staleness:
+    """How many updates old gradients were, one counted at every server that applied it."""
+
+    histogram: dict[int, int]
+
+    @property
+    def mean(self) -> float:
+        """0 where no gradient was applied."""
+        total = sum(self.histogram.values())
+        return sum(s * count for s, count in self.histogram.items()) / total if total else 0.0
+
+    def to_data(self) -> dict[str, Any]:
+        """For JSON."""
+        histogram = {str(staleness): count for staleness, count in self.histogram.items()}
+        return {"mean": self.mean, "max": max(self.histogram, default=0), "histogram": histogram}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PsRun:
     """A simulated run of workers and servers."""
@@ -72,21 +90,15 @@ class PsRun:
             return self.steps[-1].applied_s
         return max(last.applied_s, *ends_s)
 
-    @property
-    def staleness(self) -> dict[int, int]:
-        """How often a gradient was so many updates old, counted at every server, by staleness."""
+    def staleness(self, worker: int | None = None) -> Staleness:
+        """How old gradients were when they were applied: those of a worker, or of all."""
+        alike = tuple(server_classes(self.ps).values())
         counts: Counter[int] = Counter()
         for step in self.steps:
-            for staleness, alike in zip(step.staleness, server_classes(self.ps).values(), strict=True):
-                counts[staleness] += alike
-        return dict(sorted(counts.items()))
-
-    def staleness_of(self, worker: int) -> float:
-        """Mean staleness of a worker's gradients."""
-        alike = tuple(server_classes(self.ps).values())
-        own = [step for step in self.steps if step.worker == worker]
-        total = sum(s * n for step in own for s, n in zip(step.staleness, alike, strict=True))
-        return total / (len(own) * sum(alike)) if own else 0.0
+            if worker is None or worker == step.worker:
+                for staleness, servers in zip(step.staleness, alike, strict=True):
+                    counts[staleness] += servers
+        return Staleness(dict(sorted(counts.items())))
 
     def worker_time(self) -> dict[str, float]:
         """Shares of the workers' time: computing, communicating (servers' work included), waiting.
@@ -102,12 +114,17 @@ class PsRun:
         parts = {"computing": computing, "communicating": communicating, "waiting": waiting}
         return {key: seconds / total for key, seconds in parts.items()}
 
-    def server_utilisation(self) -> dict[str, float]:
-        """Mean use of the busiest server's link, by direction."""
-        per_byte = self.steps_per_s / self.ps.server_bytes_per_s
+    def link_utilisation(self) -> dict[str, float]:
+        """Mean use of the busiest server's link and of all workers' links, by direction."""
+        pulls = [shard.pull_bytes for shard in self.ps.shards]
+        pushes = [shard.push_bytes for shard in self.ps.shards]
+        by_server = self.steps_per_s / self.ps.server_bytes_per_s
+        by_worker = self.steps_per_s / math.fsum(self.ps.worker_bytes_per_s)
         return {
-            "send": per_byte * max(shard.pull_bytes for shard in self.ps.shards),
-            "receive": per_byte * max(shard.push_bytes for shard in self.ps.shards),
+            "server_send": by_server * max(pulls),
+            "server_receive": by_server * max(pushes),
+            "worker_send": by_worker * math.fsum(pushes),
+            "worker_receive": by_worker * math.fsum(pulls),
         }
 
 

@@ -74,7 +74,11 @@ def test_server_bound(workers: int, shards: int, bound: float) -> None:
     """Workers without compute go in step, and use one direction at a time: s·B / (pull + push)."""
     result = run(servers(workers, shards, compute_s=0.0, bound=bound))
     assert result.steps_per_s == pytest.approx(shards * 10.0 / (2 + 4), rel=EXACT)
-    assert sum(result.server_utilisation().values()) == pytest.approx(1.0, rel=EXACT)
+    use = result.link_utilisation()
+    assert use["server_send"] + use["server_receive"] == pytest.approx(1.0, rel=EXACT)
+    # As many bytes leave the servers as reach the workers, and the other way round.
+    assert use["worker_receive"] * workers == pytest.approx(use["server_send"] * shards, rel=EXACT)
+    assert use["worker_send"] * workers == pytest.approx(use["server_receive"] * shards, rel=EXACT)
 
 
 @pytest.mark.parametrize("bound", [0.0, ASYNC])
@@ -118,7 +122,7 @@ def test_bound_zero_is_a_barrier() -> None:
     for step in result.steps:
         if step.clock:
             assert step.allowed_s == ends[step.clock - 1]
-    assert result.staleness == {0: 6 * 12 * 2}
+    assert result.staleness().histogram == {0: 6 * 12 * 2}
 
 
 def test_a_bound_that_nobody_reaches_is_asynchronous() -> None:
@@ -161,7 +165,7 @@ def test_what_always_holds(ps: ParameterServer) -> None:
     # Ho et al. 2013: nobody is further ahead than the bound allows, once its own step is done; so while
     # a gradient is made every other worker applies 2·bound + 1 at most.
     assert max(step.lead for step in result.steps) <= ps.bound + 1
-    assert max(result.staleness) <= (workers - 1) * (2 * ps.bound + 1 if ps.bound else 0)
+    assert max(result.staleness().histogram) <= (workers - 1) * (2 * ps.bound + 1 if ps.bound else 0)
     assert sum(result.worker_time().values()) == pytest.approx(1.0)
     assert all(0 <= share <= 1 + EXACT for share in result.worker_time().values())
     for step in result.steps:
@@ -191,10 +195,11 @@ def test_an_asynchronous_worker_sees_every_update_of_the_others_pass(ps: Paramet
 def test_mean_staleness_is_that_of_all_others() -> None:
     """Each of w − 1 equal workers applies one update while a gradient is made."""
     result = run(servers(8, 1, jitter=0.2, bound=ASYNC, update_s=0.01), steps=100)
-    counts = result.staleness
-    mean = sum(staleness * count for staleness, count in counts.items()) / sum(counts.values())
-    assert mean == pytest.approx(7, rel=0.02)
-    assert result.staleness_of(3) == pytest.approx(7, rel=0.05)
+    assert result.staleness().mean == pytest.approx(7, rel=0.02)
+    by_worker = [result.staleness(worker) for worker in range(8)]
+    assert all(own.mean == pytest.approx(7, rel=0.05) for own in by_worker)
+    for staleness, number in result.staleness().histogram.items():
+        assert number == sum(own.histogram.get(staleness, 0) for own in by_worker)
 
 
 def test_a_straggler_holds_only_those_who_wait_for_it() -> None:

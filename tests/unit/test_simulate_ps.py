@@ -55,6 +55,8 @@ def test_modes(capsys: pytest.CaptureFixture[str]) -> None:
     assert stale["max_lead"] <= 3
     assert free["staleness"]["mean"] > 0
     assert sum(free["staleness"]["histogram"].values()) == 8 * 40 * 8
+    by_worker = free["staleness"]["by_worker"]
+    assert max(own["max"] for own in by_worker) == free["staleness"]["max"]
     assert answer(capsys, f"{common},mode=async", "--seed", "1") != free
 
 
@@ -65,7 +67,7 @@ def test_servers_limit_what_workers_can_do(capsys: pytest.CaptureFixture[str]) -
     moved_s, compute_s = 8 * 3 * pull_bytes / 100e6, few["compute_s"][0]
     assert few["step_time_s"] == pytest.approx(compute_s + moved_s, rel=1e-4)
     assert few["limits"]["servers"] == pytest.approx(100e6 / (2 * pull_bytes))
-    assert few["server_utilisation"]["receive"] == pytest.approx(2 / 3, rel=0.02)
+    assert few["link_utilisation"]["server_receive"] == pytest.approx(2 / 3, rel=0.02)
     many = answer(capsys, "workers=8,servers=4,server_nic=100MB/s,server_memory=100TB/s")
     assert many["step_time_s"] == pytest.approx(compute_s + moved_s / 4, rel=1e-4)
     uneven = answer(capsys, "workers=8,shards=2-1-1,server_nic=100MB/s,server_memory=100TB/s")
