@@ -35,7 +35,7 @@ STORAGE_BYTES_PER_S_PER_GPU = 2e12 / 24_576
 """Meta's cluster for Llama 3: 2 TB/s sustained for 24 thousand GPUs (arXiv 2407.21783, section 3.1)."""
 DETECT_S = 600.0
 """Ten minutes to find and diagnose a failure: ByteDance's mean on over 10,000 GPUs is less (MegaScale,
-arXiv 2402.15627, section 6.3)."""
+arXiv 2402.15627)."""
 REPAIR_S = 86_400.0
 DURATION_S = 30 * 86_400.0
 RUNS = 20
