@@ -185,6 +185,7 @@ def simulate_ps(
 
 def _check(settings: dict[str, Any], plan: ParallelPlan, uneven: Unevenness | None) -> None:
     from parsim.errors import ParsimError
+    from parsim.plan import TWO_CHAIN_SCHEDULES
 
     if settings.get("workers", plan.dp) != plan.dp:
         raise ParsimError(
@@ -193,12 +194,12 @@ def _check(settings: dict[str, Any], plan: ParallelPlan, uneven: Unevenness | No
             got=settings["workers"],
             expected=f"dp = {plan.dp}",
         )
-    if plan.zero or plan.cp > 1 or plan.ep > 1:
+    if plan.zero or plan.cp > 1 or plan.ep > 1 or plan.schedule in TWO_CHAIN_SCHEDULES:
         raise ParsimError(
             "servers hold what ZeRO would shard, and each worker holds the model once",
             where="--ps with --plan",
             got=plan.short(),
-            expected="zero=0, cp=1, ep=1",
+            expected=f"zero=0, cp=1, ep=1, not schedule={TWO_CHAIN_SCHEDULES[0]}",
         )
     if plan.compression != "none":
         raise ParsimError(

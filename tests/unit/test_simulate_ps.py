@@ -120,6 +120,7 @@ def test_text_and_chart(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
         ("--plan tp=2 --ps workers=4,jitter=nan", ["jitter"]),
         ("--plan dp=2 --ps workers=4", ["dp = 2"]),
         ("--plan dp=4,zero=1 --ps workers=4", ["zero=0"]),
+        ("--plan pp=2,schedule=dualpipe --ps workers=2", ["dualpipe"]),
         ("--plan dp=4,compression=fp16 --ps workers=4", ["compression=none"]),
         ("--plan dp=2 --ps servers=2 --jitter 0.1", ["--jitter"]),
         ("--plan dp=2 --ps servers=2 --seed -1", ["seed"]),
