@@ -30,8 +30,8 @@ from parsim.charts.style import (
     time_unit,
 )
 from parsim.errors import ParsimError
-from parsim.simulate.detail import ActionDetail
-from parsim.timeline import COMPUTE, CP, EP, TP, Span
+from parsim.simulate.detail import SHARED, ActionDetail
+from parsim.timeline import COMPUTE, CP, DP, EP, TP, Span, Timeline
 
 MAX_ACTIONS = 8
 """Panels that fit under each other."""
@@ -42,16 +42,20 @@ PLOT_IN = WIDTH_IN - LEFT_IN - RIGHT_IN
 TEXT_PT = 6.5
 
 
-def draw_operations(details: Sequence[ActionDetail], path: Path, *, name: str) -> None:
-    """Write the operations of actions, a panel each, to a .png, .svg or .pdf file.
+def draw_operations(
+    details: Sequence[ActionDetail], timeline: Timeline, path: Path, *, rank: int
+) -> None:
+    """Write the operations of a rank's actions, a panel each, to a .png, .svg or .pdf file.
+
+    From the timeline comes what its replicas exchange meanwhile.
 
     Raises ParsimError for another suffix, or more than MAX_ACTIONS actions.
     """
     file_format(path)
-    save(operations_figure(details, name=name), path)
+    save(operations_figure(details, timeline, rank=rank), path)
 
 
-def operations_figure(details: Sequence[ActionDetail], *, name: str) -> Figure:
+def operations_figure(details: Sequence[ActionDetail], timeline: Timeline, *, rank: int) -> Figure:
     """The first parts of each action as a figure; all panels have one time scale."""
     if not 0 < len(details) <= MAX_ACTIONS:
         raise ParsimError(
@@ -61,11 +65,13 @@ def operations_figure(details: Sequence[ActionDetail], *, name: str) -> Figure:
             expected=f"1 to {MAX_ACTIONS}",
             hint="--detail-micro-batches says of how many micro-batches",
         )
-    shown = [_shown(detail) for detail in details]
+    replicas = [span for span in timeline.spans if (span.rank, span.stream) == (rank, DP)]
+    shown = [_shown(detail, replicas) for detail in details]
+    name = f"{timeline.title}, {timeline.rank_name(rank)}"
     longest_s = max(end_s for _, end_s in shown)
     unit = time_unit(longest_s)
     occurring = {span.stream for spans, _ in shown for span in spans}
-    lanes = [stream for stream in (COMPUTE, TP, CP, EP) if stream == COMPUTE or stream in occurring]
+    lanes = [stream for stream in (COMPUTE, TP, CP, EP, DP) if stream == COMPUTE or stream in occurring]
     with style():
         figure = new_figure()
         header_in = header(figure, _finding(details), _note(details), _legend(shown), name=name)
@@ -79,17 +85,20 @@ def operations_figure(details: Sequence[ActionDetail], *, name: str) -> Figure:
     return figure
 
 
-def _shown(detail: ActionDetail) -> tuple[list[Span], float]:
-    """Spans of an action's first parts, from its start; and where these parts end."""
-    parts = list(dict.fromkeys(_part(span) for span in sorted(detail.spans, key=lambda s: s.start_s)))
-    first = set(parts[:PARTS_SHOWN])
-    end_s = max(s.end_s for s in detail.spans if _part(s) in first and s.stream == COMPUTE)
+def _shown(detail: ActionDetail, replicas: Sequence[Span]) -> tuple[list[Span], float]:
+    """Spans of an action's first parts, from its start, with those of the dp stream that run meanwhile;
+    and where these parts end.
+    """
+    own = sorted((s for s in detail.spans if s.name != SHARED), key=lambda s: s.start_s)
+    first = set(list(dict.fromkeys(map(_part, own)))[:PARTS_SHOWN])
+    end_s = max(s.end_s for s in own if _part(s) in first and s.stream == COMPUTE)
     spans = [
         span._replace(
-            start_s=span.start_s - detail.start_s, end_s=min(span.end_s, end_s) - detail.start_s
+            start_s=max(span.start_s, detail.start_s) - detail.start_s,
+            end_s=min(span.end_s, end_s) - detail.start_s,
         )
-        for span in detail.spans
-        if span.start_s < end_s
+        for span in (*detail.spans, *replicas)
+        if span.start_s < end_s and span.end_s > detail.start_s
     ]
     return spans, end_s - detail.start_s
 
@@ -136,7 +145,7 @@ def _ground(end: float, tops: dict[str, float], tall: dict[str, float]) -> PolyC
 
 def _name(axes: Axes, span: Span, wide_pt: float, x: float, y: float) -> None:
     """The operation's name, along its box or upright, where that is wide enough."""
-    text = span.name.partition(": ")[2]
+    text = span.name.rpartition(": ")[2]
     along_pt = 0.62 * TEXT_PT * len(text)
     if wide_pt < 1.15 * TEXT_PT or (span.stream != COMPUTE and wide_pt < along_pt):
         return
@@ -176,7 +185,7 @@ def _hidden_share(details: Sequence[ActionDetail]) -> float | None:
 def _finding(details: Sequence[ActionDetail]) -> str:
     share = _hidden_share(details)
     if share is None:
-        return "compute alone"
+        return "no communication inside layers"
     return f"{percent(share)} of the communication inside layers runs beside compute"
 
 

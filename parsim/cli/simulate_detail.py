@@ -112,9 +112,7 @@ def simulate_detail(
     if request.chart is not None:
         from parsim.charts.operations import draw_operations
 
-        draw_operations(
-            details, request.chart, name=f"{timeline.title}, {timeline.rank_name(request.rank)}"
-        )
+        draw_operations(details, timeline, request.chart, rank=request.rank)
         section.written.append(request.chart)
     return section, detailed(timeline, details, rank=request.rank)
 

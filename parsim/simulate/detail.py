@@ -17,6 +17,8 @@ from parsim.schedule.operations import LaidOut, action_steps, laid_out, stage_pa
 from parsim.schedule.sync import ReplicaSync, Work
 from parsim.timeline import COMPUTE, CP, EP, TP, Span, Timeline
 
+SHARED = "data parallel: its share of compute"
+"""The time that communication beside compute takes from it."""
 MAX_SPANS = 200_000
 """More operations than this are neither read nor opened."""
 
@@ -154,8 +156,8 @@ def _detail(
     if takes_s:
         for start, end in windows:
             shared_s = (end - start) * takes_s / (whole_s + takes_s)
-            name = "data parallel: its share of compute"
-            spans.append(compute[0]._replace(name=name, start_s=end - shared_s, end_s=end))
+            share = compute[0]._replace(name=SHARED, kind="dp", start_s=end - shared_s, end_s=end)
+            spans.append(share)
     return ActionDetail(
         action=action,
         start_s=windows[0][0],
