@@ -94,7 +94,7 @@ def simulate_detail(
     """What the operations add to the answer, and the timeline with them in their actions' place."""
     if request is None:
         return Section(), timeline
-    from parsim.simulate.detail import StepOperations, action_details, detailed
+    from parsim.simulate.detail import StepOperations, action_details, detailed, left_out
 
     operations = StepOperations(
         job=job, plan=plan, costs=costs, schedule=schedule, costs_by_rank=costs_by_rank
@@ -102,13 +102,18 @@ def simulate_detail(
     details = action_details(
         timeline, operations, rank=request.rank, micro_batches=request.micro_batches
     )
+    paired = left_out(timeline, operations, rank=request.rank, micro_batches=request.micro_batches)
     item = {
         "rank": request.rank,
         "micro_batches": request.micro_batches,
         "actions": [_action_item(detail) for detail in details],
+        "left_out": [str(action) for action in paired],
         "seconds": _by_name(details),
     }
     section = Section(item={"operations": item}, lines=_lines(details, timeline, request.rank))
+    if paired:
+        names = ", ".join(map(str, paired[:8])) + (" …" if len(paired) > 8 else "")
+        section.lines.append(f"  not shown, as each runs mixed with another pass: {names}")
     if request.chart is not None:
         from parsim.charts.operations import draw_operations
 

@@ -48,6 +48,7 @@ class StepOperations:
     """Of every pipeline rank, where their devices are not all of one kind."""
     _cost: StepCost = field(init=False)
     _sync: ReplicaSync = field(init=False)
+    _paired: frozenset[Action] = field(init=False)
     _shapes: dict[tuple[int, str], list[LaidOut]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class StepOperations:
             work=Work(chain={rank: [] for rank in range(self.plan.pp)}),
         )
         self._sync.begin()
+        ranks = self.schedule.ranks
+        self._paired = frozenset(part for actions in ranks for a in actions for part in a.parts)
 
     def shape(self, stage: int, kind: str) -> list[LaidOut]:
         """The operations of an action, in seconds from its start."""
@@ -69,10 +72,14 @@ class StepOperations:
             rank = self.schedule.stage_ranks()[stage]
             costs = self.costs_by_rank[rank] if self.costs_by_rank else self.costs
             split = stage_layers(self.job.model, self.plan)
-            parts = stage_parts(costs, cell_of(self.job, self.plan), split, stage)
+            parts = stage_parts(costs, cell_of(self.job, self.plan), split, stage % len(split))
             host = action_host(self._cost, costs.stack, pp=self.plan.pp)
             self._shapes[stage, kind] = laid_out(action_steps(parts, kind, host))
         return self._shapes[stage, kind]
+
+    def is_paired(self, action: Action) -> bool:
+        """Whether an action is half of an overlapped pair, whose operations run in no fixed order."""
+        return action in self._paired
 
     def takes_s(self, action: Action) -> float:
         """What data-parallel communication takes from the compute of an action."""
@@ -82,7 +89,7 @@ class StepOperations:
 def action_details(
     timeline: Timeline, operations: StepOperations, *, rank: int, micro_batches: int
 ) -> list[ActionDetail]:
-    """The actions of a rank's first micro-batches, in order of start.
+    """The actions of a rank's first micro-batches, in order of start, but for those in overlapped pairs.
 
     Raises ParsimError for a rank that the timeline does not have, or more than MAX_SPANS operations.
     """
@@ -93,12 +100,11 @@ def action_details(
             got=rank,
             expected=f"one of the {len(timeline.ranks)} ranks from {min(timeline.ranks, default=0)}",
         )
-    letters = {name: letter for letter, name in KIND_NAMES.items()}
-    pieces: dict[Action, list[Span]] = defaultdict(list)
-    for span in timeline.spans:
-        wanted = span.rank == rank and 0 <= span.micro_batch < micro_batches
-        if wanted and span.stream == COMPUTE and span.kind in letters:
-            pieces[Action(span.stage, letters[span.kind], span.micro_batch)].append(span)
+    pieces = {
+        action: spans
+        for action, spans in _pieces(timeline, rank, micro_batches).items()
+        if not operations.is_paired(action)
+    }
     expected = sum(len(operations.shape(a.stage, a.kind)) for a in pieces)
     if expected > MAX_SPANS:
         raise ParsimError(
@@ -114,6 +120,24 @@ def action_details(
             waits[span.name].append(span)
     found = [_detail(a, spans, waits[str(a)], operations) for a, spans in pieces.items()]
     return sorted(found, key=lambda detail: detail.start_s)
+
+
+def left_out(
+    timeline: Timeline, operations: StepOperations, *, rank: int, micro_batches: int
+) -> list[Action]:
+    """The actions of these micro-batches that are halves of overlapped pairs."""
+    return [a for a in _pieces(timeline, rank, micro_batches) if operations.is_paired(a)]
+
+
+def _pieces(timeline: Timeline, rank: int, micro_batches: int) -> dict[Action, list[Span]]:
+    """The compute of a rank's first micro-batches, by action."""
+    letters = {name: letter for letter, name in KIND_NAMES.items()}
+    pieces: dict[Action, list[Span]] = defaultdict(list)
+    for span in timeline.spans:
+        wanted = span.rank == rank and 0 <= span.micro_batch < micro_batches
+        if wanted and span.stream == COMPUTE and span.kind in letters:
+            pieces[Action(span.stage, letters[span.kind], span.micro_batch)].append(span)
+    return pieces
 
 
 def detailed(timeline: Timeline, details: Sequence[ActionDetail], *, rank: int) -> Timeline:

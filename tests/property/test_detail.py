@@ -51,7 +51,13 @@ def test_an_action_in_detail_is_the_same_action(case: Case, rank: int, micro_bat
     for span in timeline.spans:
         if span.rank == rank and span.stream in ("compute", "tp", "cp", "ep"):
             whole[span.name].append(span)
-    assert len(details) == 2 * case[1].vpp * min(micro_batches, case[1].num_micro_batches(case[0]))
+    schedule = make_schedule(case[1], case[1].num_micro_batches(case[0]))
+    alone = [a for a in schedule.ranks[rank] if not a.parts and a.micro_batch < micro_batches]
+    assert [found.action for found in details] == alone
+    operations = StepOperations(job=case[0], plan=case[1], costs=case[2], schedule=schedule)
+    pairs = {part for action in schedule.ranks[rank] for part in action.parts}
+    rest = detail.left_out(timeline, operations, rank=rank, micro_batches=micro_batches)
+    assert set(rest) == {part for part in pairs if part.micro_batch < micro_batches}
     for found in details:
         action = whole[str(found.action)]
         end = max(span.end_s for span in action)
