@@ -22,6 +22,8 @@ V_SHAPED_SCHEDULES = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose second chunk runs back up the pipeline; they always have two chunks a rank."""
 TWO_CHAIN_SCHEDULES = ("dualpipe",)
 """Of these, schedules whose second chunk is a second copy of the model, run from the other end."""
+ASYNCHRONOUS_SCHEDULES = ("pipedream", "pipedream-2bw")
+"""Schedules without a flush: gradients are computed with weights of the past."""
 
 
 Aggregation = Literal["bucket", "layer", "tensor"]

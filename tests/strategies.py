@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import AGGREGATIONS, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
-from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES, SCHEDULES
+from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES, SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import plan_problems
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
@@ -96,7 +96,9 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
 @st.composite
 def schedules(draw: st.DrawFn, pp: int) -> tuple[str, int]:
     """Any schedule on so many ranks, with chunks that it takes."""
-    schedule = draw(st.sampled_from([s for s in SCHEDULES if pp > 1 or s in ONE_CHUNK_SCHEDULES]))
+    schedule = draw(
+        st.sampled_from([s for s in SYNCHRONOUS_SCHEDULES if pp > 1 or s in ONE_CHUNK_SCHEDULES])
+    )
     if schedule in ONE_CHUNK_SCHEDULES:
         return schedule, 1
     if schedule in V_SHAPED_SCHEDULES:

@@ -18,6 +18,7 @@ from parsim.cli.options import (
     SeqLenOption,
     StackOption,
     load_plan,
+    require_flush,
 )
 from parsim.cli.output import document, print_json, say
 
@@ -56,7 +57,10 @@ def export(
         model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack
     )
     setup, parallel_plan = load_plan(plan, flags)
+    require_flush(parallel_plan, "--to schedule-csv")
     schedule = make_schedule(parallel_plan, parallel_plan.num_micro_batches(setup.job))
+    if schedule.chains > 1:
+        say("note: torch.distributed.pipelining cannot run this: two ranks hold each stage of the model")
     text = schedule_to_csv(schedule)
     if output is not None:
         write_file(output, text)

@@ -163,6 +163,20 @@ def load_plan(text: str, flags: Flags) -> tuple[Setup, ParallelPlan]:
     return setup, plan
 
 
+def require_flush(plan: ParallelPlan, *flags: str) -> None:
+    """Raises ParsimError where what flags ask for is about a step that ends in a flush."""
+    from parsim.errors import ParsimError
+    from parsim.plan import ASYNCHRONOUS_SCHEDULES
+
+    if flags and plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        raise ParsimError(
+            f"{flags[0]} needs steps that end in a flush",
+            where=flags[0],
+            got=f"schedule={plan.schedule}, which runs on without one",
+            hint="leave the flag out, or take a synchronous schedule such as 1f1b",
+        )
+
+
 def _setup_of_file(job: Job, flags: Flags) -> Setup:
     """The job of a plan file with what the flags say instead."""
     from parsim.config import load_model

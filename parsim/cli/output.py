@@ -115,8 +115,9 @@ def print_prediction(prediction: Prediction, more: Sequence[str] = ()) -> None:
         f"{p.model_flops_per_s_per_gpu() / 1e12:.0f} model TFLOP/s/GPU, MFU {p.mfu:.1%}",
         f"  fits          {'yes' if p.fits else 'NO'}: fullest rank {format_bytes(p.memory.peak)} + "
         f"{format_bytes(p.context_bytes)} context of {format_bytes(p.device_memory_bytes)}",
-        "  where the step goes (mean over ranks)",
     ]
+    lines += [f"  weights       {text}" for text in p.stale_weights()]
+    lines.append("  where the step goes (mean over ranks)")
     for key, seconds in p.breakdown_s.items():
         if seconds > 0:
             lines.append(f"    {key:<12}{format_duration(seconds):>10}  {seconds / p.step_time_s:6.1%}")

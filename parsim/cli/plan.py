@@ -183,6 +183,11 @@ def print_result(
         else "not proven: the search stopped before every plan was ruled out",
     ]
     lines += [f"  {count:>8,}  {reason}" for reason, count in space.rejected.items()]
+    lines += [
+        f"{plan.plan.short()}: {'; '.join(plan.stale_weights())}"
+        for plan in result.plans[:show]
+        if plan.stale_weights()
+    ]
     low, high = (format_duration(s) for s in result.plans[0].interval_s)
     lines.append(f"step time of the best plan: 90 % interval {low} to {high}")
     print_lines(lines)

@@ -20,6 +20,7 @@ from parsim.cli.options import (
     SeqLenOption,
     StackOption,
     load_plan,
+    require_flush,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
 from parsim.cli.simulate_detail import (
@@ -131,6 +132,8 @@ def simulate(
     )
     ps_settings = read_ps(ps)
     setup, parallel_plan = load_plan(plan_of_workers(plan, ps_settings), flags)
+    of_one_step = {"--fabric": fabric, "--ps": ps, "--straggler": straggler, "--jitter": jitter}
+    require_flush(parallel_plan, *(flag for flag, value in of_one_step.items() if value))
     num_micro_batches = parallel_plan.num_micro_batches(setup.job)
     schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
     costs, by_rank = setup.costs(), rank_costs(rank_hardware, setup, flags, parallel_plan)
@@ -197,6 +200,8 @@ def _schedule(path: Path | None, plan: ParallelPlan, num_micro_batches: int) -> 
     from parsim.schedule.check_actions import check_schedule
     from parsim.schedule.csv_file import schedule_from_csv, schedule_to_csv
 
+    if path is not None:
+        require_flush(plan, "--schedule-csv")
     if path is None or not path.exists():
         schedule = make_schedule(plan, num_micro_batches)
         if path is not None:

@@ -19,7 +19,7 @@ from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule.check import check_plan
 from parsim.search.search import fullest_rank
 from parsim.stack import Stack
@@ -73,6 +73,12 @@ def run_of(row: Row, library: Library) -> Run:
         model = replace(model, vocab=GPT2_VOCAB // plan.tp * plan.tp, tied_embeddings=False)
         cells.assumed.append(f"vocab {model.vocab}, untied, as in the harness that timed the parts")
     job = _job(cells, model, plan)
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        raise ParsimError(
+            "steps of a pipeline without a flush are not told apart in measurements",
+            where="schedule",
+            got=plan.schedule,
+        )
     check_plan(job, plan, cluster)
     plan = _recomputed(cells, job, plan, CostModel(model, cluster, stack))
     actions = plan.num_stages * plan.num_micro_batches(job)

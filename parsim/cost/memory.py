@@ -111,8 +111,13 @@ def rank_memory(
     job: Job,
     plan: ParallelPlan,
     stack: Stack,
+    *,
+    weight_versions: int = 1,
 ) -> MemoryUse:
-    """Memory of a rank that holds `stages`, with `in_flight` micro-batches kept for each of them."""
+    """Memory of a rank that holds `stages`, with `in_flight` micro-batches kept for each of them.
+
+    Of several versions of the weights the older ones are kept as they are computed with.
+    """
     cell = cell_of(job, plan)
     whole = sum(stage.parameters for stage in stages)
     shards = sum(sharded(stage, plan) for stage in stages)
@@ -129,8 +134,9 @@ def rank_memory(
         largest = max(stage.largest_part_parameters for stage in stages)
         buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
     gradients = (shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack)
+    older = (weight_versions - 1) * whole * weight_bytes(job.precision)
     use = MemoryUse(
-        weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack),
+        weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack) + older,
         gradients=gradients,
         residuals=gradients if keeps_residual(parse_compression(plan.compression)) else 0.0,
         optimizer=shards * optimizer_bytes(job, stack),

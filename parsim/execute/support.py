@@ -9,14 +9,12 @@ import dataclasses
 
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
-from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
 from parsim.schedule.action import INPUT_GRAD, Schedule
 from parsim.schedule.check import divisors
 from parsim.schedule.check_actions import check_schedule
 
 DTYPES = ("fp64", "fp32", "bf16")
-STALE_WEIGHTS = ("pipedream", "pipedream-2bw")
-"""Schedules whose backwards use weights of another step than their forwards."""
 
 
 def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: str) -> None:
@@ -113,7 +111,7 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("ZeRO in groups smaller than dp", "zero_group", plan.zero_group)
     if plan.pp == 1 and plan.vpp > 1:
         raise _refuse("several model chunks without a pipeline", "vpp", plan.vpp)
-    if plan.schedule in STALE_WEIGHTS:
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
         raise _refuse("schedules with several versions of the weights", "schedule", plan.schedule)
     if plan.chains > 1:
         raise _refuse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parsim.errors import ParsimError, did_you_mean
-from parsim.plan import ParallelPlan
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, ParallelPlan
 from parsim.schedule.action import Schedule
 from parsim.schedule.dualpipe import check_two_ways, dualpipe
 from parsim.schedule.dualpipev import check_full_v, dualpipev
@@ -12,11 +12,12 @@ from parsim.schedule.interleaved import interleaved, micro_batches_per_round
 from parsim.schedule.interleaved_zb import interleaved_zb
 from parsim.schedule.looped_bfs import looped_bfs
 from parsim.schedule.one_f_one_b import one_f_one_b
+from parsim.schedule.pipedream import check_stale, pipedream
 from parsim.schedule.zb_h1 import zb_h1
 from parsim.schedule.zb_h2 import zb_h2
 from parsim.schedule.zbv import zbv
 
-SCHEDULES = (
+SYNCHRONOUS_SCHEDULES = (
     "gpipe",
     "1f1b",
     "interleaved",
@@ -28,9 +29,11 @@ SCHEDULES = (
     "dualpipe",
     "dualpipev",
 )
-"""Names of the schedules that parsim makes."""
+"""Schedules that train as one process does."""
+SCHEDULES = (*SYNCHRONOUS_SCHEDULES, *ASYNCHRONOUS_SCHEDULES)
+"""Names of all schedules that parsim makes."""
 
-ONE_CHUNK_SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2")
+ONE_CHUNK_SCHEDULES = ("gpipe", "1f1b", "zb-h1", "zb-h2", *ASYNCHRONOUS_SCHEDULES)
 """Those with one stage on each rank."""
 SPLIT_SCHEDULES = ("zb-h1", "zb-h2", "interleaved-zb", "zbv", "dualpipe", "dualpipev")
 """Those that split some of their backwards into input and weight gradients."""
@@ -39,7 +42,7 @@ OVERLAPPED_SCHEDULES = ("dualpipe", "dualpipev")
 
 
 def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
-    """The schedule that a plan names, for its pp, vpp and number of micro-batches.
+    """The schedule that a plan names, for its pp, vpp and number of micro-batches in a step.
 
     Raises ParsimError for a name that parsim does not know or sizes that the schedule does not take.
     """
@@ -64,11 +67,13 @@ def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
             return dualpipe(plan.pp, num_micro_batches)
         case "dualpipev":
             return dualpipev(plan.pp, num_micro_batches)
+        case "pipedream" | "pipedream-2bw":
+            return pipedream(plan, num_micro_batches)
     raise unknown_schedule(plan.schedule)
 
 
 def check_micro_batches(plan: ParallelPlan, num_micro_batches: int) -> None:
-    """Raises ParsimError where a plan's schedule does not take so many micro-batches."""
+    """Raises ParsimError where a plan's schedule does not take its ranks or so many micro-batches."""
     match plan.schedule:
         case "interleaved" | "interleaved-zb":
             micro_batches_per_round(plan.pp, num_micro_batches)
@@ -76,6 +81,8 @@ def check_micro_batches(plan: ParallelPlan, num_micro_batches: int) -> None:
             check_two_ways(plan.pp, num_micro_batches)
         case "dualpipev":
             check_full_v(plan.pp, num_micro_batches)
+        case "pipedream" | "pipedream-2bw":
+            check_stale(plan, num_micro_batches)
 
 
 def unknown_schedule(name: str) -> ParsimError:

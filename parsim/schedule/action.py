@@ -117,6 +117,13 @@ class Schedule:
     name: str
     ranks: tuple[tuple[Action, ...], ...]
     chains: int = 1
+    update_every: int = 0
+    """Micro-batches between two updates of a stage's weights, without a flush (PipeDream); 0: one update
+    after all of them."""
+    steps: int = 1
+    """Steps back to back, of equal numbers of micro-batches."""
+    steps_after: int = 0
+    """Of these, steps at the end in which the pipeline begins to run empty."""
     num_stages: int = field(init=False)
     """Of all chains together."""
     num_micro_batches: int = field(init=False)

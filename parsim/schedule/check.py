@@ -8,7 +8,14 @@ from collections.abc import Iterator
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster, peak_flops_per_s
 from parsim.mesh import group_size, mesh_axes, part_of
-from parsim.plan import USUAL_PLACEMENT, V_SHAPED_SCHEDULES, Job, ParallelPlan, stage_layers
+from parsim.plan import (
+    ASYNCHRONOUS_SCHEDULES,
+    USUAL_PLACEMENT,
+    V_SHAPED_SCHEDULES,
+    Job,
+    ParallelPlan,
+    stage_layers,
+)
 from parsim.schedule import (
     ONE_CHUNK_SCHEDULES,
     SCHEDULES,
@@ -101,11 +108,18 @@ def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         return
     yield from _chunk_problems(plan)
     yield from _split_problems(job, plan)
-    if plan.pp > 1:
+    if plan.pp > 1 or plan.schedule in ASYNCHRONOUS_SCHEDULES:
         try:
             check_micro_batches(plan, max(1, plan.num_micro_batches(job)))
         except ParsimError as problem:
             yield problem
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES and job.model.tied_embeddings:
+        yield ParsimError(
+            "tied embeddings are two copies of different age in a pipeline without a flush",
+            where="model.tied_embeddings",
+            got=plan.schedule,
+            hint="schedules with a flush keep them alike",
+        )
 
 
 def _chunk_problems(plan: ParallelPlan) -> Iterator[ParsimError]:

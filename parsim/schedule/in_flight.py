@@ -25,6 +25,8 @@ def in_flight(
             return (m,) * plan.vpp
         case "1f1b":
             return (min(m, pp - rank),)
+        case "pipedream" | "pipedream-2bw":
+            return (pp - rank,)
         case "zb-h1":
             return (min(m, pp),)
         case "zb-h2":

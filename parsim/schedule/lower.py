@@ -30,6 +30,7 @@ from parsim.schedule.action import (
 )
 from parsim.schedule.order import in_running_order
 from parsim.schedule.program import Program, Task
+from parsim.schedule.stale_sync import StaleSync
 from parsim.schedule.sync import ReplicaSync, Work
 from parsim.stack import Stack
 from parsim.timeline import COMPUTE, CP, EP, TP
@@ -98,7 +99,8 @@ class _Lowering:
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.explicit = self.schedule.is_explicit()
         self.work = Work(chain={rank: [] for rank in range(self.schedule.pp)})
-        self.sync = ReplicaSync(
+        sync = StaleSync if self.schedule.update_every else ReplicaSync
+        self.sync = sync(
             schedule=self.schedule, cost=self.cost, plan=self.plan, stack=self.stack, work=self.work
         )
         self.sync.begin()
@@ -132,6 +134,7 @@ class _Lowering:
             end = self._compute(rank, action, part, after, piece, cut.pieces)
             self.work.chain[rank].append(end)
             self.sync.gradients(rank, action, cut, end)
+        self.sync.done(rank, action)
 
     def _add_pair(self, rank: int, parts: tuple[Action, ...]) -> None:
         """Two passes at once: their compute adds up, and each one's exchanges run beside the other's.

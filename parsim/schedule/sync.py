@@ -128,6 +128,9 @@ class ReplicaSync:
         if cut.reduces:
             self._reduce(rank, action.stage, cut.pieces, (end,))
 
+    def done(self, rank: int, action: Action) -> None:
+        """What follows an action and its reductions at once: nothing, where the step ends in a flush."""
+
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
         chain = self.work.chain

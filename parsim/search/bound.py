@@ -9,7 +9,7 @@ from typing import NamedTuple
 from parsim.cost.price import PassTime
 from parsim.cost.stage import StageCost
 from parsim.cost.step import StepCost
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule import OVERLAPPED_SCHEDULES, SPLIT_SCHEDULES
 from parsim.stack import Stack
 
@@ -35,6 +35,8 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
     own: list[list[int]] = [[] for _ in range(plan.pp)]
     for stage in range(plan.num_stages):
         own[plan.stage_rank(stage)].append(stage)
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        return _stale_bound_s(cost, times, plan.num_micro_batches(job), plan, stack)
     runs = plan.num_micro_batches(job) / plan.chains
     most = 0.0
     for stages in own:
@@ -46,6 +48,18 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
         most = max(most, min(head[s] for s in stages) + busy_s + after_s)
     optimizer = max(sum(cost.syncs[s].optimizer_s for s in stages) for stages in own)
     return most + optimizer + stack.step_overhead_s
+
+
+def _stale_bound_s(
+    cost: StepCost, times: list[_StageTimes], m: int, plan: ParallelPlan, stack: Stack
+) -> float:
+    """The work of the slowest rank, with its own updates: without a flush nothing else is certain."""
+    updates = m if plan.schedule == "pipedream" else 1
+    work = (
+        m * (time.forward_s + time.backward_s) + updates * sync.optimizer_s
+        for time, sync in zip(times, cost.syncs, strict=True)
+    )
+    return max(work) + stack.step_overhead_s
 
 
 class _StageTimes(NamedTuple):

@@ -16,10 +16,10 @@ from parsim.errors import NothingFits
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule.check import plan_problems
 from parsim.schedule.in_flight import in_flight
-from parsim.schedule.program import step_time_s
+from parsim.schedule.pipedream import weight_versions
 from parsim.search.bound import lower_bound_s
 from parsim.search.space import Constraints, check_constraints, enumerate_plans
-from parsim.simulate.prediction import Prediction, estimate, program_of
+from parsim.simulate.prediction import Prediction, estimate, step_seconds
 from parsim.units import format_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -92,7 +92,7 @@ def search(
             if time.monotonic() - started > budget_s and len(best) >= min(top, len(candidates)):
                 optimal = False
                 break
-            entry = (-step_time_s(program_of(job, plan, costs)[0]), -order, plan)
+            entry = (-step_seconds(job, plan, costs), -order, plan)
             replayed += 1
             heapq.heappush(best, entry) if len(best) < top else heapq.heappushpop(best, entry)
             report("replaying", order + 1, 0)
@@ -184,5 +184,6 @@ def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
         key = (*map(id, mine), rank if plan.schedule in FULLER_LATER else 0)
         if key not in uses:
             kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in mine])
-            uses[key] = rank_memory(mine, kept, job, plan, costs.stack)
+            versions = weight_versions(plan, rank)
+            uses[key] = rank_memory(mine, kept, job, plan, costs.stack, weight_versions=versions)
     return max(uses.values(), key=lambda use: use.peak)

@@ -13,13 +13,15 @@ from parsim.cost.memory import MemoryUse, rank_memory
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import StepCost, mixed_step_cost, step_cost
 from parsim.hardware import peak_flops_per_s
-from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
 from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
-from parsim.schedule.program import Program, task_times, timeline_of
+from parsim.schedule.pipedream import staleness, weight_versions
+from parsim.schedule.program import Program, step_time_s, task_times, timeline_of
 from parsim.simulate.replay import replay
+from parsim.simulate.steady import steady_steps, steps_shown
 from parsim.simulate.uneven import Unevenness, uneven_program
 from parsim.timeline import Timeline, breakdown_s
 
@@ -81,25 +83,49 @@ class Prediction:
             "fits": self.fits,
             "memory_bytes": self.memory.to_data(self.context_bytes),
             "breakdown_s": self.breakdown_s,
+        } | self._stale_item()
+
+    def stale_weights(self) -> list[str]:
+        """How training differs from that of one process, for reading; nothing where it does not."""
+        item = self._stale_item()
+        if not item:
+            return []
+        late, versions = (", ".join(map(str, numbers)) for numbers in item.values())
+        return [
+            "not those of synchronous training: no flush ends a step",
+            f"gradients come {late} updates late, by stage; {versions} versions of the weights are kept",
+        ]
+
+    def _stale_item(self) -> dict[str, list[int]]:
+        """What only schedules without a flush have, by stage."""
+        if self.plan.schedule not in ASYNCHRONOUS_SCHEDULES:
+            return {}
+        stages = range(self.plan.pp)
+        return {
+            "staleness": [staleness(self.plan, stage) for stage in stages],
+            "weight_versions": [weight_versions(self.plan, stage) for stage in stages],
         }
-
-
-def rank_stages(cost: StepCost, schedule: Schedule, rank: int) -> dict[int, StageCost]:
-    """The stages that a pipeline rank holds."""
-    return {s: cost.stages[s] for s, r in sorted(schedule.stage_ranks().items()) if r == rank}
 
 
 def memory_by_rank(
     cost: StepCost, schedule: Schedule, job: Job, plan: ParallelPlan, costs: CostModel
 ) -> list[MemoryUse]:
     """Memory of every pipeline rank at its fullest moment."""
+    own: list[dict[int, StageCost]] = [{} for _ in schedule.ranks]
+    for stage, rank in sorted(schedule.stage_ranks().items()):
+        own[rank][stage] = cost.stages[stage]
     uses = []
-    for rank, actions in enumerate(schedule.ranks):
-        stages = rank_stages(cost, schedule, rank)
+    for rank, (actions, stages) in enumerate(zip(schedule.ranks, own, strict=True)):
         _, held = peak_in_flight(actions, {s: stage.saved_bytes for s, stage in stages.items()})
-        uses.append(
-            rank_memory(tuple(stages.values()), tuple(held[s] for s in stages), job, plan, costs.stack)
+        use = rank_memory(
+            tuple(stages.values()),
+            tuple(held[s] for s in stages),
+            job,
+            plan,
+            costs.stack,
+            weight_versions=weight_versions(plan, rank),
         )
+        uses.append(use)
     return uses
 
 
@@ -133,17 +159,31 @@ def predict(
     costs_by_rank: Sequence[CostModel] = (),
 ) -> tuple[Prediction, Timeline]:
     """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
+    schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
     program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank)
     if uneven is not None:
         program = uneven_program(program, plan, uneven)
     timeline = replay(program)
+    if schedule.update_every:
+        timeline = steady_steps(timeline, schedule)
     return prediction_of(job, plan, costs, timeline, memory, costs_by_rank=costs_by_rank), timeline
 
 
 def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
     """The same prediction from the longest path through the Program, without a discrete-event replay."""
-    program, memory = program_of(job, plan, costs)
-    return prediction_of(job, plan, costs, timeline_of(program, task_times(program)), memory)
+    schedule = make_schedule(plan, plan.num_micro_batches(job))
+    program, memory = program_of(job, plan, costs, schedule)
+    timeline = timeline_of(program, task_times(program))
+    if schedule.update_every:
+        timeline = steady_steps(timeline, schedule)
+    return prediction_of(job, plan, costs, timeline, memory)
+
+
+def step_seconds(job: Job, plan: ParallelPlan, costs: CostModel) -> float:
+    """Its step time alone."""
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        return estimate(job, plan, costs).step_time_s
+    return step_time_s(program_of(job, plan, costs)[0])
 
 
 def prediction_of(
@@ -156,7 +196,8 @@ def prediction_of(
     costs_by_rank: Sequence[CostModel] = (),
 ) -> Prediction:
     """What a simulated timeline says of a plan; its memory is that of the rank with least to spare."""
-    step_s = timeline.end_s
+    steps = steps_shown(plan, plan.num_micro_batches(job))
+    step_s = timeline.end_s / steps
     clusters = [c.cluster for c in costs_by_rank] or [costs.cluster] * len(memory)
     room = [c.device.memory_bytes - use.peak for c, use in zip(clusters, memory, strict=True)]
     fullest = room.index(min(room))
@@ -169,7 +210,7 @@ def prediction_of(
         stack=costs.stack.name,
         step_time_s=step_s,
         interval_s=(min(low for low, _ in intervals), max(high for _, high in intervals)),
-        breakdown_s=breakdown_s(timeline),
+        breakdown_s={key: seconds / steps for key, seconds in breakdown_s(timeline).items()},
         memory=memory[fullest],
         context_bytes=costs.stack.context_bytes,
         device_memory_bytes=clusters[fullest].device.memory_bytes,

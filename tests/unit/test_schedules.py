@@ -12,7 +12,12 @@ from parsim.cost.price import PartTime, PassTime
 from parsim.cost.step import StepCost
 from parsim.errors import ParsimError
 from parsim.plan import V_SHAPED_SCHEDULES, ParallelPlan, parse_plan
-from parsim.schedule import ONE_CHUNK_SCHEDULES, SCHEDULES, check_micro_batches, make_schedule
+from parsim.schedule import (
+    ONE_CHUNK_SCHEDULES,
+    SYNCHRONOUS_SCHEDULES,
+    check_micro_batches,
+    make_schedule,
+)
 from parsim.schedule.check_actions import check_schedule
 from parsim.schedule.gpipe import gpipe
 from parsim.schedule.in_flight import in_flight, peak_in_flight
@@ -69,7 +74,7 @@ def takes(plan: ParallelPlan, m: int) -> bool:
 
 SIZES = [
     (ParallelPlan(pp=pp, vpp=vpp, schedule=schedule), m)
-    for schedule in SCHEDULES
+    for schedule in SYNCHRONOUS_SCHEDULES
     for pp in range(1, 7)
     for vpp in ((1,) if schedule in ONE_CHUNK_SCHEDULES else (2,) if schedule in V_SHAPED_SCHEDULES
                 else (1, 2, 3, 4))
