@@ -17,6 +17,7 @@ import typer
 from parsim import __version__
 from parsim.cli import (
     calibrate,
+    collective,
     doctor,
     export,
     hardware,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
+app.command("collective")(collective.collective)
 app.command("calibrate")(calibrate.calibrate)
 app.command("run")(run.run)
 app.command("validate")(validate.validate)

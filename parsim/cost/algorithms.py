@@ -10,6 +10,9 @@ full bandwidth broadcast, reduction and scan", Parallel Computing 35, 2009; R. L
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from parsim.cost.collective import Group, collective_s, in_switch_s, ring_s, tree_s
 from parsim.hardware import Cluster
 
@@ -49,3 +52,43 @@ def all_reduce_s(cluster: Cluster, algorithm: str, num_bytes: float, group: Grou
         + ring_s(cluster, "all_reduce", num_bytes / group.local, Group(group.domains, 1))
         + collective_s(cluster, "all_gather", num_bytes, inside)
     )
+
+
+def rounds_s(ranks: int, rounds: int, num_bytes: float, alpha_s: float, beta: float) -> float:
+    """`rounds` rounds in which every rank sends S/p to one other: rounds · (alpha + S/(p·beta)).
+
+    2(p − 1) rounds of a ring all-reduce, p − 1 of a ring all-gather or reduce-scatter and of a pairwise
+    all-to-all (Thakur et al. 2005, sections 4.1 to 4.5; Patarasuk and Yuan 2009, section 3).
+
+    >>> rounds_s(4, 6, 1e9, 1e-5, 1e9)
+    1.50006
+    """
+    return rounds * (alpha_s + num_bytes / ranks / beta)
+
+
+def pipeline_s(hops_s: Sequence[float], chunks: int) -> float:
+    """Chunks one behind the other over hops in a row: the sum of all hops, and the slowest k − 1 times.
+
+    >>> pipeline_s([1.0, 2.0, 1.0], 3)
+    8.0
+    """
+    return sum(hops_s) + (chunks - 1) * max(hops_s)
+
+
+def double_tree_s(ranks: int, chunks: int, num_bytes: float, alpha_s: float, beta: float) -> float:
+    """An all-reduce up and down two binary trees of ceil(log2 p) levels with half of the bytes each.
+
+    A rank has at most one parent and two children in one tree and a parent in the other, so each of its
+    tree links has a quarter of its network link (a half among two ranks, a third among three):
+    (2h + k − 1)(alpha + 2S/(k·beta)) with k chunks (after Sanders et al. 2009, section 4).
+
+    >>> double_tree_s(8, 1, 1e9, 0.0, 1e9)
+    12.0
+    """
+    hop_s = alpha_s + tree_width(ranks) * num_bytes / 2 / chunks / beta
+    return pipeline_s([hop_s] * 2 * math.ceil(math.log2(ranks)), chunks)
+
+
+def tree_width(ranks: int) -> int:
+    """The most links that a rank has in both trees of a double tree together."""
+    return min(4, ranks)

@@ -42,8 +42,9 @@ class Fabric:
     graph: nx.DiGraph[Node]
     way: Callable[[int, int], tuple[Node, ...]]
     """Nodes from a device to one in another domain, both included."""
-    rise: Callable[[int], tuple[Node, ...]] | None = None
-    """Switches from a device up to the root that could sum what all send; None where there is none."""
+    rise: Callable[[int, int], tuple[Node, ...]] | None = None
+    """Nodes from a device up to a root that could sum what all send, of the tree of some device (trees
+    have different roots); None where there are no such switches."""
 
     def route(self, source: int, target: int, *, over_network: bool = False) -> tuple[Link, ...]:
         """The links from one device to another: inside a domain over its switch, unless told not to."""
@@ -144,7 +145,7 @@ def _single_switch(name: str, settings: dict[str, Any], cluster: Cluster, gpus: 
         cluster=cluster,
         graph=graph,
         way=lambda a, b: (("gpu", a), root, ("gpu", b)),
-        rise=lambda gpu: (("gpu", gpu), root),
+        rise=lambda gpu, tree: (("gpu", gpu), root),
     )
 
 
@@ -182,6 +183,10 @@ def _leaves_and_spines(name: str, settings: dict[str, Any], cluster: Cluster, gp
         middle = (here,) if here == there else (here, spine(source, target), there)
         return (*start, *middle, ("gpu", target))
 
+    def rise(gpu: int, tree: int) -> tuple[Node, ...]:
+        root: tuple[Node, ...] = (("spine", place(tree)[1] % spines),) if len(leaves) > 1 else ()
+        return (("gpu", gpu), place(gpu)[0], *root)
+
     graph = _base(cluster, gpus)
     leaves = dict.fromkeys(place(gpu)[0] for gpu in range(gpus))
     for gpu in range(gpus):
@@ -190,14 +195,13 @@ def _leaves_and_spines(name: str, settings: dict[str, Any], cluster: Cluster, gp
     for leaf in leaves if len(leaves) > 1 else ():
         for number in range(spines):
             _join(graph, leaf, ("spine", number), up)
-    root: tuple[Node, ...] = (("spine", 0),) if len(leaves) > 1 else ()
     return Fabric(
         name=name,
         settings=settings,
         cluster=cluster,
         graph=graph,
         way=way,
-        rise=lambda gpu: (("gpu", gpu), place(gpu)[0], *root),
+        rise=rise,
     )
 
 

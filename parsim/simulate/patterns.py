@@ -203,7 +203,7 @@ class Patterns:
             yield list(domains.values())
 
 
-def summing_tree(fabric: Fabric, gpus: Sequence[int]) -> Iterable[Link]:
+def summing_tree(fabric: Fabric, gpus: Sequence[int]) -> list[Link]:
     """Links up from devices to the lowest switch above all of them, each once.
 
     Raises ParsimError where the fabric has no switches over its devices.
@@ -215,9 +215,9 @@ def summing_tree(fabric: Fabric, gpus: Sequence[int]) -> Iterable[Link]:
             got=f"in-switch on {fabric.name}",
             hint="rail, fat-tree and switch do",
         )
-    ways = [fabric.rise(gpu) for gpu in gpus]
+    ways = [fabric.rise(gpu, gpus[0]) for gpu in gpus]
     height = next(i for i in range(len(ways[0])) if len({way[i] for way in ways}) == 1)
-    return dict.fromkeys(link for way in ways for link in pairwise(way[: height + 1]))
+    return list(dict.fromkeys(link for way in ways for link in pairwise(way[: height + 1])))
 
 
 def _offsets(axes: tuple[Axis, ...]) -> list[int]:
