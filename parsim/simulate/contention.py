@@ -15,7 +15,8 @@ from typing import Any
 import simpy
 
 from parsim.cost.stage import CostModel
-from parsim.plan import Job, ParallelPlan
+from parsim.errors import ParsimError
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule.action import Schedule
 from parsim.schedule.program import TaskTimes, timeline_of
 from parsim.simulate.fabric import Fabric, describe_link
@@ -88,7 +89,14 @@ class Contention:
 def predict_over(
     fabric: Fabric, job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
 ) -> tuple[Prediction, Timeline, Contention]:
-    """Simulate one step of a legal plan whose transfers share the links of a fabric."""
+    """Simulate one step of a legal plan whose transfers share the links of a fabric.
+
+    Raises ParsimError for schedules without a flush, of which no single step can be replayed.
+    """
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        raise ParsimError(
+            "links are shared within steps that end in a flush", where="schedule", got=plan.schedule
+        )
     program, memory = program_of(job, plan, costs, schedule)
     with no_garbage_collection():
         sent = network_load_of(program, job, plan, costs, fabric)

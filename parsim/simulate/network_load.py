@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 from parsim.cost.algorithms import all_reduce_s
-from parsim.cost.cell import cell_of
 from parsim.cost.collective import collective_s, group_over, wire_factor
 from parsim.cost.stage import CostModel
-from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.cost.step import step_cost
+from parsim.plan import Job, ParallelPlan
 from parsim.schedule.program import Program, Task
 from parsim.simulate.fabric import Fabric, Link
 from parsim.simulate.patterns import Load, Patterns
@@ -61,7 +61,7 @@ def network_load_of(
     Where the fabric's settings name an algorithm, gradients are summed by it instead of by what the cost
     model finds fastest.
     """
-    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan))
+    stages = step_cost(job, plan, costs).stages
     patterns = Patterns(plan=plan, costs=costs, stages=stages, fabric=fabric)
     program = replace(program, tasks=tuple(_by_algorithm(task, patterns) for task in program.tasks))
     loads: dict[_Key, Load] = {}
