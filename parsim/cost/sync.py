@@ -86,14 +86,13 @@ def stage_sync(
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
     reduce_s, gather_s = stack.dp_slowdown * reduced.traffic.seconds, stack.dp_slowdown * gather_s
     ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) > 0
-    # Once a step the last bucket's reduction has no compute beside it, nor the first one's gather; with
-    # ZeRO-2 and 3 every micro-batch's have that of the next.
+    # Once a step the last bucket's reduction has no compute beside it; with ZeRO-2 and 3 every
+    # micro-batch's has that of the next.
     beside = 1.0 if plan.zero >= 2 else (buckets - 1) / buckets
-    gathers_beside = 1.0 if plan.zero == 3 else (buckets - 1) / buckets
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,
-        gather_takes_s=stack.dp_overlap_cost * gather_s * ahead * gathers_beside
+        gather_takes_s=stack.dp_overlap_cost * gather_s * ahead
         + _copy_s(stage, plan, cluster, stack, 2 * gathered_width),
         reduce_takes_s=stack.dp_overlap_cost * reduce_s * beside
         + _copy_s(stage, plan, cluster, stack, gathered_width + width),
