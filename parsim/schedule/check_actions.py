@@ -13,6 +13,7 @@ from parsim.schedule.action import (
     KINDS,
     RECEIVE_BACKWARD,
     RECEIVE_FORWARD,
+    REDUCE_GRAD,
     SEND_BACKWARD,
     SEND_FORWARD,
     TRANSFER_KINDS,
@@ -61,6 +62,7 @@ def check_schedule(schedule: Schedule) -> None:
             got=f"{found} forwards",
             expected=f"{expected}",
         )
+    _check_reductions(schedule)
     if schedule.is_explicit():
         _check_transfers(schedule, homes)
     in_running_order(schedule)
@@ -74,6 +76,22 @@ def _check_micro_batch(count: Counter[Action], stage: int, i: int) -> None:
             got=", ".join(f"{stage}{kind}{i}" for kind in sorted(present)) or "no action",
             expected=f"{stage}F{i} and {stage}B{i}, or {stage}F{i}, {stage}I{i} and {stage}W{i}",
         )
+
+
+def _check_reductions(schedule: Schedule) -> None:
+    """Gradients that an action reduces are complete."""
+    for actions in schedule.ranks:
+        reduced: set[int] = set()
+        for action in actions:
+            if action.kind == REDUCE_GRAD:
+                reduced.add(action.stage)
+            for one in computations([action]):
+                if one.stage in reduced:
+                    raise ParsimError(
+                        "a stage's gradients are reduced before all of them are there",
+                        where=f"{one.stage}{REDUCE_GRAD} stands before {action}",
+                        hint="it belongs behind the last backward of its stage",
+                    )
 
 
 def _check_transfers(schedule: Schedule, homes: dict[int, int]) -> None:

@@ -118,6 +118,8 @@ class _Lowering:
             self.made[arrival] = self.made[arrival][0], self.work.chain[rank][-1]
         elif action.kind in (RECEIVE_FORWARD, RECEIVE_BACKWARD):
             self._receive(rank, action)
+        else:
+            self.sync.of_stage(rank, action)
 
     def _add_computation(
         self, rank: int, action: Action, time: PassTime, also_after: tuple[int, ...] = ()

@@ -14,7 +14,16 @@ from typing import NamedTuple
 from parsim.cost.step import StepCost
 from parsim.cost.traffic import Traffic
 from parsim.plan import ParallelPlan
-from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, Schedule
+from parsim.schedule.action import (
+    BACKWARD,
+    FORWARD,
+    REDUCE_GRAD,
+    RESHARD,
+    UNSHARD,
+    WEIGHT_GRAD,
+    Action,
+    Schedule,
+)
 from parsim.schedule.program import Task
 from parsim.stack import Stack
 from parsim.timeline import COMPUTE, DP, HOST
@@ -63,16 +72,23 @@ class ReplicaSync:
     """Gathers of a rank's next pieces that were sent out ahead of them."""
     reduced: dict[int, int] = field(default_factory=dict)
     """Last reduction of gradients on each rank."""
+    unsharded: dict[int, int] = field(default_factory=dict)
+    """The gather of a stage's parameters that an action asked for, until another lets them go."""
     rank_of: dict[int, int] = field(init=False)
     """The pipeline rank of every stage, in order of stage."""
     last_gradient: dict[int, Action] = field(init=False)
     first_forward: dict[int, Action] = field(init=False)
+    reduced_when_told: set[int] = field(init=False)
+    """Stages whose gradients are reduced where an action says so."""
 
     def __post_init__(self) -> None:
         actions = list(self.schedule.actions())
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
         self.first_forward = {a.stage: a for a in reversed(actions) if a.kind == FORWARD}
+
+        told = (a for rank in self.schedule.ranks for a in rank if a.kind == REDUCE_GRAD)
+        self.reduced_when_told = {action.stage for action in told}
 
     def begin(self) -> None:
         """What comes before the first action: parameters that ZeRO-1 and 2 updated elsewhere."""
@@ -91,7 +107,7 @@ class ReplicaSync:
         waits = first and action.stage in self.gathered
         gathers = self.plan.zero == 3 and action.kind != WEIGHT_GRAD
         gathers |= first and self._gathers_after_update() and not waits
-        gathers &= sync.gather_s > 0
+        gathers &= sync.gather_s > 0 and action.stage not in self.unsharded
         reduces = self._reduces(action)
         return Cut(
             pieces=sync.buckets if waits or gathers or reduces else 1,
@@ -106,6 +122,8 @@ class ReplicaSync:
         self, rank: int, action: Action, cut: Cut, piece: int, after: tuple[int, ...]
     ) -> tuple[int, ...]:
         """The tasks that bring the parameters of a piece; `after` is what else the piece waits for."""
+        if self.plan.zero == 3 and action.stage in self.unsharded:
+            return (self.unsharded[action.stage],)
         if cut.waits_for_update:
             return (self.gathered[action.stage][piece],)
         if not cut.gathers:
@@ -128,15 +146,30 @@ class ReplicaSync:
         if cut.reduces:
             self._reduce(rank, action.stage, cut.pieces, (end,))
 
+    def of_stage(self, rank: int, action: Action) -> None:
+        """UNSHARD, RESHARD and REDUCE_GRAD, as torch's runtime runs them: the first two move parameters
+        under ZeRO-3 alone, and none of them waits.
+        """
+        stage, sync, after = action.stage, self.cost.syncs[action.stage], self.work.chain[rank][-1:]
+        if action.kind == UNSHARD and self.plan.zero == 3 and sync.gather_s > 0:
+            self.unsharded[stage] = self.work.add(self._parameters(rank, stage, 1, tuple(after)))
+        elif action.kind == RESHARD:
+            self.unsharded.pop(stage, None)
+        elif action.kind == REDUCE_GRAD and sync.reduce_s > 0:
+            if sync.reduce_kernels_s > 0:
+                self._prepare(rank, stage, sync.reduce_kernels_s)
+            self._reduce(rank, stage, 1, tuple(self.work.chain[rank][-1:]))
+
     def done(self, rank: int, action: Action) -> None:
         """What follows an action and its reductions at once: nothing, where the step ends in a flush."""
 
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
         chain = self.work.chain
+        late = self.plan.zero < 2 and not self.stack.dp_overlap
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
-            if sync.reduce_s > 0 and self.plan.zero < 2 and not self.stack.dp_overlap:
+            if sync.reduce_s > 0 and late and stage not in self.reduced_when_told:
                 if sync.reduce_kernels_s > 0:
                     self._prepare(rank, stage, sync.reduce_kernels_s)
                 self._reduce(rank, stage, 1, (chain[rank][-1],))
@@ -184,6 +217,8 @@ class ReplicaSync:
     def _reduces(self, action: Action) -> bool:
         """Whether gradients are reduced piece by piece behind this action."""
         if action.kind not in (BACKWARD, WEIGHT_GRAD) or self.cost.syncs[action.stage].reduce_s <= 0:
+            return False
+        if action.stage in self.reduced_when_told:
             return False
         if self.plan.zero >= 2:
             return True

@@ -195,6 +195,38 @@ def test_where_sends_are_in_the_way_the_receiver_waits_for_them() -> None:
     assert waited == [(10.0, 12.0)]  # and the second transfer, which starts then, at 10
 
 
+# What happens to a stage as a whole
+
+
+def sharded(text: str, zero: int, **cost: float) -> Timeline:
+    schedule = schedule_from_csv(text)
+    check_schedule(schedule)
+    plan = ParallelPlan(dp=2, pp=schedule.pp, zero=zero)
+    program = lower(schedule, flat_cost(schedule.pp, buckets=4, **cost), plan, plain_stack())
+    return timeline_of(program, task_times(program))
+
+
+def test_parameters_are_gathered_where_it_is_written_and_kept_until_they_are_let_go() -> None:
+    held = sharded("0UNSHARD,0F0,0F1,0B0,0B1,0RESHARD\n", 3, gather_s=0.5)
+    assert at(held, "parameters 0") == [(0.0, 0.5)]
+    assert at(held, "0B1") == [(4.5, 6.5)]
+    again = sharded("0UNSHARD,0F0,0F1,0RESHARD,0UNSHARD,0B0,0B1,0RESHARD\n", 3, gather_s=0.5)
+    assert at(again, "parameters 0") == [(0.0, 0.5), (2.5, 3.0)]
+    assert at(again, "0B1") == [(5.0, 7.0)]
+    # Without ZeRO-3 nothing is to be gathered; and what nobody gathers is gathered for each pass.
+    assert at(sharded("0UNSHARD,0F0,0B0,0RESHARD\n", 0, gather_s=0.5), "parameters 0") == []
+    assert len(at(sharded("0F0,0B0\n", 3, gather_s=0.5), "parameters 0")) == 2 * 4
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_gradients_are_reduced_where_it_is_written(zero: int) -> None:
+    step = sharded("0F0,0B0,0F1,0B1,0REDUCE_GRAD\n", zero, reduce_s=0.5)
+    assert at(step, "gradients 0") == [(6.0, 6.5)]
+    with pytest.raises(ParsimError, match="before all of them are there"):
+        check_schedule(schedule_from_csv("0F0,0B0,0REDUCE_GRAD,0F1,0B1\n"))
+    assert len(at(sharded("0F0,0B0,0F1,0B1\n", 2, reduce_s=0.5), "gradients 0")) == 2 * 4
+
+
 def test_an_overlapped_pair_starts_and_hands_on_as_one() -> None:
     step = replayed("0F0,0F1,0B0,0B1\n1F0,(1F1;1B0)OVERLAP_F_B,1B1\n", flat_cost(2))
     # 1B0 could start at 2, but its partner's input is there at 2 as well; 0B0 waits for both.
