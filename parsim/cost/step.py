@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from parsim.cost.cell import cell_of
-from parsim.cost.collective import collective_s, group_of, group_over, send_recv_s, wire_factor
+from parsim.cost.collective import Group, collective_s, group_over, send_recv_s, wire_factor
 from parsim.cost.memory import gradient_bytes, sharded
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.sync import StageSync, stage_sync
 from parsim.cost.traffic import Traffic
 from parsim.cost.weights import NO_WEIGHTS
+from parsim.hardware import Cluster
 from parsim.mesh import group_size, mesh_axes
 from parsim.plan import Job, ParallelPlan, stage_layers
 
@@ -59,8 +60,7 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     # In a V the first and the last stage share a rank.
     if job.model.tied_embeddings and plan.stage_rank(0) != plan.stage_rank(plan.num_stages - 1):
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
-        stride = (plan.pp - 1) * plan.strides.pp
-        ends = group_of(costs.cluster, gpus=plan.gpus, size=2, stride=stride)
+        ends = _pair(plan.stage_rank(0), plan.stage_rank(plan.num_stages - 1), plan, costs.cluster)
         tied_s = collective_s(costs.cluster, "all_reduce", size, ends)
         tied_bytes = wire_factor("all_reduce", 2) * size
     extremes_s, extremes_bytes = _extremes(job, plan, costs)
@@ -109,10 +109,10 @@ def mixed_step_cost(job: Job, plan: ParallelPlan, costs_by_rank: Sequence[CostMo
 
 def _copies_reduce(s: int, stage: StageCost, job: Job, plan: ParallelPlan, costs: CostModel) -> Traffic:
     """All-reduce of what a rank keeps of a stage's gradients with the rank that holds the stage too."""
-    apart = abs(plan.stage_rank(s) - plan.stage_rank(plan.model_stages + s))
     kept = sharded(stage, plan) if plan.zero else stage.parameters
     size = kept * gradient_bytes(job.precision, costs.stack)
-    ends = group_of(costs.cluster, gpus=plan.gpus, size=2, stride=apart * plan.strides.pp)
+    copy = plan.stage_rank(plan.model_stages + s)
+    ends = _pair(plan.stage_rank(s), copy, plan, costs.cluster)
     seconds = costs.stack.dp_slowdown * collective_s(costs.cluster, "all_reduce", size, ends)
     return Traffic(seconds, wire_factor("all_reduce", 2) * size)
 
@@ -133,6 +133,16 @@ def _extremes(job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[float, fl
     return seconds, wire_factor("all_reduce", ranks) * EXTREMES_BYTES
 
 
+def _pair(one: int, other: int, plan: ParallelPlan, cluster: Cluster) -> Group:
+    """Two devices that stand alike on two pipeline ranks.
+
+    Every replica's pair is as far apart: all are local only where a domain holds both ranks whole.
+    """
+    stride = plan.strides.pp
+    ends = min(one, other) * stride, (max(one, other) + 1) * stride - 1
+    return Group(2, 2 if cluster.same_domain(*ends) else 1)
+
+
 def _send(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[float, float]:
     """Seconds and bytes from each device of a micro-batch's activations on their way to the next stage.
 
@@ -144,10 +154,7 @@ def _send(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[f
         return 0.0, 0.0
     whole = cell.tokens * job.model.hidden * cell.activation_bytes
     cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
-    # Every replica hops as far: all stay in a domain only where one holds both stages whole.
-    stride = plan.strides.pp
-    ends = min(source, target) * stride, (max(source, target) + 1) * stride - 1
-    local = cluster.same_domain(*ends) and not costs.stack.pp_over_network
+    local = _pair(source, target, plan, cluster).domains == 1 and not costs.stack.pp_over_network
     seconds = send_recv_s(cluster, whole / cut, local=local)
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.

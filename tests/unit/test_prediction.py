@@ -311,6 +311,22 @@ def test_tied_embeddings_are_summed_between_the_ends_of_the_pipeline() -> None:
     assert cost.tied_reduce_s == pytest.approx(all_reduce_s(4 * 4096 * 512 / 2, 2))
     assert step(model, ParallelPlan(tp=2, sequence_parallel=True)).tied_reduce_s == 0
     assert step(small_model(), ParallelPlan(pp=2)).tied_reduce_s == 0
+    # A node of 8 holds both ends of 4 stages on 2 ranks each; of 4 on 4 it does not, and the network
+    # is ten times slower. In a V one rank holds both ends.
+    near, far = (step(model, ParallelPlan(dp=dp, pp=4)).tied_reduce_s for dp in (2, 4))
+    assert far > 5 * near
+    assert step(model, ParallelPlan(pp=4, vpp=2, schedule="zbv")).tied_reduce_s == 0
+
+
+def test_the_copies_of_a_stage_sum_what_their_ranks_keep_of_its_gradients() -> None:
+    plan = ParallelPlan(pp=2, dp=2, vpp=2, schedule="dualpipe")
+    stages = step(small_model(), plan).stages
+    assert len(stages) == 4
+    for zero, shards in ((0, 1), (1, 2), (3, 2)):
+        cost = step(small_model(), replace(plan, zero=zero))
+        expected = [all_reduce_s(4 * stage.parameters / shards, 2) for stage in stages[:2]]
+        assert [traffic.seconds for traffic in cost.copies_reduce] == pytest.approx(expected)
+    assert step(small_model(), replace(plan, schedule="dualpipev")).copies_reduce == ()
 
 
 @pytest.mark.parametrize(
