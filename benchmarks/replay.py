@@ -30,6 +30,7 @@ from parsim.simulate.replay import dependencies, replay, replayed_times, run_eve
 from parsim.simulate.uneven import Straggler, Unevenness, replicas_of, unfolded_program
 
 REPORTS = Path(__file__).parent.parent / "reports"
+PLAN = ParallelPlan(dp=128, tp=8, pp=16, sequence_parallel=True)
 REPEATS = 9
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Micro-batches of the growth curve, on 16 stages."""
@@ -55,13 +56,16 @@ def main() -> None:
         write_file(REPORTS / "replay.md", "\n".join(lines) + "\n")
 
 
-def program_405b(dp: int, num_micro_batches: int, *, tp: int = 8) -> tuple[Program, ParallelPlan]:
-    """Llama 3 405B on H100s: 16 stages, 1F1B with its sends."""
+def program_405b(costs: CostModel, num_micro_batches: int) -> Program:
+    """Llama 3 405B on 16,384 GPUs: 16 stages, 1F1B with its sends."""
+    job = Job(model=costs.model, seq_len=8192, global_batch=PLAN.dp * num_micro_batches)
+    return program_of(job, PLAN, costs)[0]
+
+
+def costs_405b() -> CostModel:
+    """Llama 3 405B on H100s."""
     model, cluster = load_model("llama-3.1-405b"), load_cluster("h100-sxm-80gb")
-    costs = CostModel(model, cluster, load_stack(cluster.default_stack))
-    plan = ParallelPlan(dp=dp, tp=tp, pp=16, sequence_parallel=tp > 1)
-    job = Job(model=model, seq_len=8192, global_batch=dp * num_micro_batches)
-    return program_of(job, plan, costs)[0], plan
+    return CostModel(model, cluster, load_stack(cluster.default_stack))
 
 
 def bare_simpy_s(num_timeouts: int, num_processes: int) -> float:
@@ -108,7 +112,7 @@ def event_loop_s(program: Program) -> float:
 
 def against_simpy() -> list[str]:
     """16 stages × 128 micro-batches, beside bare SimPy with as many timeouts."""
-    program, _ = program_405b(128, 128)
+    program = program_405b(costs_405b(), 128)
     num_tasks, num_spans = len(program.tasks), len(replay(program).spans)
     times = replayed_times(program)
     work: dict[str, Callable[[], float]] = {
@@ -146,7 +150,7 @@ def against_simpy() -> list[str]:
 
 def uneven() -> list[str]:
     """16,384 GPUs with 100 random stragglers, and with every pipeline different."""
-    program, plan = program_405b(128, 128)
+    program, plan = program_405b(costs_405b(), 128), PLAN
     ranks = random.Random(0).sample(range(plan.gpus), 100)
     slow = random.Random(1)
     kinds = {
@@ -179,19 +183,21 @@ def uneven() -> list[str]:
 def growth(write: bool) -> list[str]:
     """Lowering and replay over the number of micro-batches."""
     lowering, replaying = [], []
+    costs = costs_405b()
+    program_405b(costs, SIZES[0])  # prices every layer once
     for num_micro_batches in SIZES:
         lower_s = replay_s = float("inf")
         for _ in range(3 if num_micro_batches < 1000 else 1):
-            program, taken_s = timed(partial(program_405b, 1, num_micro_batches))
+            program, taken_s = timed(partial(program_405b, costs, num_micro_batches))
             lower_s = min(lower_s, taken_s)
-            replay_s = min(replay_s, seconds(partial(replay, program[0])))
+            replay_s = min(replay_s, seconds(partial(replay, program)))
         actions = 2 * 16 * num_micro_batches
         lowering.append((actions, 1e6 * lower_s / actions))
         replaying.append((actions, 1e6 * replay_s / actions))
     level = [each_us for actions, each_us in replaying if actions >= 1000]
     if write:
         draw_replay_cost(
-            {"costs, schedule and lowering": lowering, "replay and Timeline": replaying},
+            {"schedule and lowering": lowering, "replay and Timeline": replaying},
             REPORTS / "replay-growth.png",
             finding="Cost grows linearly in the actions of a schedule",
             note="Llama 3 405B on H100, 1F1B, 16 stages; processor time of one core",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parsim.charts.gantt import PLOT_IN, SHADES, bubble_share, draw_panels
+from parsim.charts.gantt import PLOT_IN, SHADES, bubble_share
 from parsim.charts.lanes import (
     Row,
     chunks_per_rank,
@@ -21,7 +20,6 @@ from parsim.charts.lanes import (
 )
 from parsim.charts.style import (
     LEFT_IN,
-    SMALL_PT,
     TEXT_COLOR,
     counted,
     file_format,
@@ -32,7 +30,6 @@ from parsim.charts.style import (
     save,
     style,
     time_unit,
-    wrapped,
 )
 from parsim.errors import ParsimError
 from parsim.timeline import Timeline
@@ -126,61 +123,3 @@ def _comparison_note(predicted: Timeline, measured: Timeline, left_out: int) -> 
     if left_out:
         parts.append(f"{counted(left_out, 'rank')} that only one of them has left out")
     return "; ".join(parts)
-
-
-def draw_schedules(timelines: Sequence[Timeline], path: Path) -> None:
-    """Write several timelines one above the other on one time axis to a .png, .svg or .pdf file.
-
-    Raises ParsimError for another suffix, no timeline at all, or one without spans.
-    """
-    file_format(path)
-    save(schedules_figure(timelines), path)
-
-
-def schedules_figure(timelines: Sequence[Timeline]) -> Figure:
-    """Several timelines one above the other as a figure."""
-    if not timelines:
-        raise ParsimError("there is no timeline to draw", expected="one or more")
-    for timeline in timelines:
-        require_spans(timeline)
-    with style():
-        figure = new_figure()
-        note = "bubble: time in which nothing runs on a rank, mean over ranks"
-        if max(map(chunks_per_rank, timelines)) > 1:
-            note += f"; {SHADES}"
-        header_in = header(figure, _schedules_title(timelines), note, legend_entries(timelines))
-        header_in += _PANEL_GAP_IN - 0.1  # for the name of the first panel
-        panels = draw_panels(figure, timelines, header_in=header_in, gap_in=_PANEL_GAP_IN)
-        for axes, timeline in zip(panels, timelines, strict=True):
-            _name_panel(figure, axes, timeline)
-    return figure
-
-
-def _schedules_title(timelines: Sequence[Timeline]) -> str:
-    best = min(timelines, key=lambda t: t.end_s)
-    saved = 1 - best.end_s / max(t.end_s for t in timelines)
-    title = f"{_name(best)} is fastest, {format_duration(best.end_s)} a step"
-    if saved >= 0.0005:
-        title += f", {percent(saved)} less than the slowest"
-    return title
-
-
-def _name(timeline: Timeline) -> str:
-    return timeline.title or timeline.source
-
-
-def _name_panel(figure: Figure, axes: Axes, timeline: Timeline) -> None:
-    """Name, step time and bubble above a panel; a name that is too long is cut."""
-    name, *rest = wrapped(figure, _name(timeline), SMALL_PT, "bold", PLOT_IN - _FIGURES_IN)
-    axes.annotate(
-        f"{name}{' …' if rest else ''}: step {format_duration(timeline.end_s)}, "
-        f"bubble {percent(bubble_share(timeline))}",
-        (0.0, 1.0),
-        xycoords="axes fraction",
-        xytext=(0, 3),
-        textcoords="offset points",
-        va="bottom",
-        size=SMALL_PT,
-        weight="bold",
-        annotation_clip=False,
-    )

@@ -18,6 +18,7 @@ from parsim import __version__
 from parsim.cli import (
     calibrate,
     collective,
+    compare_schedules,
     doctor,
     export,
     hardware,
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.command("collective")(collective.collective)
+app.command("compare-schedules")(compare_schedules.compare_schedules)
 app.command("calibrate")(calibrate.calibrate)
 app.command("run")(run.run)
 app.command("validate")(validate.validate)

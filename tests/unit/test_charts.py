@@ -21,20 +21,16 @@ from matplotlib.path import Path as PlotPath
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from parsim.charts.comparison import (
-    comparison_figure,
-    draw_comparison,
-    draw_schedules,
-    schedules_figure,
-)
+from parsim.charts.comparison import comparison_figure, draw_comparison
 from parsim.charts.errors import draw_predicted_measured, predicted_measured_figure
 from parsim.charts.gantt import draw_gantt, gantt_figure
 from parsim.charts.memory import draw_memory, memory_figure
+from parsim.charts.schedules import Panel, draw_schedules, schedules_figure
 from parsim.charts.style import COLORS, IDLE_COLOR, lighter
 from parsim.errors import ParsimError
 from parsim.export.timeline_json import timeline_to_data
 from parsim.timeline import Span, Timeline
-from parsim.units import format_duration
+from parsim.units import format_bytes, format_duration
 
 LayOut = Callable[..., Timeline]
 RUNS = [("A100", 2.0, 2.1), ("A100", 4.0, 3.6), ("A100", 8.0, 8.0), ("H100", 1.0, 1.3)]
@@ -83,7 +79,9 @@ def every_chart(lay_out: LayOut, title: str = "") -> dict[str, Figure]:
         "memory of 64": memory_figure(many, capacity_bytes=15 * 2**30),
         "comparison of 4": comparison_figure(few, named("1F1B", 4, 8, "measured")),
         "comparison of 64": comparison_figure(many, named("GPipe", 64, 8, "measured")),
-        "schedules": schedules_figure([few, named("GPipe", 4, 8), named("1F1B", 4, 8)]),
+        "schedules": schedules_figure(
+            [Panel("few", few, 1e9), *(Panel(n, named(n, 4, 8), 2e9) for n in ("GPipe", "1F1B"))]
+        ),
         "errors": predicted_measured_figure(groups, title=title or "Errors"),
     }
 
@@ -280,17 +278,23 @@ def test_comparison_says_which_ranks_it_leaves_out(lay_out: LayOut) -> None:
         comparison_figure(lay_out("1F1B", 2, 4), elsewhere)
 
 
-def test_schedules_share_a_time_axis_and_state_step_and_bubble(lay_out: LayOut) -> None:
-    timelines = [lay_out(name, 4, 8) for name in ("GPipe", "1F1B", "Interleaved 1F1B")]
-    figure = schedules_figure(timelines)
-    assert [len(boxes(figure, i)) for i in range(3)] == [len(t.spans) for t in timelines]
+def test_schedules_share_a_time_axis_and_state_step_bubble_and_peak(lay_out: LayOut) -> None:
+    panels = [
+        Panel("gpipe", lay_out("GPipe", 4, 8), 8e9, fits=False),
+        Panel("1f1b", lay_out("1F1B", 4, 8), 4e9),
+        Panel("interleaved", lay_out("Interleaved 1F1B", 4, 8), 5e9, vpp=2),
+    ]
+    figure = schedules_figure(panels)
+    compute = [sum(s.stream == "compute" for s in panel.timeline.spans) for panel in panels]
+    assert [len(boxes(figure, i)) for i in range(3)] == compute
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     words = texts(figure)
     slow, fast = format_duration(0.330), format_duration(0.285)
-    assert f"GPipe: step {slow}, bubble 27 %" in words
+    assert f"gpipe: step {slow}, bubble 27 %, peak {format_bytes(8e9)}, does not fit" in words
     # Two chunks halve the bubble: (p − 1) / v over m + (p − 1) / v.
-    assert f"Interleaved 1F1B: step {fast}, bubble 16 %" in words
-    assert f"Interleaved 1F1B is fastest, {fast} a step, 14 % less than the slowest" in words
+    peak = format_bytes(5e9)
+    assert f"interleaved (2 chunks a rank): step {fast}, bubble 16 %, peak {peak}" in words
+    assert "fastest: interleaved of the 2 that fit, 14 % less time than 1f1b" in words
 
 
 def test_errors_are_told_group_by_group(lay_out: LayOut) -> None:
@@ -327,7 +331,7 @@ def test_another_suffix_is_refused_and_nothing_is_written(
         lambda: draw_gantt(timeline, path),
         lambda: draw_memory(timeline, path),
         lambda: draw_comparison(timeline, timeline, path),
-        lambda: draw_schedules([timeline], path),
+        lambda: draw_schedules([Panel("1f1b", timeline, 1e9)], path),
         lambda: draw_predicted_measured(RUNS, path, title="t"),
     ]
     for draw in draws:
@@ -344,13 +348,13 @@ def test_an_empty_timeline_is_refused(lay_out: LayOut) -> None:
         lambda: gantt_figure(empty),
         lambda: memory_figure(empty),
         lambda: comparison_figure(full, empty),
-        lambda: schedules_figure([full, empty]),
+        lambda: schedules_figure([Panel("full", full, 1e9), Panel("empty", empty, 1e9)]),
     ]
     for draw in draws:
         with pytest.raises(ParsimError, match="nothing to draw") as caught:
             draw()
         assert caught.value.where == "my step"
-    with pytest.raises(ParsimError, match="no timeline"):
+    with pytest.raises(ParsimError, match="no schedule"):
         schedules_figure([])
 
 
@@ -360,14 +364,15 @@ def draw_all(folder: Path, timeline: Timeline) -> dict[str, str]:
         draw_gantt(timeline, folder / f"gantt.{suffix}")
     draw_memory(timeline, folder / "memory.svg", capacity_bytes=2e10)
     draw_comparison(timeline, timeline, folder / "comparison.svg")
-    draw_schedules([timeline, timeline], folder / "schedules.svg")
+    draw_schedules([Panel("1f1b", timeline, 1e9)] * 2, folder / "schedules.svg")
     draw_predicted_measured(RUNS, folder / "errors.svg", title="t")
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 _DRAW_AGAIN = """
 import json, sys, pathlib
-from parsim.charts.comparison import draw_comparison, draw_schedules
+from parsim.charts.comparison import draw_comparison
+from parsim.charts.schedules import Panel, draw_schedules
 from parsim.charts.errors import draw_predicted_measured
 from parsim.charts.gantt import draw_gantt
 from parsim.charts.memory import draw_memory
@@ -379,7 +384,7 @@ for suffix in ("png", "svg", "pdf"):
     draw_gantt(timeline, folder / f"gantt.{suffix}")
 draw_memory(timeline, folder / "memory.svg", capacity_bytes=2e10)
 draw_comparison(timeline, timeline, folder / "comparison.svg")
-draw_schedules([timeline, timeline], folder / "schedules.svg")
+draw_schedules([Panel("1f1b", timeline, 1e9)] * 2, folder / "schedules.svg")
 draw_predicted_measured(%r, folder / "errors.svg", title="t")
 assert "matplotlib.pyplot" not in sys.modules, "pyplot keeps global state"
 """
