@@ -26,6 +26,8 @@ class PlanFile:
     hardware_overrides: Mapping[str, str] = field(default_factory=dict)
     """What the user knew better than the profile, by flag: inter_node, intra_node, memory."""
     stack: str | None = None
+    rank_hardware: tuple[str, ...] = ()
+    """Other devices of some pipeline ranks, such as "4-7=a100-sxm-80gb"."""
 
 
 def read_plan(text: str) -> PlanFile:
@@ -70,6 +72,7 @@ def plan_from_data(data: Any, *, where: str) -> PlanFile:
         hardware=data.get("hardware"),
         hardware_overrides=_overrides(data, where),
         stack=data.get("stack"),
+        rank_hardware=_rank_hardware(data, where),
     )
 
 
@@ -87,6 +90,18 @@ def _overrides(data: Mapping[str, Any], where: str) -> Mapping[str, str]:
                 expected=f"{', '.join(known)}, as text with a unit",
             )
     return dict(overrides)
+
+
+def _rank_hardware(data: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    texts = data.get("rank_hardware", [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ParsimError(
+            "these are texts",
+            where=f"{where}: rank_hardware",
+            got=texts,
+            expected='a list such as ["4-7=a100-sxm-80gb"]',
+        )
+    return tuple(texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,8 @@ class Setup:
     stack: Stack
     origin: dict[str, Any]
     """Names or paths of hardware and stack as given, and what the user knew better than the profile."""
+    rank_hardware: tuple[str, ...] = ()
+    """Other devices of some pipeline ranks, as the plan file has them."""
 
     def costs(self) -> CostModel:
         """The cost model of this model, cluster and stack."""
@@ -160,7 +162,7 @@ def load_plan(text: str, flags: Flags) -> tuple[Setup, ParallelPlan]:
         if "tp_overlap" not in text:
             plan = replace(plan, tp_overlap=plan.tp > 1 and setup.stack.default_tp_overlap)
     check_plan(setup.job, plan, setup.cluster)
-    return setup, plan
+    return replace(setup, rank_hardware=file.rank_hardware), plan
 
 
 def require_flush(plan: ParallelPlan, *flags: str) -> None:

@@ -136,7 +136,8 @@ def simulate(
     require_flush(parallel_plan, *(flag for flag, value in of_one_step.items() if value))
     num_micro_batches = parallel_plan.num_micro_batches(setup.job)
     schedule = _schedule(schedule_csv, parallel_plan, num_micro_batches)
-    costs, by_rank = setup.costs(), rank_costs(rank_hardware, setup, flags, parallel_plan)
+    costs, others = setup.costs(), rank_hardware or setup.rank_hardware
+    by_rank = rank_costs(others, setup, flags, parallel_plan)
     uneven = read_unevenness(straggler, jitter, seed, parallel_plan)
     contention = None
     if fabric is not None:
@@ -170,7 +171,7 @@ def simulate(
         written.append(trace)
     network = network_section(contention, fabric_chart, timeline.title)
     goodput = simulate_goodput(mtbf, goodput_chart, prediction, setup.stack, seed)
-    unevenness = unevenness_section(uneven, prediction, costs, by_rank, schedule)
+    unevenness = unevenness_section(uneven, prediction, costs, by_rank, others, schedule)
     servers = simulate_ps(
         ps_settings, ps_chart, setup.job, parallel_plan, costs, schedule,
         uneven=uneven, costs_by_rank=by_rank, seed=seed,

@@ -133,6 +133,7 @@ def unevenness_section(
     prediction: Prediction,
     costs: CostModel,
     costs_by_rank: Sequence[CostModel],
+    rank_hardware: Sequence[str],
     schedule: Schedule,
 ) -> Section:
     """What uneven ranks add to a simulated step, beside the same step with ranks that are alike."""
@@ -142,8 +143,8 @@ def unevenness_section(
     from parsim.units import format_duration
 
     section = Section()
-    if costs_by_rank:
-        section.item["rank_hardware"] = [costs.cluster.name for costs in costs_by_rank]
+    if rank_hardware:
+        section.item["rank_hardware"] = list(rank_hardware)
     if uneven is None:
         return section
     plan = prediction.plan
