@@ -37,6 +37,8 @@ class PassTime(NamedTuple):
     """What each device sends in that time."""
     cp_bytes: float = 0.0
     ep_bytes: float = 0.0
+    host_bound_s: float = 0.0
+    """Of its communication, what would save nothing if it were hidden: the host is waited for then."""
 
     def plus(self, other: PassTime) -> PassTime:
         """Both, one after the other."""
@@ -104,12 +106,19 @@ class PartPasses(NamedTuple):
     input_grad: tuple[TimedOperation, ...]
     weight_grad: tuple[TimedOperation, ...]
     recompute: tuple[TimedOperation, ...]
+    host_s: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """What the host takes to launch each, where it is not the device itself."""
 
     @property
     def time(self) -> PartTime:
         """The sums of the passes."""
-        return PartTime(*(pass_time(timed) for timed in self))
+        return PartTime(
+            *(_with_host(pass_time(timed), s) for timed, s in zip(self[:4], self.host_s, strict=True))
+        )
 
+
+_LAUNCHED_AGAIN = ("everything", "every_other_gemm")
+"""What of a layer is recomputed by launching it again; an attention kernel alone is no matter."""
 
 _Product = Literal["forward", "input_grad", "weight_grad"]
 _SECONDS: dict[_Product, Callable[[Operation, Cell, Cluster, Stack], float]] = {
@@ -153,6 +162,12 @@ def pass_time(timed: Iterable[TimedOperation]) -> PassTime:
     )  # fmt: skip
 
 
+def _with_host(time: PassTime, host_s: float) -> PassTime:
+    """A pass that takes no less than its launches."""
+    communication_s = time.total_s - time.compute_s
+    return time._replace(host_bound_s=max(0.0, communication_s - max(0.0, time.total_s - host_s)))
+
+
 def part_passes(
     operations: tuple[Operation, ...],
     cell: Cell,
@@ -180,7 +195,12 @@ def part_passes(
     forward = _launched(forward, host, host.forward_s, cluster)
     input_grad = _launched(input_grad, host, host.backward_s, cluster, beside_s=behind_s)
     recompute = _recompute(operations, forward, cell, cluster, stack, host)
-    return PartPasses(tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(recompute))
+    passes = tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(recompute)
+    if cluster.device.is_host:
+        return PartPasses(*passes)
+    again_s = host.forward_s if recomputed(cell, stack) in _LAUNCHED_AGAIN else 0.0
+    launches_s = host.forward_s, max(0.0, host.backward_s - behind_s), 0.0, again_s
+    return PartPasses(*passes, host_s=launches_s)
 
 
 def _timed(
@@ -269,7 +289,7 @@ def _recompute(
     shares = recomputed_shares(operations, what, stops_early=stack.recompute_stops_early)
     transfers = _transfers(operations, "forward", cell, cluster, stack, shares)
     timed = list(_timed(operations, "forward", transfers, cell, cluster, stack, shares))
-    return timed if what == "attention_core" else _launched(timed, host, host.forward_s, cluster)
+    return _launched(timed, host, host.forward_s, cluster) if what in _LAUNCHED_AGAIN else timed
 
 
 def _transfers(

@@ -163,11 +163,13 @@ class _Lowering:
 
     def _beside(self, time: PassTime, compute_s: float) -> tuple[PassTime, PassTime]:
         """What of a pass still shows beside so much compute of another, and its communication that does
-        not. Exchanges of tokens that the stack hides anyway are not hidden twice.
+        not. Exchanges of tokens that the stack hides anyway are not hidden twice, and nothing makes a
+        pass shorter than its launches.
         """
         hides_anyway = self.stack.fused_experts or self.stack.ep_overlap != "never"
-        ep_s = 0.0 if hides_anyway else min(time.ep_s, compute_s)
-        tp_s = min(time.tp_s, compute_s - ep_s)
+        room_s = max(0.0, min(compute_s, time.total_s - time.compute_s - time.host_bound_s))
+        ep_s = 0.0 if hides_anyway else min(time.ep_s, room_s)
+        tp_s = min(time.tp_s, room_s - ep_s)
         hidden = PassTime(
             tp_s=tp_s,
             ep_s=ep_s,
