@@ -132,17 +132,20 @@ def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
     return cluster, load_stack(flags.stack or cluster.default_stack)
 
 
-def load_plan(text: str, flags: Flags) -> tuple[Setup, ParallelPlan]:
+def load_plan(text: str, flags: Flags, *, schedule: str | None = None) -> tuple[Setup, ParallelPlan]:
     """A plan with the job it is for: flags win over what the plan file says.
+
+    `schedule` is another one than the plan's.
 
     Without a global batch in either, each pipeline runs 2·pp micro-batches. A short form that does not
     name tp_overlap has the stack's usual one. The plan is legal.
     """
     from parsim.plan_file import read_plan
+    from parsim.schedule import with_schedule
     from parsim.schedule.check import check_plan
 
     file = read_plan(text)
-    plan = file.plan
+    plan = file.plan if schedule is None else with_schedule(file.plan, schedule)
     if flags.hardware is None and file.hardware is not None:
         known = {**file.hardware_overrides, **flags.overrides()}
         flags = replace(

@@ -13,11 +13,7 @@ import typer
 from parsim.cli.output import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from parsim.cost.stage import CostModel
-    from parsim.plan import Job, ParallelPlan
-    from parsim.schedule.action import Schedule
+    from parsim.cli.simulated_step import SimulatedStep
     from parsim.simulate.detail import ActionDetail
     from parsim.timeline import Timeline
 
@@ -82,22 +78,19 @@ def read_detail(
     return DetailRequest(rank=rank or 0, micro_batches=micro_batches or 1, chart=chart)
 
 
-def simulate_detail(
-    request: DetailRequest | None,
-    timeline: Timeline,
-    job: Job,
-    plan: ParallelPlan,
-    costs: CostModel,
-    schedule: Schedule,
-    costs_by_rank: Sequence[CostModel],
-) -> tuple[Section, Timeline]:
+def detail_section(request: DetailRequest | None, step: SimulatedStep) -> tuple[Section, Timeline]:
     """What the operations add to the answer, and the timeline with them in their actions' place."""
+    timeline = step.timeline
     if request is None:
         return Section(), timeline
     from parsim.simulate.detail import StepOperations, action_details, detailed, left_out
 
     operations = StepOperations(
-        job=job, plan=plan, costs=costs, schedule=schedule, costs_by_rank=costs_by_rank
+        job=step.request.setup.job,
+        plan=step.request.plan,
+        costs=step.request.costs,
+        schedule=step.request.schedule,
+        costs_by_rank=step.request.costs_by_rank,
     )
     details = action_details(
         timeline, operations, rank=request.rank, micro_batches=request.micro_batches

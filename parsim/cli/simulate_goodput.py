@@ -11,6 +11,7 @@ import typer
 from parsim.cli.output import Section
 
 if TYPE_CHECKING:
+    from parsim.cli.simulated_step import SimulatedStep
     from parsim.cost.checkpoint import Checkpointing, Failures
     from parsim.simulate.faults import LongRun
     from parsim.simulate.prediction import Prediction
@@ -59,9 +60,7 @@ class GoodputRequest:
     """What stands for settings that nobody gave, in words."""
 
 
-def simulate_goodput(
-    mtbf: str | None, chart: Path | None, prediction: Prediction, stack: Stack, seed: int
-) -> Section:
+def goodput_section(mtbf: str | None, chart: Path | None, step: SimulatedStep) -> Section:
     """What `--mtbf` and `--goodput-chart` add to a simulated step."""
     from parsim.errors import ParsimError
     from parsim.simulate.faults import simulate_long_run
@@ -74,7 +73,8 @@ def simulate_goodput(
                 hint="--mtbf 50000h",
             )
         return Section()
-    request = goodput_request(mtbf, prediction, stack, seed)
+    prediction = step.prediction
+    request = goodput_request(mtbf, prediction, step.request.setup.stack, step.request.seed)
     run = simulate_long_run(
         request.checkpointing,
         request.failures,

@@ -10,9 +10,7 @@ import typer
 from parsim.cli.output import Section
 
 if TYPE_CHECKING:
-    from parsim.cli.options import Setup
-    from parsim.plan import ParallelPlan
-    from parsim.schedule.action import Schedule
+    from parsim.cli.simulated_step import SimulatedStep, StepRequest
     from parsim.simulate.contention import Contention
     from parsim.simulate.prediction import Prediction
     from parsim.timeline import Timeline
@@ -31,9 +29,7 @@ FabricChartOption = Annotated[
 ]
 
 
-def simulate_over(
-    text: str, setup: Setup, plan: ParallelPlan, schedule: Schedule, *, uneven: bool
-) -> tuple[Prediction, Timeline, Contention]:
+def simulate_over(text: str, request: StepRequest) -> tuple[Prediction, Timeline, Contention]:
     """The step over the fabric that `text` describes.
 
     Raises ParsimError where ranks are not alike, which this does not model.
@@ -42,23 +38,23 @@ def simulate_over(
     from parsim.simulate.contention import predict_over
     from parsim.simulate.fabric import fabric_of
 
-    if uneven:
+    if request.uneven is not None or request.costs_by_rank:
         raise ParsimError(
             "links are shared among replicas that are all alike",
             where="--fabric",
             got="ranks that are not alike",
             hint="leave --straggler, --jitter and --rank-hardware out, or --fabric",
         )
-    fabric = fabric_of(text, setup.cluster, plan.gpus)
-    return predict_over(fabric, setup.job, plan, setup.costs(), schedule)
+    fabric = fabric_of(text, request.setup.cluster, request.plan.gpus)
+    return predict_over(fabric, request.setup.job, request.plan, request.costs, request.schedule)
 
 
-def network_section(contention: Contention | None, chart: Path | None, title: str) -> Section:
+def network_section(chart: Path | None, step: SimulatedStep) -> Section:
     """What sharing the network adds to the answer."""
     from parsim.errors import ParsimError
     from parsim.units import format_duration
 
-    section = Section()
+    section, contention = Section(), step.contention
     if contention is None:
         if chart is not None:
             raise ParsimError("there are no links to draw", where="--fabric-chart", hint="add --fabric")
@@ -79,6 +75,6 @@ def network_section(contention: Contention | None, chart: Path | None, title: st
     if chart is not None:
         from parsim.charts.links import draw_links
 
-        draw_links(contention, chart, title=title)
+        draw_links(contention, chart, title=step.timeline.title)
         section.written.append(chart)
     return section

@@ -12,12 +12,12 @@ import typer
 from parsim.cli.output import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
+    from parsim.cli.simulated_step import StepRequest
     from parsim.cost.parameter_server import ParameterServer, Servers
     from parsim.cost.stage import CostModel
     from parsim.plan import Job, ParallelPlan
-    from parsim.schedule.action import Schedule
     from parsim.simulate.parameter_server import PsRun
     from parsim.simulate.uneven import Unevenness
 
@@ -147,18 +147,7 @@ def plan_of_workers(plan: str, settings: dict[str, Any] | None) -> str:
     return plan
 
 
-def simulate_ps(
-    settings: dict[str, Any] | None,
-    chart: Path | None,
-    job: Job,
-    plan: ParallelPlan,
-    costs: CostModel,
-    schedule: Schedule,
-    *,
-    uneven: Unevenness | None,
-    costs_by_rank: Sequence[CostModel],
-    seed: int,
-) -> Section:
+def ps_section(settings: dict[str, Any] | None, chart: Path | None, request: StepRequest) -> Section:
     """What `--ps` and `--ps-chart` add to a simulated step."""
     from parsim.errors import ParsimError
 
@@ -170,9 +159,9 @@ def simulate_ps(
                 hint="--ps workers=16,servers=4",
             )
         return Section()
-    _check(settings, plan, uneven)
-    setup = _setup(settings, job, plan, costs, schedule, uneven, costs_by_rank, seed)
-    run = setup.run(plan.dp, setup.bound)
+    _check(settings, request.plan, request.uneven)
+    setup = _setup(settings, request)
+    run = setup.run(request.plan.dp, setup.bound)
     if chart is not None:
         _draw(setup, chart)
     item = _item(setup, run)
@@ -216,20 +205,12 @@ def _check(settings: dict[str, Any], plan: ParallelPlan, uneven: Unevenness | No
         )
 
 
-def _setup(
-    settings: dict[str, Any],
-    job: Job,
-    plan: ParallelPlan,
-    costs: CostModel,
-    schedule: Schedule,
-    uneven: Unevenness | None,
-    costs_by_rank: Sequence[CostModel],
-    seed: int,
-) -> PsSetup:
+def _setup(settings: dict[str, Any], request: StepRequest) -> PsSetup:
     from parsim.cost.parameter_server import Servers, nic_bytes_per_s
     from parsim.simulate.parameter_server import worker_compute_s
 
-    stragglers = uneven.stragglers if uneven is not None else ()
+    job, plan, costs = request.setup.job, request.plan, request.costs
+    stragglers = request.uneven.stragglers if request.uneven is not None else ()
     slow_links = [1.0] * plan.dp
     for straggler in stragglers:
         worker = plan.coordinate(straggler.rank).dp
@@ -249,11 +230,16 @@ def _setup(
         bound={"sync": 0.0, "async": math.inf}.get(mode, settings.get("bound", 0.0)),
         jitter=settings.get("jitter", 0.0),
         compute_s=worker_compute_s(
-            job, plan, costs, schedule, stragglers=stragglers, costs_by_rank=costs_by_rank
+            job,
+            plan,
+            costs,
+            request.schedule,
+            stragglers=stragglers,
+            costs_by_rank=request.costs_by_rank,
         ),
         slow_links=tuple(slow_links),
         steps=settings.get("steps", max(STEPS // 4, min(STEPS, WORKER_STEPS // plan.dp))),
-        seed=seed,
+        seed=request.seed,
     )
 
 

@@ -13,12 +13,10 @@ from parsim.cli.output import Section
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from parsim.cli.simulated_step import SimulatedStep
     from parsim.cost.stage import CostModel
     from parsim.plan import ParallelPlan
-    from parsim.schedule.action import Schedule
-    from parsim.simulate.prediction import Prediction
     from parsim.simulate.uneven import Straggler, Unevenness
-    from parsim.timeline import Timeline
 
 StragglerOption = Annotated[
     list[str] | None,
@@ -128,29 +126,28 @@ def rank_costs(
     return tuple(by_rank)
 
 
-def unevenness_section(
-    uneven: Unevenness | None,
-    prediction: Prediction,
-    costs: CostModel,
-    costs_by_rank: Sequence[CostModel],
-    rank_hardware: Sequence[str],
-    schedule: Schedule,
-) -> Section:
+def unevenness_section(step: SimulatedStep) -> Section:
     """What uneven ranks add to a simulated step, beside the same step with ranks that are alike."""
     from parsim.schedule.program import step_time_s
     from parsim.simulate.prediction import program_of
     from parsim.simulate.uneven import replicas_of
     from parsim.units import format_duration
 
+    request, uneven, plan = step.request, step.request.uneven, step.request.plan
     section = Section()
-    if rank_hardware:
-        section.item["rank_hardware"] = list(rank_hardware)
+    if request.rank_hardware:
+        section.item["rank_hardware"] = list(request.rank_hardware)
     if uneven is None:
         return section
-    plan = prediction.plan
-    even, _ = program_of(prediction.job, plan, costs, schedule, costs_by_rank=costs_by_rank)
+    even, _ = program_of(
+        request.setup.job,
+        plan,
+        request.costs,
+        request.schedule,
+        costs_by_rank=request.costs_by_rank,
+    )
     even_s = step_time_s(even)
-    slowdown, groups = prediction.step_time_s / even_s, len(replicas_of(plan, uneven))
+    slowdown, groups = step.prediction.step_time_s / even_s, len(replicas_of(plan, uneven))
     section.item["unevenness"] = {
         "stragglers": [straggler._asdict() for straggler in uneven.stragglers],
         "jitter": uneven.jitter,
@@ -167,19 +164,3 @@ def unevenness_section(
         f"{format_duration(even_s)}; pipelines of {groups} kind{'s' * (groups > 1)}"
     )
     return section
-
-
-def worth_drawing(timeline: Timeline, pp: int, *, max_ranks: int = 64) -> Timeline:
-    """The timeline, or of many groups of pipelines the one that stands for most and the slowest."""
-    if len(timeline.copies) <= max_ranks:
-        return timeline
-    busy_s = dict.fromkeys(timeline.ranks, 0.0)
-    for span in timeline.spans:
-        if span.stream == "compute":
-            busy_s[span.rank] += span.duration_s
-    groups = range(len(timeline.copies) // pp)
-    usual = max(groups, key=lambda k: timeline.copies[k * pp])
-    others = [k for k in groups if k != usual]
-    slowest = max(others, key=lambda k: max(busy_s[k * pp + p] for p in range(pp)))
-    ranks = {k * pp + p for k in (usual, slowest) for p in range(pp)}
-    return timeline.only(ranks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from parsim.errors import ParsimError, did_you_mean
-from parsim.plan import ASYNCHRONOUS_SCHEDULES, ParallelPlan
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, V_SHAPED_SCHEDULES, ParallelPlan
 from parsim.schedule.action import Schedule
 from parsim.schedule.dualpipe import check_two_ways, dualpipe
 from parsim.schedule.dualpipev import check_full_v, dualpipev
@@ -70,6 +72,22 @@ def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
         case "pipedream" | "pipedream-2bw":
             return pipedream(plan, num_micro_batches)
     raise unknown_schedule(plan.schedule)
+
+
+def with_schedule(plan: ParallelPlan, name: str, vpp: int | None = None) -> ParallelPlan:
+    """The plan with another schedule, with the chunks that this has.
+
+    A schedule of any number of chunks gets `vpp` of them, or as many as the plan has, at least two. A
+    stage split that was made for other chunks is dropped.
+    """
+    if name in ONE_CHUNK_SCHEDULES:
+        chunks = 1
+    elif name in V_SHAPED_SCHEDULES:
+        chunks = 2
+    else:
+        chunks = vpp or max(2, plan.vpp)
+    kept = plan.stage_split if chunks == plan.vpp else ()
+    return replace(plan, schedule=name, vpp=chunks, stage_split=kept)
 
 
 def check_micro_batches(plan: ParallelPlan, num_micro_batches: int) -> None:

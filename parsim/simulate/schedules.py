@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.plan import V_SHAPED_SCHEDULES, Job, ParallelPlan
-from parsim.schedule import ONE_CHUNK_SCHEDULES
+from parsim.plan import Job, ParallelPlan
+from parsim.schedule import with_schedule
 from parsim.schedule.check import plan_problems
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
@@ -51,12 +50,3 @@ def under_schedules(
             yield Refused(schedule, problem)
         else:
             yield Simulated(*predict(job, other, costs))
-
-
-def with_schedule(plan: ParallelPlan, schedule: str, vpp: int) -> ParallelPlan:
-    """The plan with another schedule; a stage split that was made for other stages is dropped."""
-    chunks = {**dict.fromkeys(ONE_CHUNK_SCHEDULES, 1), **dict.fromkeys(V_SHAPED_SCHEDULES, 2)}.get(
-        schedule, vpp
-    )
-    kept = plan.stage_split if chunks == plan.vpp else ()
-    return replace(plan, schedule=schedule, vpp=chunks, stage_split=kept)
