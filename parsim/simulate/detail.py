@@ -10,7 +10,7 @@ from parsim.cost.cell import cell_of
 from parsim.cost.stage import CostModel
 from parsim.cost.step import StepCost, mixed_step_cost, step_cost
 from parsim.errors import ParsimError
-from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.schedule.action import Action, Schedule
 from parsim.schedule.lower import KIND_NAMES, action_host
 from parsim.schedule.operations import LaidOut, action_steps, laid_out, stage_parts, total_s
@@ -102,7 +102,7 @@ def action_details(
         )
     pieces = {
         action: spans
-        for action, spans in _pieces(timeline, rank, micro_batches).items()
+        for action, spans in _pieces(timeline, operations, rank, micro_batches).items()
         if not operations.is_paired(action)
     }
     expected = sum(len(operations.shape(a.stage, a.kind)) for a in pieces)
@@ -119,23 +119,45 @@ def action_details(
         if span.rank == rank and span.stream in (TP, CP, EP):
             waits[span.name].append(span)
     found = [_detail(a, spans, waits[str(a)], operations) for a, spans in pieces.items()]
-    return sorted(found, key=lambda detail: detail.start_s)
+    # An embedding alone on its stage has no gradient of weights by a product, and no time in W.
+    return sorted((detail for detail in found if detail.spans), key=lambda detail: detail.start_s)
 
 
 def left_out(
     timeline: Timeline, operations: StepOperations, *, rank: int, micro_batches: int
 ) -> list[Action]:
     """The actions of these micro-batches that are halves of overlapped pairs."""
-    return [a for a in _pieces(timeline, rank, micro_batches) if operations.is_paired(a)]
+    found = _pieces(timeline, operations, rank, micro_batches)
+    return [action for action in found if operations.is_paired(action)]
 
 
-def _pieces(timeline: Timeline, rank: int, micro_batches: int) -> dict[Action, list[Span]]:
-    """The compute of a rank's first micro-batches, by action."""
+def _pieces(
+    timeline: Timeline, operations: StepOperations, rank: int, micro_batches: int
+) -> dict[Action, list[Span]]:
+    """The compute of a rank's first micro-batches, by action.
+
+    A step out of the middle of many begins with any micro-batch, and its ends cut through actions, which
+    are left out.
+    """
+    torn = set()
+    if operations.plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        end_s = timeline.end_s
+        torn = {
+            s.name for s in timeline.spans if s.rank == rank and (s.start_s <= 0 or s.end_s >= end_s)
+        }
     letters = {name: letter for letter, name in KIND_NAMES.items()}
+    compute = [
+        span
+        for span in timeline.spans
+        if span.rank == rank
+        and span.stream == COMPUTE
+        and span.kind in letters
+        and span.name not in torn
+    ]
+    first = set(sorted({span.micro_batch for span in compute})[:micro_batches])
     pieces: dict[Action, list[Span]] = defaultdict(list)
-    for span in timeline.spans:
-        wanted = span.rank == rank and 0 <= span.micro_batch < micro_batches
-        if wanted and span.stream == COMPUTE and span.kind in letters:
+    for span in compute:
+        if span.micro_batch in first:
             pieces[Action(span.stage, letters[span.kind], span.micro_batch)].append(span)
     return pieces
 

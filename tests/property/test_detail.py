@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parsim.cost.cell import cell_of
 from parsim.cost.price import TimedOperation
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
@@ -53,7 +54,8 @@ def test_an_action_in_detail_is_the_same_action(case: Case, rank: int, micro_bat
             whole[span.name].append(span)
     schedule = make_schedule(case[1], case[1].num_micro_batches(case[0]))
     alone = [a for a in schedule.ranks[rank] if not a.parts and a.micro_batch < micro_batches]
-    assert [found.action for found in details] == alone
+    lasting = [a for a in alone if any(s.duration_s for s in whole[str(a)])]
+    assert [found.action for found in details] == lasting
     operations = StepOperations(job=case[0], plan=case[1], costs=case[2], schedule=schedule)
     pairs = {part for action in schedule.ranks[rank] for part in action.parts}
     rest = detail.left_out(timeline, operations, rank=rank, micro_batches=micro_batches)
@@ -154,6 +156,21 @@ def test_details_of_a_slow_device_last_as_long_as_its_actions() -> None:
             seconds[rank] = qkv.duration_s
     slow, quick = max(seconds.values()), min(seconds.values())
     assert slow == pytest.approx(2 * quick)
+
+
+@pytest.mark.parametrize("schedule", ["pipedream", "pipedream-2bw"])
+def test_steps_out_of_the_middle_of_many_show_whole_actions(schedule: str) -> None:
+    """Their ends cut through actions; what is shown lasts as long as an action does."""
+    model, plan = small_model(), ParallelPlan(dp=2, pp=4, schedule=schedule)
+    costs = CostModel(model, round_cluster(), plain_stack())
+    job = Job(model=model, seq_len=256, global_batch=32)
+    for rank in range(4):
+        _, details = details_of((job, plan, costs), rank, 3)
+        assert details
+        for found in details:
+            whole = costs.stages(cell_of(job, plan), (2, 2, 2, 2))[rank].time
+            expected = whole.forward if found.action.kind == "F" else whole.backward
+            assert found.end_s - found.start_s == pytest.approx(expected.total_s)
 
 
 def test_too_much_detail_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
