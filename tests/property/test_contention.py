@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from parsim.plan import ASYNCHRONOUS_SCHEDULES
 from parsim.simulate.contention import Contention, predict_over
 from parsim.simulate.fabric import fabric_of
-from parsim.simulate.prediction import predict
+from parsim.simulate.network_load import network_load_of
+from parsim.simulate.prediction import predict, program_of
 from tests.strategies import CASES, Case
 
 FLUSHED = CASES.filter(lambda case: case[1].schedule not in ASYNCHRONOUS_SCHEDULES)
@@ -56,3 +57,19 @@ def test_the_same_input_gives_the_same_answer(case: Case) -> None:
     one, other = (over(case, "fat-tree,leaf=4,oversubscription=2") for _ in range(2))
     assert one.times == other.times
     assert one.to_data() == other.to_data()
+
+
+@given(FLUSHED, st.sampled_from(["switch", "rail", "fat-tree"]))
+@settings(max_examples=60)
+def test_alone_a_transfer_asks_no_more_of_an_interface_than_it_has(case: Case, text: str) -> None:
+    """So that a network without oversubscription slows nothing that is alone on it."""
+    job, plan, costs = case
+    fabric = fabric_of(text, costs.cluster, plan.gpus)
+    load = network_load_of(program_of(job, plan, costs)[0], job, plan, costs, fabric)
+    for index, way in load.carried.items():
+        task = load.program.tasks[index]
+        for kind, times in way.crossings.items():
+            ends = {node[0] for node in load.links[kind].example}
+            if "gpu" in ends and "nvswitch" not in ends:
+                asked = times * way.num_bytes / task.duration_s
+                assert asked <= load.links[kind].bytes_per_s * (1 + 1e-9), task
