@@ -233,6 +233,10 @@ def test_messages_come_in_order_and_bring_every_rank_its_bytes(kind: str, algori
         Collective(kind=kind, algorithm=algorithm, num_bytes=60.0, gpus=gpus, chunks=3), fabric
     )
     assert all(before < number for number, m in enumerate(messages) for before in m.after)
+    if algorithm in ("ring", "hierarchical"):
+        # What a rank passes on has come to it before.
+        passed_on = messages[len(gpus) :]
+        assert all(m.source in {messages[i].target for i in m.after} for m in passed_on)
     received = [sum(m.num_bytes for m in messages if m.target == ("gpu", gpu)) for gpu in gpus]
     if algorithm == "tree":
         assert sum(received) == pytest.approx(2 * 5 * 60)

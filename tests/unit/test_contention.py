@@ -69,6 +69,14 @@ def test_sends_over_an_oversubscribed_spine_take_so_many_times_as_long(oversubsc
     assert found.links[0].mean == pytest.approx(1.0, rel=1e-9)
 
 
+def test_a_class_goes_at_the_pace_of_its_narrowest_link() -> None:
+    """One flow over interfaces and a link between leaves of half their width."""
+    task = sent(0, 1, 8 * MB, 8 * MB / NIC)
+    found = contended("fat-tree,leaf=1,oversubscription=2", ParallelPlan(pp=2), (task,))
+    assert found.step_s == pytest.approx(2 * 8 * MB / NIC, rel=1e-9)
+    assert found.links[0].kind.bytes_per_s == pytest.approx(NIC / 2)
+
+
 def test_sends_of_a_hashed_route_wait_for_the_fullest_link() -> None:
     plan = ParallelPlan(dp=16, pp=2)
     fabric = fabric_of("fat-tree,leaf=16,routing=hash", setting(plan)[1].cluster, 32)
