@@ -76,6 +76,7 @@ def test_parts_that_torch_has_no_code_for_here_are_refused(model: dict[str, obje
         ("cp=2", "context parallelism"),
         ("ep=2,dp=2", "expert parallelism"),
         ("tp=2,tp_overlap=yes", "overlapped"),
+        ("dp=2,tp=2,placement=dp-tp-cp-pp", "another placement"),
         ("dp=4,zero=1,zero_group=2", "groups smaller than dp"),
         ("tp=8", "tp must divide kv_heads"),
         ("dp=3", "must divide the global batch"),
