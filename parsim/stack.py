@@ -8,7 +8,6 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -132,9 +131,9 @@ class Stack:
     fsdp_prefetch: int = 1
     """Layers whose parameters FSDP gathers ahead of the one that runs (FSDP1's limit_all_gathers: 2);
     0: each in the way of its own compute."""
-    zero_prefetch: float = math.inf
-    """The same of ZeRO-1 and 2, in buckets of the first forward; inf: all of them from the start of the
-    step, for their parameters have a place in any case."""
+    zero_prefetch: int | None = None
+    """The same of ZeRO-1 and 2, in buckets of the first forward; left out: all of them are gathered from
+    the start of the step, for their parameters have a place in any case."""
     moe_dispatch: Literal["all_to_all", "deduplicated"] = "all_to_all"
     """How tokens reach their experts. all_to_all: a copy for each of top_k experts; deduplicated: one
     copy a node that holds any of them, handed on over the scale-up links (DeepEP, HybridEP)."""
@@ -193,7 +192,7 @@ class Stack:
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
         for key in ("fsdp_prefetch", "zero_prefetch"):
-            if getattr(self, key) < 0:
+            if (getattr(self, key) or 0) < 0:
                 raise ParsimError("a prefetch depth is 0 or more", where=key, got=getattr(self, key))
         for key in ("overlap_cost", "dp_overlap_cost", "allocator_slack"):
             if not 0 <= getattr(self, key) <= 1:

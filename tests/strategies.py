@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from hypothesis import strategies as st
 
 from parsim.cost.stage import CostModel
@@ -57,7 +55,7 @@ def stacks(draw: st.DrawFn) -> Stack:
         dp_bucket_parameters=draw(st.sampled_from([1e5, 1e6, 1e9])),
         zero_broadcast_s=draw(st.sampled_from([0.0, 1e-4])),
         fsdp_prefetch=draw(st.sampled_from([0, 1, 2])),
-        zero_prefetch=draw(st.sampled_from([0, 1, math.inf])),
+        zero_prefetch=draw(st.sampled_from([None, 0, 1])),
         moe_dispatch=draw(st.sampled_from(["all_to_all", "deduplicated"])),
         ep_overlap=draw(st.sampled_from(["never", "network"])),
         pp_overlap=draw(st.booleans()),

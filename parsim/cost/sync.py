@@ -85,7 +85,7 @@ def stage_sync(
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
     reduce_s, gather_s = stack.dp_slowdown * reduced.traffic.seconds, stack.dp_slowdown * gather_s
-    ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) > 0
+    ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) != 0
     # Once a step the last bucket's reduction has no compute beside it; with ZeRO-2 and 3 every
     # micro-batch's has that of the next.
     beside = 1.0 if plan.zero >= 2 else (buckets - 1) / buckets

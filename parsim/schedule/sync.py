@@ -7,7 +7,6 @@ are there.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,7 +91,7 @@ class ReplicaSync:
 
     def begin(self) -> None:
         """What comes before the first action: parameters that ZeRO-1 and 2 updated elsewhere."""
-        if not self._gathers_after_update() or self.stack.zero_prefetch < math.inf:
+        if not self._gathers_after_update() or self.stack.zero_prefetch is not None:
             return
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
@@ -134,7 +133,7 @@ class ReplicaSync:
         chain, ahead = self.work.chain[rank], self.ahead.setdefault(rank, [])
         while len(ahead) <= depth and piece + len(ahead) < cut.pieces:
             # From when the piece `depth` before starts, that is from the end of the one before that.
-            place = len(chain) + len(ahead) - int(depth) - 1
+            place = len(chain) + len(ahead) - depth - 1
             ahead.append(self._gather(rank, action, (chain[place],) if place >= 0 else ()))
         return (ahead.pop(0),)
 

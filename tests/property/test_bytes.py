@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from parsim.cost.cell import cell_of
 from parsim.cost.layer import layer_operations
@@ -52,6 +52,7 @@ def groups(cost: StepCost, stage: int, plan: ParallelPlan) -> tuple[tuple[int, i
 
 
 @given(CASES)
+@settings(max_examples=60)
 def test_gradients(case: Case) -> None:
     """All-reduce: 2(n−1)/n of them; in shard groups of g: (g−1)/g, then an all-reduce of the shard. The
     weights of replicas are one fp32 number each.
@@ -75,6 +76,7 @@ def test_gradients(case: Case) -> None:
 
 
 @given(CASES)
+@settings(max_examples=60)
 def test_parameters(case: Case) -> None:
     """(g−1)/g of them: once a step with ZeRO-1 and 2, in every forward and backward with ZeRO-3."""
     job, plan, costs = case
@@ -89,6 +91,7 @@ def test_parameters(case: Case) -> None:
 
 
 @given(CASES)
+@settings(max_examples=60)
 def test_copies_of_stages(case: Case) -> None:
     """DualPipe holds each stage on two ranks: they sum what they keep of its gradients, once a step."""
     job, plan, costs = case
@@ -103,6 +106,7 @@ def test_copies_of_stages(case: Case) -> None:
 
 
 @given(CASES)
+@settings(max_examples=60)
 def test_pipeline(case: Case) -> None:
     """Each border between ranks is crossed there and back by all tokens, of which a tp rank may send its
     part.
@@ -118,6 +122,7 @@ def test_pipeline(case: Case) -> None:
 
 
 @given(CASES)
+@settings(max_examples=60)
 def test_only_transfers_send(case: Case) -> None:
     program, _ = program_of(*case)
     for task in program.tasks:

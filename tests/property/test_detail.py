@@ -6,7 +6,7 @@ from collections import defaultdict
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parsim.cost.cell import cell_of
@@ -45,6 +45,7 @@ def by_stream(spans: tuple[Span, ...] | list[Span]) -> dict[str, float]:
 
 
 @given(CASES, st.integers(0, 7), st.integers(1, 3))
+@settings(max_examples=60)
 def test_an_action_in_detail_is_the_same_action(case: Case, rank: int, micro_batches: int) -> None:
     rank %= case[1].pp
     timeline, details = details_of(case, rank, micro_batches)
@@ -75,6 +76,7 @@ def test_an_action_in_detail_is_the_same_action(case: Case, rank: int, micro_bat
 
 
 @given(CASES, st.integers(0, 7))
+@settings(max_examples=40)
 def test_nothing_overlaps_on_a_stream(case: Case, rank: int) -> None:
     rank %= case[1].pp
     timeline, details = details_of(case, rank, 2)
