@@ -162,10 +162,12 @@ def _key(run: Run) -> tuple[object, ...]:
 def _extended(run: Run, length: Callable[[int], N]) -> N:
     """Step time from two steps with fewer micro-batches: in a full pipeline each more takes as long.
 
-    Exact for steps that are periodic after the warm-up, as those of all schedules here are.
+    Exact for steps that are periodic after the warm-up, as those of all schedules here are. Those with
+    more forwards ahead than 1F1B, or all of them, need more micro-batches to be full.
     """
     m = run.plan.num_micro_batches(run.job)
-    few, more = run.plan.pp, 2 * run.plan.pp
+    few = run.plan.pp * (1 if run.plan.schedule in ("gpipe", "1f1b", "interleaved") else 2)
+    more = few + run.plan.pp
     if m <= more:
         return length(m)
     share = (m - more) / (more - few)

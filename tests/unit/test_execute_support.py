@@ -89,6 +89,26 @@ def test_plans_that_cannot_run_are_refused(plan: str, said: str) -> None:
         check(plan)
 
 
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ("pp=2,schedule=dualpipe", "hold each stage on two ranks"),
+        ("pp=2,schedule=pipedream", "several versions of the weights"),
+        ("pp=2,schedule=pipedream-2bw", "several versions of the weights"),
+        ("dp=2,pp=2,zero=3,schedule=dualpipev", "leaves gradients out"),
+        ("dp=2,pp=2,zero=3,schedule=zbv", "leaves gradients out"),
+    ],
+)
+def test_schedules_that_torch_has_not_or_runs_wrong(plan: str, said: str) -> None:
+    with pytest.raises(ParsimError, match=said):
+        check(plan)
+
+
+@pytest.mark.parametrize("schedule", ["zb-h1", "zb-h2", "zbv", "dualpipev", "looped-bfs"])
+def test_other_schedules_are_let_through(schedule: str) -> None:
+    check(f"dp=2,pp=2,zero=2,schedule={schedule}")
+
+
 def test_a_tied_embedding_cannot_be_on_two_stages() -> None:
     with pytest.raises(ParsimError, match="tied embeddings in a pipeline"):
         check("pp=2", tied_embeddings=True)

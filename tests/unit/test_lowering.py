@@ -301,3 +301,42 @@ def test_the_copies_of_a_stage_sum_their_gradients_before_any_update() -> None:
     for rank in (0, 1):
         reduced = [(s.name, s.start_s, s.end_s) for s in spans(step, "dp", rank)]
         assert reduced == [("copies 0", 12.0, 12.5), ("copies 1", 12.5, 12.75)]
+
+
+# Overlapped pairs
+
+
+def pair_s(part: PassTime, **stack: Any) -> float:
+    """Seconds of a forward and a backward in a pair, on the first of two ranks; W takes 1 s."""
+    base = flat_cost(2)
+    stage = replace(base.stages[0], time=PartTime(part, part, PassTime(1.0), PassTime()))
+    csv = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,1F1,1B1\n"
+    step = timeline(TWO, 2, replace(base, stages=(stage, stage)), csv=csv, **stack)
+    begin = next(s.start_s for s in spans(step, "compute") if s.name == "0F1")
+    # The pair waits for both inputs, and hands on when both of its passes are over.
+    assert begin == max(s.end_s for s in step.spans if s.rank == 1 and s.name == "1B0")
+    return next(s.start_s for s in spans(step, "compute", 1) if s.name == "1F1") - begin
+
+
+def test_a_pair_hides_its_exchanges_and_pays_for_that() -> None:
+    part = PassTime(1.0, tp_s=0.25, cp_s=0.125, ep_s=0.5)
+    # Compute 1 + 2, the ring of each pass, and a share of what is hidden twice.
+    assert pair_s(part, overlap_cost=0.0) == pytest.approx(3.0 + 2 * 0.125)
+    assert pair_s(part, overlap_cost=0.2) == pytest.approx(3.0 + 2 * (0.125 + 0.2 * 0.75))
+    # A stack whose exchanges run beside another micro-batch anyway has no more to hide of them.
+    assert pair_s(part, overlap_cost=0.0, ep_overlap="network") == pytest.approx(3.0 + 2 * (0.125 + 0.5))
+
+
+def test_a_pair_hides_no_more_than_the_other_pass_computes() -> None:
+    # Of 3 s each, 2 s run beside the backward's compute and 1 s beside the forward's.
+    assert pair_s(PassTime(1.0, ep_s=3.0), overlap_cost=0.0) == pytest.approx(
+        3.0 + (3.0 - 2.0) + (3.0 - 1.0)
+    )
+
+
+def test_the_parts_of_a_pair_reduce_and_gather_as_others_do() -> None:
+    plan = ParallelPlan(dp=2, pp=2, zero=3)
+    csv = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,1F1,1B1\n"
+    step = timeline(plan, 2, flat_cost(2, gather_s=0.5, reduce_s=0.25, buckets=2), csv=csv)
+    for rank in (0, 1):
+        assert busy(step, "dp", rank) == pytest.approx(2 * 2 * 0.5 + 2 * 0.25)

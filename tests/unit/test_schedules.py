@@ -278,6 +278,18 @@ def test_sizes_that_a_schedule_does_not_take(plan: str, m: int, said: str) -> No
         assert caught.value.hint
 
 
+@pytest.mark.parametrize(("pp", "vpp", "m"), [(2, 2, 4), (4, 2, 8), (4, 4, 8), (6, 3, 12)])
+def test_memory_of_interleaving_in_micro_batches_of_a_whole_rank(pp: int, vpp: int, m: int) -> None:
+    # Narayanan et al. 2021, section 2.2.2: 1F1B's memory times 1 + (p − 1)/(p·v); with split backwards
+    # half as many forwards run ahead, and weight gradients wait on the later ranks instead.
+    whole, split = (
+        [sum(in_flight(ParallelPlan(pp=pp, vpp=vpp, schedule=name), rank, m)) for rank in range(pp)]
+        for name in ("interleaved", "interleaved-zb")
+    )
+    assert max(whole) / vpp == pytest.approx(pp * (1 + (pp - 1) / (pp * vpp)))
+    assert set(split) == {pp * vpp}
+
+
 def test_interleaved_needs_equal_rounds() -> None:
     with pytest.raises(ParsimError, match="equal rounds"):
         interleaved(4, 2, 9)
