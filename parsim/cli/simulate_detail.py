@@ -41,6 +41,9 @@ DetailChartOption = Annotated[
     typer.Option("--detail-chart", help="Draw their operations: .png, .svg or .pdf."),
 ]
 
+LISTED = 8
+"""Actions that are listed for a reader."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetailRequest:
@@ -152,7 +155,7 @@ def _lines(details: list[ActionDetail], timeline: Timeline, rank: int) -> list[s
     from parsim.units import format_duration
 
     lines = [f"operations of {timeline.rank_name(rank)}"]
-    for detail in details:
+    for detail in details[:LISTED]:
         total: dict[str, float] = defaultdict(float)
         for span in detail.spans:
             name = span.name.partition(": ")[2]
@@ -165,4 +168,6 @@ def _lines(details: list[ActionDetail], timeline: Timeline, rank: int) -> list[s
         )
         lasting = format_duration(detail.end_s - detail.start_s)
         lines.append(f"  {detail.action!s:<8} {lasting}: {named}{hidden}")
+    if len(details) > LISTED:
+        lines.append(f"  and {len(details) - LISTED} more actions (--json has all)")
     return lines

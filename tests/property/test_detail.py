@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parsim.charts.operations import operations_figure
 from parsim.cost.cell import cell_of
 from parsim.cost.price import TimedOperation
 from parsim.cost.stage import CostModel
@@ -184,3 +185,19 @@ def test_too_much_detail_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detail, "MAX_SPANS", 100)
     with pytest.raises(ParsimError, match="more operations than"):
         details_of(case, 0, 8)
+
+
+def test_a_chart_has_a_panel_for_each_action_and_names_what_has_room() -> None:
+    model = small_model(layers=2, hidden=4096, heads=32, kv_heads=32, ffn_hidden=16384)
+    plan = ParallelPlan(dp=2, tp=4, sequence_parallel=True, zero=3)
+    job = Job(model=model, seq_len=2048, global_batch=2)
+    timeline, details = details_of(
+        (job, plan, CostModel(model, round_cluster(), plain_stack(tp_async_backward=True))), 0, 1
+    )
+    figure = operations_figure(details, timeline, rank=0)
+    assert [axes.get_title(loc="left").partition(":")[0] for axes in figure.axes] == ["0F0", "0B0"]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["compute", "tp", "dp"]
+        assert {"fc1", "fc2"} <= {text.get_text() for text in axes.texts}
+    with pytest.raises(ParsimError, match="a panel for each action"):
+        operations_figure(details * 5, timeline, rank=0)
