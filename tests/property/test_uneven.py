@@ -62,6 +62,24 @@ def test_unfolding_only_what_differs_is_exact(case: Case, data: st.DataObject) -
 
 
 @given(CASES, st.data())
+@settings(max_examples=60)
+def test_what_joins_replicas_runs_on_all_of_them_at_once(case: Case, data: st.DataObject) -> None:
+    job, plan, costs = case
+    program, _ = program_of(job, plan, costs)
+    replicas = replicas_of(plan, Unevenness(stragglers=data.draw(stragglers(plan.gpus))))
+    whole = unfolded_program(program, replicas)
+    starts, ends = replayed_times(whole)
+    running = [i for i, task in enumerate(whole.tasks) if task.rank >= 0]
+    copies = len(replicas)
+    for k, task in enumerate(program.tasks):
+        if task.joins_replicas:
+            mine = running[k * copies : (k + 1) * copies]
+            assert len({starts[i] for i in mine}) == 1
+            if task.kind == "dp":
+                assert len({ends[i] for i in mine}) == 1
+
+
+@given(CASES, st.data())
 @settings(max_examples=40)
 def test_a_straggler_never_helps_and_the_replay_is_the_longest_path(
     case: Case, data: st.DataObject
