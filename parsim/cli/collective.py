@@ -52,13 +52,30 @@ def collective(
       parsim collective --bytes 64MB --ranks 16 --stride 8 --groups 8 --hardware h100-sxm-80gb \\
         --fabric fat-tree,leaf=16,oversubscription=4
     """
-    from parsim.errors import ParsimError
-    from parsim.simulate.collectives import ALGORITHMS_OF, Collective
     from parsim.simulate.fabric import fabric_of
     from parsim.units import parse_bytes
 
     flags = Flags(hardware=hardware, inter_node=inter_node, intra_node=intra_node)
     cluster, _ = load_machine(flags)
+    size = parse_bytes(num_bytes)
+    cases = _cases(kind, size, ranks, stride, groups, chunks)
+    network = fabric_of(fabric, cluster, ranks * stride)
+    rows = [_row(alike, network) for alike in cases]
+    if as_json:
+        inputs = flags.given() | {"kind": kind, "bytes": size, "ranks": ranks, "stride": stride}
+        inputs |= {"groups": groups, "chunks": chunks, "fabric": fabric}
+        print_json(document("collective", inputs, {"algorithms": rows}))
+    else:
+        _print(rows, f"{kind} of {num_bytes} among {ranks} × {cluster.name} on {fabric}")
+
+
+def _cases(
+    kind: str, num_bytes: float, ranks: int, stride: int, groups: int, chunks: int
+) -> list[list[Collective]]:
+    """For every algorithm of this kind of collective, one in each of the groups."""
+    from parsim.errors import ParsimError
+    from parsim.simulate.collectives import ALGORITHMS_OF, Collective
+
     if kind not in ALGORITHMS_OF:
         raise ParsimError(
             "unknown collective", where="--kind", got=kind, expected=", ".join(ALGORITHMS_OF)
@@ -70,27 +87,19 @@ def collective(
             got=f"{groups} groups, stride {stride}",
             expected="1 to stride",
         )
-    network = fabric_of(fabric, cluster, ranks * stride)
-    size = parse_bytes(num_bytes)
-    rows = []
-    for algorithm in ALGORITHMS_OF[kind]:
-        alike = [
+    return [
+        [
             Collective(
                 kind=kind,
                 algorithm=algorithm,
-                num_bytes=size,
+                num_bytes=num_bytes,
                 gpus=tuple(range(first, ranks * stride, stride)),
                 chunks=chunks,
             )
             for first in range(groups)
         ]
-        rows.append(_row(alike, network))
-    if as_json:
-        inputs = flags.given() | {"kind": kind, "bytes": size, "ranks": ranks, "stride": stride}
-        inputs |= {"groups": groups, "chunks": chunks, "fabric": fabric}
-        print_json(document("collective", inputs, {"algorithms": rows}))
-    else:
-        _print(rows, f"{kind} of {num_bytes} among {ranks} × {cluster.name} on {fabric}")
+        for algorithm in ALGORITHMS_OF[kind]
+    ]
 
 
 def _row(alike: list[Collective], network: Fabric) -> dict[str, Any]:

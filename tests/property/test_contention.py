@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parsim.cost.stage import CostModel
+from parsim.hardware import Link
 from parsim.plan import ASYNCHRONOUS_SCHEDULES
 from parsim.simulate.contention import Contention, predict_over
 from parsim.simulate.fabric import fabric_of
@@ -73,3 +75,20 @@ def test_alone_a_transfer_asks_no_more_of_an_interface_than_it_has(case: Case, t
             if "gpu" in ends and "nvswitch" not in ends:
                 asked = times * way.num_bytes / task.duration_s
                 assert asked <= load.links[kind].bytes_per_s * (1 + 1e-9), task
+
+
+@given(CASES, st.floats(1, 4))
+@settings(max_examples=40)
+def test_more_bandwidth_never_slows_a_step_that_shares_nothing(case: Case, factor: float) -> None:
+    job, plan, costs = case
+
+    def faster(link: Link) -> Link:
+        return replace(link, bandwidth_bytes_per_s=factor * link.bandwidth_bytes_per_s)
+
+    cluster = costs.cluster
+    for wider in (
+        replace(cluster, inter_node=faster(cluster.inter_node)),
+        replace(cluster, intra_node=faster(cluster.intra_node)),
+    ):
+        quick = predict(job, plan, CostModel(costs.model, wider, costs.stack))[0].step_time_s
+        assert quick <= predict(*case)[0].step_time_s * (1 + 1e-9)
