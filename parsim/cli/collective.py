@@ -73,12 +73,16 @@ def _cases(
     kind: str, num_bytes: float, ranks: int, stride: int, groups: int, chunks: int
 ) -> list[list[Collective]]:
     """For every algorithm of this kind of collective, one in each of the groups."""
-    from parsim.errors import ParsimError
+    from parsim.errors import ParsimError, did_you_mean
     from parsim.simulate.collectives import ALGORITHMS_OF, Collective
 
     if kind not in ALGORITHMS_OF:
         raise ParsimError(
-            "unknown collective", where="--kind", got=kind, expected=", ".join(ALGORITHMS_OF)
+            "unknown collective",
+            where="--kind",
+            got=kind,
+            expected=", ".join(ALGORITHMS_OF),
+            hint=did_you_mean(kind, ALGORITHMS_OF),
         )
     if min(ranks, stride, groups) < 1 or groups > stride:
         raise ParsimError(

@@ -32,8 +32,8 @@ from parsim.simulate.messages import (
 )
 from parsim.simulate.patterns import summing_tree
 
-MAX_MESSAGES = 400_000
-"""More take minutes."""
+MAX_MESSAGES = 200_000
+"""Of one collective; more take minutes."""
 ALGORITHMS_OF: Mapping[str, tuple[str, ...]] = {
     "all_reduce": ("ring", "tree", "hierarchical", "in-switch"),
     "all_gather": ("ring",),
@@ -88,14 +88,12 @@ def messages_of(collective: Collective, fabric: Fabric) -> list[Message]:
     """
     kind, num_bytes, chunks = collective.kind, collective.num_bytes, collective.chunks
     places: list[Node] = [("gpu", gpu) for gpu in collective.gpus]
-    p = len(places)
-    if p * max(p, 2 * chunks) > MAX_MESSAGES:
-        raise ParsimError("too many messages to simulate one by one", got=f"{p} ranks, {chunks} chunks")
+    domains = list(_domains(collective, fabric).values())
+    _check_count(collective, len(places), len(domains))
     if collective.algorithm == "pairwise":
         return exchange(places, num_bytes)
     if collective.algorithm == "chain":
         return chain(places, num_bytes, chunks)
-    domains = list(_domains(collective, fabric).values())
     if len({len(ranks) for ranks in domains}) > 1:
         raise ParsimError(
             "this needs as many ranks in every domain",
@@ -111,6 +109,24 @@ def messages_of(collective: Collective, fabric: Fabric) -> list[Message]:
     if len(domains) == 1 and collective.algorithm == "in-switch":
         return tree(_switch_tree(places, fabric), num_bytes, chunks)
     return two_levels(domains, num_bytes, _between(collective, fabric))
+
+
+def _check_count(collective: Collective, ranks: int, domains: int) -> None:
+    """Raises ParsimError where there are more messages than can be simulated one by one."""
+    local = -(-ranks // domains)
+    count = {
+        "ring": 2 * ranks**2 * (local if domains > 1 else 1),
+        "pairwise": ranks**2,
+        "hierarchical": 2 * ranks * (local + domains),
+    }.get(collective.algorithm, 4 * ranks * collective.chunks)
+    if count > MAX_MESSAGES:
+        raise ParsimError(
+            "too many messages to simulate one by one",
+            where=collective.algorithm,
+            got=f"about {count:,} among {ranks} ranks",
+            expected=f"at most {MAX_MESSAGES:,}",
+            hint="fewer ranks, or fewer chunks where data is passed on in chunks",
+        )
 
 
 def _between(collective: Collective, fabric: Fabric) -> Between:
