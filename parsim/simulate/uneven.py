@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 from parsim.errors import ParsimError
@@ -103,14 +104,14 @@ def replicas_of(plan: ParallelPlan, uneven: Unevenness) -> tuple[Replica, ...]:
     )
 
 
-def _waiting_with(plan: ParallelPlan, at: Coordinate) -> range:
+def _waiting_with(plan: ParallelPlan, at: Coordinate) -> Sequence[int]:
     """Data-parallel indices of the pipelines whose layers wait for this device's."""
     if plan.ep == 1:
-        return range(at.dp, at.dp + 1)
-    pipeline = plan.cp * plan.tp
-    place = (at.dp * plan.cp + at.cp) * plan.tp + at.tp
-    first = place // plan.expert_ranks * plan.expert_ranks
-    return range(first // pipeline, -(-(first + plan.expert_ranks) // pipeline))
+        return (at.dp,)
+    places = product(range(plan.dp), range(plan.cp), range(plan.tp))
+    stage = sorted((Coordinate(at.pp, *place) for place in places), key=plan.rank)
+    first = stage.index(at) // plan.expert_ranks * plan.expert_ranks
+    return sorted({other.dp for other in stage[first : first + plan.expert_ranks]})
 
 
 def uneven_program(program: Program, plan: ParallelPlan, uneven: Unevenness) -> Program:

@@ -17,6 +17,7 @@ from parsim.mesh import mesh_axes, part_of
 from parsim.plan import USUAL_PLACEMENT, Coordinate, Job, ParallelPlan, parse_plan
 from parsim.schedule.check import check_plan
 from parsim.simulate.prediction import predict
+from parsim.simulate.uneven import Straggler, Unevenness, replicas_of
 from tests.builders import plain_stack, round_cluster, small_model
 
 PLACEMENTS = ["-".join(order) for order in permutations(USUAL_PLACEMENT.split("-"))]
@@ -138,3 +139,16 @@ def test_a_placement_that_tears_groups_is_refused(text: str, words: str) -> None
     job = Job(model=small_model(), seq_len=256, global_batch=12)
     with pytest.raises(ParsimError, match=words):
         check_plan(job, plan, round_cluster())
+
+
+@pytest.mark.parametrize(
+    ("placement", "slowed"), [(USUAL_PLACEMENT, (0, 1)), ("dp-tp-cp-pp", (0, 1, 2, 3))]
+)
+def test_those_who_share_experts_with_a_straggler_wait_for_it(
+    placement: str, slowed: tuple[int, ...]
+) -> None:
+    """Four neighbouring ranks share experts: two pipelines of two, or one rank of each of four."""
+    plan = ParallelPlan(dp=4, tp=2, ep=4, placement=placement)
+    uneven = Unevenness(stragglers=(Straggler(0, slow=2.0),))
+    found = [r.members for r in replicas_of(plan, uneven) if r.slow == (2.0,)]
+    assert found == [slowed]
