@@ -150,6 +150,7 @@ def test_older_versions_are_kept_as_they_are_computed_with(schedule: str, versio
     first = CostModel(small_model(), round_cluster(), plain_stack())
     job = Job(model=small_model(), seq_len=256, global_batch=8)
     stage = step_cost(job, ParallelPlan(pp=4), first).stages[0]
+    assert whole["weights"] == pytest.approx(stage.parameters * weight_bytes("bf16"))
     older = (versions - 1) * stage.parameters * weight_bytes("bf16")
     assert stale["weights"] - whole["weights"] == pytest.approx(older)
     assert stale["activations"] == whole["activations"]

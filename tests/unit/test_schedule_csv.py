@@ -75,6 +75,8 @@ DEADLOCKS = {
         "rank 0: 0I0 waits for 1B0 of rank 1",
         "rank 1: (1F1;1B0)OVERLAP_F_B waits for 0F1 of rank 0, which stands behind 0I0",
     ],
+    # A weight gradient before the input gradient that it is split from.
+    "0F0,0W0,0I0\n": ["rank 0: 0W0 waits for 0I0 of rank 0, which stands behind 0W0"],
     # A receive that stands before a send that it needs.
     "0F0,0RECV_B0,0SEND_F0,0B0\n1RECV_F0,1F0,1B0,1SEND_B0\n": [
         "rank 0: 0RECV_B0 waits for 1SEND_B0 of rank 1, which stands behind 1RECV_F0",
