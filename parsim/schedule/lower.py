@@ -127,7 +127,8 @@ class _Lowering:
         """The compute of one action, in pieces or whole, with its communication."""
         cut = self.sync.cut(action)
         part = time if cut.pieces == 1 else time.times(1 / cut.pieces)
-        part = part.plus(PassTime(cut.takes_s / cut.pieces))
+        if cut.waits_for_update or cut.gathers or cut.reduces:
+            part = part.plus(PassTime(cut.takes_s / cut.pieces))
         for piece in range(cut.pieces):
             after = tuple(self.work.chain[rank][-1:])
             if piece == 0:

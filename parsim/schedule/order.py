@@ -76,12 +76,12 @@ class Needs:
         A receive waits for its send, as torch's own check of schedules has it.
         """
         stage, kind, i, parts = action
-        for part in parts:
-            yield from (need for need in self.of(part) if need not in parts)
         if kind == WEIGHT_GRAD:
             yield Action(stage, INPUT_GRAD, i)
         elif kind in KINDS:
             yield from self._inputs(action)
+        elif parts:
+            yield from (need for part in parts for need in self.of(part) if need not in parts)
         elif kind == SEND_FORWARD:
             yield Action(stage, FORWARD, i)
         elif kind == SEND_BACKWARD:
