@@ -146,6 +146,9 @@ class Stack:
     fused_experts: bool = False
     """Casts, biases and the activation run inside the experts' grouped products, graphs launch the whole
     layer, and every exchange has another micro-batch's compute beside it."""
+    pair_overlap: bool = True
+    """The passes of an overlapped pair (DualPipe) hide each other's exchanges; else they run one after
+    the other, as torch's pipeline runtime runs them by itself."""
     pp_overlap: bool = True
     """Pipeline sends run beside compute; else both ends wait for them."""
     pp_over_network: bool = False

@@ -58,6 +58,7 @@ def stacks(draw: st.DrawFn) -> Stack:
         zero_prefetch=draw(st.sampled_from([None, 0, 1])),
         moe_dispatch=draw(st.sampled_from(["all_to_all", "deduplicated"])),
         ep_overlap=draw(st.sampled_from(["never", "network"])),
+        pair_overlap=draw(st.booleans()),
         pp_overlap=draw(st.booleans()),
         pp_scatter_gather=draw(st.booleans()),
     )

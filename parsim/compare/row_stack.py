@@ -41,7 +41,14 @@ FUSED_EXPERTS_SINCE = "26.06"
 blocks: cutedsl_fused_grouped_mlp, full_iteration graphs and moe_a2a_overlap in its workload configs."""
 
 ROW_SETTINGS = (
-    *("fused_elementwise", "fp8_scaling", "dp_overlap", "pp_overlap", "tp_async_backward"),
+    *(
+        "fused_elementwise",
+        "fp8_scaling",
+        "dp_overlap",
+        "pp_overlap",
+        "pair_overlap",
+        "tp_async_backward",
+    ),
     *("fsdp_prefetch", "gradient_dtype", "fused_experts"),
 )
 """Settings of a Stack that a row may state for itself."""
@@ -88,7 +95,12 @@ def stack_of(cells: Cells, library: Library) -> Stack:
     if NO_OVERLAP in cells.text("notes").lower():
         cells.assumed.append("no overlap of communication, by the row's notes")
         stack = replace(
-            stack, dp_overlap=False, pp_overlap=False, tp_async_backward=False, fsdp_prefetch=0
+            stack,
+            dp_overlap=False,
+            pp_overlap=False,
+            pair_overlap=False,
+            tp_async_backward=False,
+            fsdp_prefetch=0,
         )
     if REDUCED_IN_BF16 in cells.text("notes"):
         cells.assumed.append("gradients reduced in bf16, as the performance recipes set")

@@ -110,8 +110,11 @@ class _Lowering:
         if action.kind in KINDS:
             self._add_computation(rank, action, self.times[action.stage, action.kind])
             self._hand_on(rank, action)
-        elif action.parts:
+        elif action.parts and self.stack.pair_overlap:
             self._add_pair(rank, action.parts)
+        elif action.parts:
+            for part in action.parts:
+                self.add_action(rank, part)
         elif action.kind in (SEND_FORWARD, SEND_BACKWARD):
             arrival = self._goes_to(action)
             assert arrival is not None

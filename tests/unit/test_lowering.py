@@ -327,6 +327,18 @@ def test_a_pair_hides_its_exchanges_and_pays_for_that() -> None:
     assert pair_s(part, overlap_cost=0.0, ep_overlap="network") == pytest.approx(3.0 + 2 * (0.125 + 0.5))
 
 
+def test_where_nothing_hides_a_pair_it_is_two_passes() -> None:
+    part = PassTime(1.0, tp_s=0.25, ep_s=0.5)
+    base = flat_cost(2)
+    stage = replace(base.stages[0], time=PartTime(part, part, PassTime(1.0), PassTime()))
+    cost = replace(base, stages=(stage, stage))
+    pair = "0F0,(0F1;0B0)OVERLAP_F_B,0B1\n1F0,1B0,1F1,1B1\n"
+    apart = "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"
+    one = timeline(TWO, 2, cost, csv=pair, pair_overlap=False)
+    assert one == timeline(TWO, 2, cost, csv=apart)
+    assert one != timeline(TWO, 2, cost, csv=pair)
+
+
 def test_a_pair_hides_no_more_than_the_other_pass_computes() -> None:
     # Of 3 s each, 2 s run beside the backward's compute and 1 s beside the forward's.
     assert pair_s(PassTime(1.0, ep_s=3.0), overlap_cost=0.0) == pytest.approx(
