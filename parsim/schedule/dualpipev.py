@@ -8,6 +8,7 @@ is an overlapped pair, B a whole backward and W a weight gradient; activations o
 from __future__ import annotations
 
 from collections import Counter, deque
+from dataclasses import dataclass, field
 
 from parsim.errors import ParsimError
 from parsim.schedule.action import (
@@ -63,57 +64,68 @@ def two_way_actions(
     The rank has `place` ranks before it on the way to where the streams cross, `depth` ranks away from
     the start. Each stage runs `num_micro_batches`, from `first` on (0 where it does not say).
     """
-    actions: list[Action] = []
-    count: Counter[tuple[int, str]] = Counter()
-    waiting: deque[Action] = deque()  # weight gradients that are yet to run
-
-    def take(stage: int, kind: str) -> Action:
-        """The stage's next action of a kind; whole and split backwards are counted together."""
-        lane = FORWARD if kind == FORWARD else BACKWARD
-        action = Action(stage, kind, count[stage, lane] + (first or {}).get(stage, 0))
-        count[stage, lane] += 1
-        if kind == INPUT_GRAD:
-            waiting.append(action._replace(kind=WEIGHT_GRAD))
-        return action
-
-    def run(stage: int, kind: str) -> None:
-        actions.append(take(stage, kind))
-
-    def run_pair(forward_stage: int, backward_stage: int) -> None:
-        actions.append(overlapped(take(forward_stage, FORWARD), take(backward_stage, BACKWARD)))
-
-    def run_waiting() -> None:
-        if waiting:
-            actions.append(waiting.popleft())
-
+    rank = _Rank(first=first or {})
     before, after = place + 1, depth - place - 1
     for _ in range(2 * after):
-        run(near, FORWARD)
+        rank.run(near, FORWARD)
     for _ in range(before):
-        run(near, FORWARD)
-        run(far, FORWARD)
+        rank.run(near, FORWARD)
+        rank.run(far, FORWARD)
     for _ in range(after):
-        run(far, INPUT_GRAD)
-        run_waiting()
-        run(far, FORWARD)
+        rank.run(far, INPUT_GRAD)
+        rank.run_waiting()
+        rank.run(far, FORWARD)
     for k in range(num_micro_batches - 2 * depth + before):
         if k == 0 and after == 0:
             # Where the streams cross, the backward's input is this rank's own: a pair would wait.
-            run(near, FORWARD)
-            run(far, BACKWARD)
+            rank.run(near, FORWARD)
+            rank.run(far, BACKWARD)
         else:
-            run_pair(near, far)
-        run_pair(far, near)
+            rank.run_pair(near, far)
+        rank.run_pair(far, near)
     for _ in range(after):
-        run(far, BACKWARD)
-        run_pair(far, near)
+        rank.run(far, BACKWARD)
+        rank.run_pair(far, near)
     # The second half of what is left is split, so that weight gradients fill the cool-down.
-    whole, end = before, 2 * before
-    for k in range(end):
-        run(near if k % 2 else far, BACKWARD if k < whole else INPUT_GRAD)
+    for k in range(2 * before):
+        rank.run(near if k % 2 else far, BACKWARD if k < before else INPUT_GRAD)
     for _ in range(after):
-        run_waiting()
-        run(near, INPUT_GRAD)
-    while waiting:
-        run_waiting()
-    return tuple(actions)
+        rank.run_waiting()
+        rank.run(near, INPUT_GRAD)
+    while rank.waiting:
+        rank.run_waiting()
+    return tuple(rank.actions)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rank:
+    """The actions of a rank so far."""
+
+    first: dict[int, int]
+    actions: list[Action] = field(default_factory=list)
+    count: Counter[tuple[int, bool]] = field(default_factory=Counter)
+    """Forwards and backwards (whole or split) of each stage."""
+    waiting: deque[Action] = field(default_factory=deque)
+    """Weight gradients that are yet to run."""
+
+    def run(self, stage: int, kind: str) -> None:
+        """A stage's next forward, backward or input gradient."""
+        self.actions.append(self._next(stage, kind))
+
+    def run_pair(self, forward_stage: int, backward_stage: int) -> None:
+        """The next forward of one stage and backward of another at once."""
+        pair = self._next(forward_stage, FORWARD), self._next(backward_stage, BACKWARD)
+        self.actions.append(overlapped(*pair))
+
+    def run_waiting(self) -> None:
+        """The oldest weight gradient that waits, if any does."""
+        if self.waiting:
+            self.actions.append(self.waiting.popleft())
+
+    def _next(self, stage: int, kind: str) -> Action:
+        lane = stage, kind == FORWARD
+        action = Action(stage, kind, self.first.get(stage, 0) + self.count[lane])
+        self.count[lane] += 1
+        if kind == INPUT_GRAD:
+            self.waiting.append(action._replace(kind=WEIGHT_GRAD))
+        return action

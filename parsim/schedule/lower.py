@@ -110,6 +110,7 @@ class _Lowering:
         if action.kind in KINDS:
             self._add_computation(rank, action, self.times[action.stage, action.kind])
             self._hand_on(rank, action)
+            self.sync.done(rank, action)
         elif action.parts and self.stack.pair_overlap:
             self._add_pair(rank, action.parts)
         elif action.parts:
@@ -140,7 +141,6 @@ class _Lowering:
             end = self._compute(rank, action, part, after, piece, cut.pieces)
             self.work.chain[rank].append(end)
             self.sync.gradients(rank, action, cut, end)
-        self.sync.done(rank, action)
 
     def _add_pair(self, rank: int, parts: tuple[Action, ...]) -> None:
         """Two passes at once: their compute adds up, and each one's exchanges run beside the other's.

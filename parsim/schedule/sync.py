@@ -160,7 +160,7 @@ class ReplicaSync:
             self._reduce(rank, stage, 1, tuple(self.work.chain[rank][-1:]))
 
     def done(self, rank: int, action: Action) -> None:
-        """What follows an action and its reductions at once: nothing, where the step ends in a flush."""
+        """What follows an action and its send at once: nothing, where a flush ends the step."""
 
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""

@@ -80,9 +80,10 @@ def test_a_round_trip_of_all_in_flight_is_the_other_limit(m: int) -> None:
 def test_updates_come_after_every_micro_batch_or_every_step(m: int) -> None:
     cost = flat_cost(4, optimizer_s=0.5)
     assert step_s(PIPEDREAM, m, cost) == pytest.approx(m * (3.0 + 0.5))
+    # A gradient goes on its way before the update, so updates of different ranks run side by side.
+    assert step_s(TWO_BW, m, cost) == pytest.approx(m * 3.0 + 0.5)
     updates = [s for s in steady(TWO_BW, m, cost).spans if s.kind == "optimizer"]
     assert len(updates) == 4 * steps_shown(TWO_BW, m)
-    assert m * 3.0 + 0.5 - 1e-9 <= step_s(TWO_BW, m, cost) <= m * 3.0 + 4 * 0.5
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -14,6 +14,7 @@ from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits, ParsimError
 from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
+from parsim.schedule import SCHEDULES
 from parsim.schedule.check import plan_problems
 from parsim.search.search import OUT_OF_MEMORY, search
 from parsim.search.space import Constraints
@@ -157,6 +158,19 @@ def test_what_the_search_says_of_a_plan_is_what_a_replay_says() -> None:
         assert found.step_time_s == pytest.approx(replayed.step_time_s, rel=1e-12)
         assert found.breakdown_s == pytest.approx(replayed.breakdown_s, abs=1e-12)
         assert found.memory == replayed.memory
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_best_plan_of_every_schedule_is_found(schedule: str) -> None:
+    of = space(8, 80e9, small_model(layers=16), batch=16)
+    only = Constraints(schedule=(schedule,), zero=(0,), recompute=("none",))
+    everything = search(of.job, of.gpus, of.costs, constraints=only, top=10_000)
+    assert everything.plans
+    assert {p.plan.schedule for p in everything.plans} == {schedule}
+    best = search(of.job, of.gpus, of.costs, constraints=only, top=1)
+    assert best.optimal
+    least_s = min(predict(of.job, p.plan, of.costs)[0].step_time_s for p in everything.plans)
+    assert best.plans[0].step_time_s == pytest.approx(least_s, rel=1e-12)
 
 
 def test_without_time_there_are_plans_but_no_proof() -> None:

