@@ -11,6 +11,7 @@ from parsim.cli.main import run_command
 from parsim.cost.step import StepCost
 from parsim.errors import ParsimError
 from parsim.plan import ParallelPlan
+from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.action import Action, Schedule
 from parsim.schedule.check_actions import check_schedule
 from parsim.schedule.csv_file import schedule_from_csv
@@ -119,6 +120,22 @@ def test_the_command_line_replays_written_transfers(
         assert run_command([*SIMULATE, "--schedule-csv", str(path), "--json"]) == 0
         seconds.append(json.loads(capsys.readouterr().out)["step_time_s"])
     assert seconds[1] > seconds[0]
+
+
+@pytest.mark.parametrize("schedule", SYNCHRONOUS_SCHEDULES)
+def test_an_exported_schedule_is_read_back(
+    schedule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vpp = ",vpp=2" if schedule.startswith("interleaved") else ""
+    job = f"--model tiny-llama-8l --hardware a100-sxm-80gb --plan pp=2,schedule={schedule}{vpp} --json"
+    path = tmp_path / "exported.csv"
+    export = f"export pp=2,schedule={schedule}{vpp} --to schedule-csv --model tiny-llama-8l"
+    assert run_command([*export.split(), "--hardware", "a100-sxm-80gb", "-o", str(path)]) == 0
+    assert ("cannot run this" in capsys.readouterr().err) == (schedule == "dualpipe")
+    assert run_command(["simulate", *job.split(), "--schedule-csv", str(path)]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert run_command(["simulate", *job.split()]) == 0
+    assert json.loads(capsys.readouterr().out)["step_time_s"] == read["step_time_s"]
 
 
 # Explicit transfers
