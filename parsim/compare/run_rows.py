@@ -21,7 +21,7 @@ from parsim.hardware import Cluster
 from parsim.model import ModelSpec
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule.check import check_plan
-from parsim.search.search import fullest_rank
+from parsim.search.fullest import fullest_rank
 from parsim.stack import Stack
 
 OMNI_PATH_SHARE = 0.27

@@ -105,6 +105,40 @@ def sharded(stage: StageCost, plan: ParallelPlan) -> float:
     return stage.dense_parameters / dense_ranks + stage.expert_parameters / expert_ranks
 
 
+def model_states(
+    stages: Sequence[StageCost],
+    job: Job,
+    plan: ParallelPlan,
+    stack: Stack,
+    *,
+    weight_versions: int = 1,
+) -> MemoryUse:
+    """What a rank that holds `stages` keeps whatever its micro-batches are, without slack.
+
+    Of several versions of the weights the older ones are kept as they are computed with.
+    """
+    whole = sum(stage.parameters for stage in stages)
+    shards = sum(sharded(stage, plan) for stage in stages)
+    working = buffers = 0.0
+    if stack.empty_gradients:
+        working += max(stage.distinct_parameters for stage in stages) * weight_bytes(job.precision)
+    if plan.zero == 3:
+        # The part that runs and those gathered ahead; without any, the buffer that it is gathered into.
+        largest = max(stage.largest_part_parameters for stage in stages)
+        buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
+    gradients = (shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack)
+    older = (weight_versions - 1) * whole * weight_bytes(job.precision)
+    return MemoryUse(
+        weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack) + older,
+        gradients=gradients,
+        residuals=gradients if keeps_residual(parse_compression(plan.compression)) else 0.0,
+        optimizer=shards * optimizer_bytes(job, stack),
+        activations=0.0,
+        working=working,
+        buffers=buffers,
+    )
+
+
 def rank_memory(
     stages: Sequence[StageCost],
     in_flight: Sequence[float],
@@ -114,50 +148,39 @@ def rank_memory(
     *,
     weight_versions: int = 1,
 ) -> MemoryUse:
-    """Memory of a rank that holds `stages`, with `in_flight` micro-batches kept for each of them.
-
-    Of several versions of the weights the older ones are kept as they are computed with.
-    """
+    """Memory of a rank that holds `stages`, with `in_flight` micro-batches kept for each of them."""
     cell = cell_of(job, plan)
-    whole = sum(stage.parameters for stage in stages)
-    shards = sum(sharded(stage, plan) for stage in stages)
-    working = _working_bytes(job.model, cell)
-    working += max(stage.recomputed_bytes for stage in stages)
-    if stack.empty_gradients:
-        working += max(stage.distinct_parameters for stage in stages) * weight_bytes(job.precision)
-    buffers = 0.0
-    if plan.pp > 1:
-        boundary = cell.local_tokens * job.model.hidden * cell.activation_bytes
-        buffers += 2 * boundary * plan.vpp
-    if plan.zero == 3:
-        # The part that runs and those gathered ahead; without any, the buffer that it is gathered into.
-        largest = max(stage.largest_part_parameters for stage in stages)
-        buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
-    gradients = (shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack)
-    older = (weight_versions - 1) * whole * weight_bytes(job.precision)
-    use = MemoryUse(
-        weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack) + older,
-        gradients=gradients,
-        residuals=gradients if keeps_residual(parse_compression(plan.compression)) else 0.0,
-        optimizer=shards * optimizer_bytes(job, stack),
+    states = model_states(stages, job, plan, stack, weight_versions=weight_versions)
+    recomputed = max(stage.recomputed_bytes for stage in stages)
+    use = replace(
+        states,
         activations=sum(
             stage.saved_bytes * count for stage, count in zip(stages, in_flight, strict=True)
         ),
-        working=working,
-        buffers=buffers,
+        working=states.working + working_bytes(job.model, cell) + recomputed,
+        buffers=states.buffers + receive_buffers(plan) * boundary_bytes(job.model, cell),
     )
     return replace(use, slack=stack.allocator_slack * use.peak)
 
 
-def _working_bytes(model: ModelSpec, cell: Cell) -> float:
+def receive_buffers(plan: ParallelPlan) -> int:
+    """Micro-batches that a pipeline rank has room to receive: two for each chunk."""
+    return 2 * plan.vpp if plan.pp > 1 else 0
+
+
+def boundary_bytes(model: ModelSpec, cell: Cell) -> float:
+    """A micro-batch's activations between two stages."""
+    return cell.local_tokens * model.hidden * cell.activation_bytes
+
+
+def working_bytes(model: ModelSpec, cell: Cell) -> float:
     """Gradients of a layer's input and output, those on both sides of the activation, a gathered
     sequence.
     """
     e = cell.activation_bytes
-    boundary = cell.local_tokens * model.hidden * e
     widest = cell.tokens * (3 if model.gated_mlp else 2) * _widest_feed_forward(model) / cell.tp * e
     gathered = cell.tokens * model.hidden * e if cell.sequence_parallel else 0
-    return 2 * boundary + widest + gathered
+    return 2 * boundary_bytes(model, cell) + widest + gathered
 
 
 def _widest_feed_forward(model: ModelSpec) -> int:

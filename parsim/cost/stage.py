@@ -86,7 +86,8 @@ class CostModel:
         moe, window = self.model.is_moe_layer(layer), self.model.is_window_layer(layer)
         return f"{'moe' if moe else 'dense'} layer{' with window' if window else ''}"
 
-    def _part(self, cell: Cell, kind: str) -> PartCost:
+    def part(self, cell: Cell, kind: str) -> PartCost:
+        """A part of the model: one of those in `kinds`."""
         if (cell, kind) not in self._parts:
             if kind == EMBEDDING:
                 replicated = replicated_embedding_parameters(self.model)
@@ -106,7 +107,7 @@ class CostModel:
 
     def layer(self, cell: Cell, layer: int) -> PartCost:
         """Layer `layer` (from 0)."""
-        return self._part(cell, self._kind(layer))
+        return self.part(cell, self._kind(layer))
 
     def _layer_of(self, kind: str) -> int:
         """The first layer of a kind; of a multi-token prediction module the last, which it is like."""
@@ -181,7 +182,7 @@ class CostModel:
 
     def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
         """Every stage of a split (layers of each stage in order); embedding first, head last."""
-        return tuple(self._stage(cell, kinds) for kinds in self.kinds(split))
+        return tuple(self.stage(cell, kinds) for kinds in self.kinds(split))
 
     def kinds(self, split: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
         """The parts of every stage of a split, in order."""
@@ -217,10 +218,11 @@ class CostModel:
             operations = tuple(op for op in operations if op.name != "head")
         return layer_weights(model, operations, merged=self.stack.merged_products)
 
-    def _stage(self, cell: Cell, kinds: tuple[str, ...]) -> StageCost:
+    def stage(self, cell: Cell, kinds: tuple[str, ...]) -> StageCost:
+        """A stage of these parts."""
         key = cell, kinds
         if key not in self._stages:
-            parts = [self._part(cell, kind) for kind in kinds]
+            parts = [self.part(cell, kind) for kind in kinds]
             # The last stage of a pipeline holds its own copy of tied embeddings.
             tied = self.model.tied_embeddings and HEAD in kinds and EMBEDDING not in kinds
             copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0

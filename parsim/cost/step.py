@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from parsim.cost.cell import cell_of
+from parsim.cost.cell import Cell, cell_of
 from parsim.cost.collective import Group, collective_s, group_over, send_recv_s, wire_factor
 from parsim.cost.memory import gradient_bytes, sharded
 from parsim.cost.stage import CostModel, StageCost
@@ -15,7 +15,7 @@ from parsim.cost.sync import StageSync, stage_sync
 from parsim.cost.traffic import Traffic
 from parsim.cost.weights import NO_WEIGHTS
 from parsim.hardware import Cluster
-from parsim.mesh import group_size, mesh_axes
+from parsim.mesh import Axis, group_size, mesh_axes
 from parsim.plan import Job, ParallelPlan, stage_layers
 
 EXTREMES_BYTES = 1024.0
@@ -144,21 +144,33 @@ def _pair(one: int, other: int, plan: ParallelPlan, cluster: Cluster) -> Group:
 
 
 def _send(stage: int, job: Job, plan: ParallelPlan, costs: CostModel) -> tuple[float, float]:
-    """Seconds and bytes from each device of a micro-batch's activations on their way to the next stage.
-
-    What the receivers gather among themselves takes time, and is not counted as sent.
-    """
-    cell, cluster = cell_of(job, plan), costs.cluster
+    """Seconds and bytes from each device of a micro-batch's activations on their way to a next stage."""
     source, target = plan.stage_rank(stage), plan.stage_rank(stage + 1)
     if source == target:
         return 0.0, 0.0
-    whole = cell.tokens * job.model.hidden * cell.activation_bytes
-    cut = plan.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
-    local = _pair(source, target, plan, cluster).domains == 1 and not costs.stack.pp_over_network
+    local = is_local(source, target, plan, costs)
+    return send_between(cell_of(job, plan), mesh_axes(plan, "tp"), costs, local=local)
+
+
+def is_local(source: int, target: int, plan: ParallelPlan, costs: CostModel) -> bool:
+    """Whether transfers between two pipeline ranks stay inside a scale-up domain."""
+    local = _pair(source, target, plan, costs.cluster).domains == 1
+    return local and not costs.stack.pp_over_network
+
+
+def send_between(
+    cell: Cell, tp_axes: tuple[Axis, ...], costs: CostModel, *, local: bool
+) -> tuple[float, float]:
+    """Seconds and bytes from each device of a micro-batch's activations between two pipeline ranks.
+
+    What the receivers gather among themselves takes time, and is not counted as sent.
+    """
+    cluster = costs.cluster
+    whole = cell.tokens * costs.model.hidden * cell.activation_bytes
+    cut = cell.tp if cell.sequence_parallel or costs.stack.pp_scatter_gather else 1
     seconds = send_recv_s(cluster, whole / cut, local=local)
     if cut > 1 and not cell.sequence_parallel:
         # Narayanan et al. 2021, section 4.1: each tp rank sends its part, the receivers gather them.
-        seconds += collective_s(
-            cluster, "all_gather", whole, group_over(cluster, mesh_axes(plan, "tp"), gpus=plan.gpus)
-        )
+        group = group_over(cluster, tp_axes, gpus=cell.gpus)
+        seconds += collective_s(cluster, "all_gather", whole, group)
     return seconds, whole / cut

@@ -34,13 +34,13 @@ def check_plan(job: Job, plan: ParallelPlan, cluster: Cluster) -> None:
 def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
     """Everything that makes a plan illegal for a job; whether it fits in memory is another question."""
     peak_flops_per_s(cluster.device, job.precision)
-    yield from _batch_problems(job, plan)
-    yield from _tensor_problems(job, plan)
-    yield from _pipeline_problems(job, plan)
-    yield from _group_problems(job, plan)
+    yield from batch_problems(job, plan)
+    yield from tensor_problems(job, plan)
+    yield from pipeline_problems(job, plan)
+    yield from group_problems(job, plan)
     yield from _reduction_problems(plan)
     if plan.placement != USUAL_PLACEMENT:
-        yield from _placement_problems(plan, cluster)
+        yield from placement_problems(plan, cluster)
 
 
 def divisors(n: int) -> list[int]:
@@ -57,7 +57,7 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+def batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     if job.global_batch % (plan.dp * plan.micro_batch):
         yield ParsimError(
             "dp·micro_batch does not divide the global batch",
@@ -68,7 +68,7 @@ def _batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
 
 
-def _tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+def tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     model = job.model
     for what, size in (("query heads", model.heads), ("KV heads", model.kv_heads)):
         if size % plan.tp:
@@ -102,7 +102,7 @@ def _tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
 
 
-def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+def pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     if plan.schedule not in SCHEDULES:
         yield unknown_schedule(plan.schedule)
         return
@@ -173,7 +173,7 @@ def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
 
 
-def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+def group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     moe = job.model.moe
     if plan.cp > 1 and job.seq_len % (2 * plan.cp):
         yield ParsimError(
@@ -222,7 +222,7 @@ def _group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
         )
 
 
-def _placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
+def placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
     """Where dimensions lie in another order than usual, scale-up domains hold them in whole blocks."""
     domain, block = cluster.scale_up_domain, 1
     for dimension in plan.placement.split("-"):

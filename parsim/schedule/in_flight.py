@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from operator import le, mul
 
 from parsim.plan import ParallelPlan
 from parsim.schedule import make_schedule
 from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, computations
 from parsim.schedule.interleaved import micro_batches_per_round, warmup_forwards
+
+STEADY_ROUNDS = 4
+"""Rounds of micro-batches (2·pp or more where they do not come in rounds) after which a schedule that is
+walked through keeps no more than it did."""
 
 
 def in_flight(
@@ -16,72 +21,97 @@ def in_flight(
 ) -> tuple[int, ...]:
     """Micro-batches kept by each chunk of a rank (first chunk first), of the schedule that a plan names.
 
-    saved_bytes is what each chunk keeps of a micro-batch; without it they keep alike. In closed form
-    where there is one, else by a walk through the rank's actions.
+    saved_bytes is what each chunk keeps of a micro-batch; without it they keep alike.
     """
-    m, pp = num_micro_batches, plan.pp
-    match plan.schedule:
+    moments = full_moments(plan.schedule, plan.pp, plan.vpp, rank, num_micro_batches)
+    size = saved_bytes or (1.0,) * plan.vpp
+    return max(moments, key=lambda kept: sum(map(mul, kept, size)))
+
+
+@cache
+def full_moments(
+    schedule: str, pp: int, vpp: int, rank: int, num_micro_batches: int
+) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches kept by each chunk of a rank at the moments that may be its fullest, in order.
+
+    Which of them is, depends on what each chunk keeps of a micro-batch. In closed form where there is
+    one, else by a walk through the rank's actions.
+    """
+    m = num_micro_batches
+    match schedule:
         case "gpipe" | "looped-bfs":
-            return (m,) * plan.vpp
+            return ((m,) * vpp,)
         case "1f1b":
-            return (min(m, pp - rank),)
+            return ((min(m, pp - rank),),)
         case "pipedream" | "pipedream-2bw":
-            return (pp - rank,)
+            return ((pp - rank,),)
         case "zb-h1":
-            return (min(m, pp),)
+            return ((min(m, pp),),)
         case "zb-h2":
-            return (min(m, 2 * pp - 1),)
+            return ((min(m, 2 * pp - 1),),)
         case "interleaved":
-            return _interleaved(plan, rank, m, saved_bytes)
+            return _interleaved(pp, vpp, rank, m)
+    plan = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule)
     stages = [stage for stage in range(plan.num_stages) if plan.stage_rank(stage) == rank]
-    kept = dict(zip(stages, saved_bytes or [1.0] * plan.vpp, strict=True))
-    _, held = peak_in_flight(_actions(plan, num_micro_batches)[rank], kept)
-    return tuple(held.values())
+    return _walked(_actions(schedule, pp, vpp, _steady(schedule, pp, m))[rank], stages)
+
+
+def _steady(schedule: str, pp: int, m: int) -> int:
+    """As many micro-batches as fill a pipeline's steady state: more keep nothing more."""
+    if schedule == "interleaved-zb":
+        per_round = micro_batches_per_round(pp, m)
+        return min(m // per_round, STEADY_ROUNDS) * per_round
+    return min(m, STEADY_ROUNDS * pp)
 
 
 @lru_cache(maxsize=4)
-def _actions(plan: ParallelPlan, num_micro_batches: int) -> tuple[tuple[Action, ...], ...]:
-    return make_schedule(plan, num_micro_batches).ranks
+def _actions(schedule: str, pp: int, vpp: int, m: int) -> tuple[tuple[Action, ...], ...]:
+    return make_schedule(ParallelPlan(pp=pp, vpp=vpp, schedule=schedule), m).ranks
 
 
-def _interleaved(plan: ParallelPlan, rank: int, m: int, saved_bytes: Sequence[float]) -> tuple[int, ...]:
-    vpp, per_round = plan.vpp, micro_batches_per_round(plan.pp, m)
-    warmup = warmup_forwards(plan.pp, vpp, rank, m)
+def _walked(actions: Sequence[Action], stages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """What is kept after each forward that a backward follows, unless another moment has more of all."""
+    place = {stage: chunk for chunk, stage in enumerate(stages)}
+    held = [0] * len(stages)
+    tops: dict[tuple[int, ...], None] = {}
+    rising = False
+    for action in computations(actions):
+        if action.kind == FORWARD:
+            held[place[action.stage]] += 1
+            rising = True
+        elif action.kind in (BACKWARD, WEIGHT_GRAD):
+            if rising:
+                tops[tuple(held)] = None
+            rising = False
+            held[place[action.stage]] -= 1
+    return tuple(
+        top for top in tops if not any(other != top and all(map(le, top, other)) for other in tops)
+    )
+
+
+def _interleaved(pp: int, vpp: int, rank: int, m: int) -> tuple[tuple[int, ...], ...]:
+    """Interleaved 1F1B: after the warm-up one forward follows before the first backward; then they
+    alternate, forward warmup + k behind backward k − 1.
+
+    What is kept then is a sum of two periodic terms, each straight until its pass turns to the next
+    chunk: the peak lies where one of them turns.
+    """
+    per_round = micro_batches_per_round(pp, m)
+    warmup = warmup_forwards(pp, vpp, rank, m)
 
     def done(turns: int, chunk: int) -> int:
         """Micro-batches among the first turns that fall to the chunk-th chunk to have its turn."""
         rounds, rest = divmod(turns, per_round * vpp)
         return rounds * per_round + min(per_round, max(0, rest - chunk * per_round))
 
-    # One forward follows the warm-up before the first backward; then they alternate.
-    backwards = 0
-    if warmup < vpp * m and len(set(saved_bytes)) > 1:
-        backwards = _backwards_at_peak(saved_bytes, per_round, warmup, vpp * m - warmup)
-    forwards = min(warmup + 1 + backwards, vpp * m)
-    return tuple(done(forwards, c) - done(backwards, vpp - 1 - c) for c in range(vpp))
-
-
-def _backwards_at_peak(
-    saved_bytes: Sequence[float], per_round: int, warmup: int, alternations: int
-) -> int:
-    """Backwards that interleaved 1F1B has run when a rank keeps most.
-
-    Forward warmup + k follows backward k − 1. What is kept then is a sum of two periodic terms, each
-    straight until its pass turns to the next chunk: the peak lies where one of them turns.
-    """
-    vpp = len(saved_bytes)
-    last = min(alternations, per_round * vpp) - 1
-    turns = {*range(0, last, per_round), *range(-(warmup + 1) % per_round, last, per_round), last}
-    now = most = 0.0
-    peak = at = 0
-    for k in sorted(turns):
-        forward = saved_bytes[(warmup + 1 + at) // per_round % vpp]
-        backward = saved_bytes[vpp - 1 - at // per_round % vpp]
-        now += (k - at) * (forward - backward)
-        at = k
-        if now > most:
-            most, peak = now, k
-    return peak
+    last = min(vpp * m - warmup, per_round * vpp) - 1
+    turns = {0, *range(0, last, per_round), *range(-(warmup + 1) % per_round, last, per_round)}
+    moments: dict[tuple[int, ...], None] = {}
+    for backwards in sorted({*turns, max(0, last)}):
+        forwards = min(warmup + 1 + backwards, vpp * m)
+        kept = (done(forwards, c) - done(backwards, vpp - 1 - c) for c in range(vpp))
+        moments[tuple(kept)] = None
+    return tuple(moments)
 
 
 def peak_in_flight(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from parsim.cost.price import PassTime
 from parsim.cost.stage import StageCost
 from parsim.cost.step import StepCost
+from parsim.cost.sync import StageSync
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule import OVERLAPPED_SCHEDULES, SPLIT_SCHEDULES
 from parsim.stack import Stack
@@ -43,7 +44,8 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
         busy_s = runs * sum(times[s].forward_s + times[s].backward_s for s in stages)
         later_s = runs * sum(times[s].backward_s - times[s].hand_back_s for s in stages)
         after_s = max(
-            _last_reduction_s(cost, stages, plan, stack), min(tail[s] for s in stages) - later_s
+            last_reduction_s([cost.syncs[s] for s in stages], plan.zero, stack),
+            min(tail[s] for s in stages) - later_s,
         )
         most = max(most, min(head[s] for s in stages) + busy_s + after_s)
     optimizer = max(sum(cost.syncs[s].optimizer_s for s in stages) for stages in own)
@@ -54,12 +56,16 @@ def _stale_bound_s(
     cost: StepCost, times: list[_StageTimes], m: int, plan: ParallelPlan, stack: Stack
 ) -> float:
     """The work of the slowest rank, with its own updates: without a flush nothing else is certain."""
-    updates = m if plan.schedule == "pipedream" else 1
     work = (
-        m * (time.forward_s + time.backward_s) + updates * sync.optimizer_s
+        m * (time.forward_s + time.backward_s) + updates_a_step(plan, m) * sync.optimizer_s
         for time, sync in zip(times, cost.syncs, strict=True)
     )
     return max(work) + stack.step_overhead_s
+
+
+def updates_a_step(plan: ParallelPlan, num_micro_batches: int) -> int:
+    """Updates of a stage's weights in a step of a schedule without a flush."""
+    return num_micro_batches if plan.schedule == "pipedream" else 1
 
 
 class _StageTimes(NamedTuple):
@@ -86,9 +92,8 @@ def _unhidden(time: PassTime, stack: Stack) -> PassTime:
     return time._replace(tp_s=stack.overlap_cost * time.tp_s, ep_s=stack.overlap_cost * time.ep_s)
 
 
-def _last_reduction_s(cost: StepCost, stages: Sequence[int], plan: ParallelPlan, stack: Stack) -> float:
-    """Gradient reduction that cannot start before the rank's last backward has ended."""
-    syncs = [cost.syncs[s] for s in stages]
-    if not stack.dp_overlap and plan.zero < 2:
+def last_reduction_s(syncs: Sequence[StageSync], zero: int, stack: Stack) -> float:
+    """Gradient reduction of a rank's stages that cannot start before its last backward has ended."""
+    if not stack.dp_overlap and zero < 2:
         return sum(sync.reduce_s for sync in syncs)
     return min(sync.reduce_s / sync.buckets for sync in syncs)

@@ -5,28 +5,26 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 
-from parsim.cost.cell import cell_of
-from parsim.cost.memory import MemoryUse, rank_memory
-from parsim.cost.stage import CostModel, StageCost
-from parsim.cost.step import step_cost
+import numpy as np
+
+from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits
-from parsim.plan import Job, ParallelPlan, stage_layers
-from parsim.schedule.check import plan_problems
-from parsim.schedule.in_flight import in_flight
-from parsim.schedule.pipedream import weight_versions
-from parsim.search.bound import lower_bound_s
-from parsim.search.space import Constraints, check_constraints, enumerate_plans
+from parsim.plan import Job, ParallelPlan
+from parsim.search.examine import Examined, Examiner
+from parsim.search.layout import Floats, Ints
+from parsim.search.space import Constraints, Family, check_constraints, families
 from parsim.simulate.prediction import Prediction, estimate, step_seconds
 from parsim.units import format_bytes
 
+REPORT_EVERY = 2000
+"""Plans between two reports of progress."""
+
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and how far it will go (0: not known)."""
-
-FULLER_LATER = ("interleaved-zb", "zbv", "dualpipe", "dualpipev")
-"""Schedules whose later ranks may keep more than the first, or other numbers of each chunk."""
 
 OUT_OF_MEMORY = "does not fit in device memory"
 
@@ -86,10 +84,10 @@ def search(
     best: list[tuple[float, int, ParallelPlan]] = []  # a heap, the slowest kept plan on top
     optimal, replayed = True, 0
     try:
-        for order, (bound_s, plan) in enumerate(candidates):
+        for order, (bound_s, plan) in enumerate(candidates.in_order()):
             if len(best) == top and bound_s >= -best[0][0]:
                 break
-            if time.monotonic() - started > budget_s and len(best) >= min(top, len(candidates)):
+            if time.monotonic() - started > budget_s and len(best) >= min(top, space.fits):
                 optimal = False
                 break
             entry = (-step_seconds(job, plan, costs), -order, plan)
@@ -110,42 +108,66 @@ def search(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidates:
+    """Plans that are legal and fit."""
+
+    families: tuple[Family, ...]
+    family: Ints
+    """(N,): the family of each plan."""
+    index: Ints
+    """(N,): its place in that."""
+    bound_s: Floats
+    """(N,): no step of it is shorter."""
+
+    def in_order(self) -> Iterator[tuple[float, ParallelPlan]]:
+        """Bound and plan, the least bound first; of equal ones the first in the space."""
+        for i in np.argsort(self.bound_s, kind="stable"):
+            yield float(self.bound_s[i]), self.families[self.family[i]].plan(int(self.index[i]))
+
+
 def _bounded(
     job: Job, gpus: int, costs: CostModel, constraints: Constraints, report: Progress
-) -> tuple[list[tuple[float, ParallelPlan]], SpaceCount]:
+) -> tuple[Candidates, SpaceCount]:
     """Plans that are legal and fit, in order of their lower bound, and the count of the others."""
     rejected: Counter[str] = Counter()
-    candidates: list[tuple[float, ParallelPlan]] = []
-    legal = enumerated = 0
+    examiner = Examiner(job, costs)
+    found: list[tuple[Family, Examined]] = []
+    legal = enumerated = reported = 0
     least: tuple[float, ParallelPlan] | None = None
     overlap = costs.stack.default_tp_overlap
-    for plan in enumerate_plans(job, gpus, constraints, tp_overlap=overlap):
-        enumerated += 1
-        if enumerated % 2000 == 0:
+    for family in families(job, gpus, constraints, tp_overlap=overlap):
+        enumerated += prod(family.shape)
+        if enumerated - reported >= REPORT_EVERY:
+            reported = enumerated
             report("examining plans", enumerated, 0)
-        problem = next(plan_problems(job, plan, costs.cluster), None)
-        if problem is not None:
-            rejected[problem.what] += 1
-            continue
-        legal += 1
-        needed = fullest_rank(job, plan, costs).peak + costs.stack.context_bytes
-        if least is None or needed < least[0]:
-            least = needed, plan
-        if needed > costs.cluster.device.memory_bytes:
-            rejected[OUT_OF_MEMORY] += 1
-            continue
-        candidates.append((lower_bound_s(step_cost(job, plan, costs), job, plan, costs.stack), plan))
-    candidates.sort(key=lambda candidate: candidate[0])
+        examined = examiner.examine(family)
+        rejected.update(examined.rejected)
+        legal += examined.legal
+        if (least is None and examined.legal) or (least is not None and examined.least_bytes < least[0]):
+            least = examined.least_bytes, family.plan(examined.least)
+        if len(examined.index):
+            found.append((family, examined))
+    fits = sum(len(examined.index) for _, examined in found)
+    if legal > fits:
+        rejected[OUT_OF_MEMORY] = legal - fits
     space = SpaceCount(
         enumerated=enumerated,
         legal=legal,
-        fits=len(candidates),
+        fits=fits,
         rejected=dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
     )
-    if not candidates:
+    if not found:
         error = _no_plan(space, least, costs)
         error.space = space
         raise error
+    sizes = [len(examined.index) for _, examined in found]
+    candidates = Candidates(
+        families=tuple(family for family, _ in found),
+        family=np.repeat(np.arange(len(found)), sizes),
+        index=np.concatenate([examined.index for _, examined in found]),
+        bound_s=np.concatenate([examined.bound_s for _, examined in found]),
+    )
     return candidates, space
 
 
@@ -167,23 +189,3 @@ def _no_plan(space: SpaceCount, least: tuple[float, ParallelPlan] | None, costs:
         expected=f"at most {format_bytes(device.memory_bytes)}, the memory of {device.name}",
         hint="more GPUs, a shorter sequence" + ("" if least[1].zero == 3 else ", or --zero 3"),
     )
-
-
-def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
-    """Memory of the pipeline rank that needs most.
-
-    Of ranks with the same stages only the first is looked at, where no later one keeps more in flight.
-    """
-    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan)) * plan.chains
-    num_micro_batches = plan.num_micro_batches(job)
-    own: list[list[StageCost]] = [[] for _ in range(plan.pp)]
-    for s, stage in enumerate(stages):
-        own[plan.stage_rank(s)].append(stage)
-    uses: dict[tuple[int, ...], MemoryUse] = {}
-    for rank, mine in enumerate(own):
-        key = (*map(id, mine), rank if plan.schedule in FULLER_LATER else 0)
-        if key not in uses:
-            kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in mine])
-            versions = weight_versions(plan, rank)
-            uses[key] = rank_memory(mine, kept, job, plan, costs.stack, weight_versions=versions)
-    return max(uses.values(), key=lambda use: use.peak)

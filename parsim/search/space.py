@@ -48,9 +48,45 @@ def check_constraints(gpus: int, constraints: Constraints) -> None:
             )
 
 
-def enumerate_plans(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Plans that differ only in the choices below: all combinations of them.
+
+    Their order is that of arrays of shape (zero, micro_batch, sequence_parallel, tp_overlap, recompute).
+    """
+
+    base: ParallelPlan
+    """A plan with every other field."""
+    zero: tuple[int, ...]
+    micro_batch: tuple[int, ...]
+    sequence_parallel: tuple[bool, ...]
+    tp_overlap: tuple[bool, ...]
+    recompute: tuple[Recompute, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(zero, micro_batch, all other choices)."""
+        others = len(self.sequence_parallel) * len(self.tp_overlap) * len(self.recompute)
+        return len(self.zero), len(self.micro_batch), others
+
+    def plan(self, index: int) -> ParallelPlan:
+        """The plan at a place in their order."""
+        values = {}
+        for key in ("recompute", "tp_overlap", "sequence_parallel", "micro_batch", "zero"):
+            choices = getattr(self, key)
+            index, place = divmod(index, len(choices))
+            values[key] = choices[place]
+        return replace(self.base, **values)
+
+    def plans(self) -> Iterator[ParallelPlan]:
+        """All of them, one by one."""
+        zero, micro_batch, others = self.shape
+        return map(self.plan, range(zero * micro_batch * others))
+
+
+def families(
     job: Job, gpus: int, constraints: Constraints, *, tp_overlap: bool = False
-) -> Iterator[ParallelPlan]:
+) -> Iterator[Family]:
     """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, vpp, recompute and zero.
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
@@ -62,15 +98,17 @@ def enumerate_plans(
             for cp in _allowed(divisors(gpus // (tp * pp)), constraints.cp or (1,)):
                 dp = gpus // (tp * pp * cp)
                 if not constraints.dp or dp in constraints.dp:
-                    split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp, tp_overlap=tp_overlap and tp > 1)
-                    yield from _splits(job, constraints, split)
+                    split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp)
+                    yield from _splits(job, constraints, split, tp_overlap=tp_overlap)
 
 
 def _allowed(values: list[int], wanted: tuple[int, ...]) -> list[int]:
     return [v for v in values if v in wanted] if wanted else values
 
 
-def _splits(job: Job, constraints: Constraints, split: ParallelPlan) -> Iterator[ParallelPlan]:
+def _splits(
+    job: Job, constraints: Constraints, split: ParallelPlan, *, tp_overlap: bool
+) -> Iterator[Family]:
     """Plans of one (dp, tp, pp, cp)."""
     experts = job.model.moe.experts if job.model.moe else 1
     ranks = split.dp * split.tp * split.cp
@@ -79,19 +117,14 @@ def _splits(job: Job, constraints: Constraints, split: ParallelPlan) -> Iterator
     stages = constraints.zero or ((0, 1) if split.dp * split.cp > 1 else (0,))
     for ep in _allowed(eps, constraints.ep):
         for schedule, vpp in _chunks(job, constraints, split.pp):
-            for recompute in constraints.recompute or RECOMPUTE_MODES:
-                for zero in stages:
-                    base = replace(
-                        split,
-                        ep=ep,
-                        vpp=vpp,
-                        schedule=schedule,
-                        zero=zero,
-                        sequence_parallel=split.tp > 1,
-                        recompute=recompute,
-                    )
-                    for micro_batch in micro_batches:
-                        yield replace(base, micro_batch=micro_batch)
+            yield Family(
+                base=replace(split, ep=ep, vpp=vpp, schedule=schedule),
+                zero=stages,
+                micro_batch=tuple(micro_batches),
+                sequence_parallel=(split.tp > 1,),
+                tp_overlap=(tp_overlap and split.tp > 1,),
+                recompute=constraints.recompute or RECOMPUTE_MODES,
+            )
 
 
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:

@@ -15,7 +15,7 @@ from parsim.schedule import make_schedule
 from parsim.schedule.lower import lower
 from parsim.schedule.program import step_time_s
 from parsim.search.bound import lower_bound_s
-from parsim.search.search import fullest_rank
+from parsim.search.fullest import fullest_rank
 from parsim.simulate.prediction import memory_by_rank, program_of
 from tests.builders import flat_cost, plain_stack, round_cluster, small_model
 from tests.strategies import CASES, Case

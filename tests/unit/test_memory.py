@@ -11,10 +11,10 @@ from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import optimizer_bytes, rank_memory
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec, num_parameters
-from parsim.plan import Job, ParallelPlan
-from parsim.schedule import make_schedule
+from parsim.plan import V_SHAPED_SCHEDULES, Job, ParallelPlan
+from parsim.schedule import OVERLAPPED_SCHEDULES, make_schedule
 from parsim.schedule.in_flight import in_flight, peak_in_flight
-from parsim.search.search import fullest_rank
+from parsim.search.fullest import fullest_rank
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
 
@@ -236,12 +236,17 @@ def test_norms_biases_after_a_sum_and_positions_are_whole_on_every_tensor_parall
 
 @st.composite
 def ranks_with_unequal_chunks(draw: st.DrawFn) -> tuple[ParallelPlan, int, int, list[int]]:
-    """An interleaved plan, a rank of it, the micro-batches, and bytes that each of its chunks keeps."""
-    pp, vpp = draw(st.integers(2, 8)), draw(st.integers(2, 6))
-    rounds = draw(st.integers(1, 5))
+    """A plan of several chunks, a rank of it, the micro-batches, and bytes that each chunk keeps."""
+    pp = draw(st.integers(2, 8))
+    schedule = draw(st.sampled_from(["interleaved", "interleaved-zb", *V_SHAPED_SCHEDULES]))
+    pp += pp % 2 if schedule == "dualpipe" else 0
+    vpp = 2 if schedule in V_SHAPED_SCHEDULES else draw(st.integers(2, 6))
+    rounds = draw(st.integers(1, 9))
     num_micro_batches = rounds * pp if rounds > 1 else draw(st.integers(1, 2 * pp - 1))
+    if schedule in OVERLAPPED_SCHEDULES:
+        num_micro_batches = 2 * pp + 2 * num_micro_batches
     saved = draw(st.lists(st.integers(0, 100), min_size=vpp, max_size=vpp))
-    plan = ParallelPlan(pp=pp, vpp=vpp, schedule="interleaved")
+    plan = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule)
     return plan, draw(st.integers(0, pp - 1)), num_micro_batches, saved
 
 
@@ -251,7 +256,8 @@ def test_the_fullest_moment_of_unequal_chunks_is_that_of_the_walk(
 ) -> None:
     plan, rank, m, saved = case
     actions = make_schedule(plan, m).ranks[rank]
-    most, _ = peak_in_flight(actions, {chunk * plan.pp + rank: size for chunk, size in enumerate(saved)})
+    stages = [stage for stage in range(plan.num_stages) if plan.stage_rank(stage) == rank]
+    most, _ = peak_in_flight(actions, dict(zip(stages, saved, strict=True)))
     kept = in_flight(plan, rank, m, saved)
     assert sum(count * size for count, size in zip(kept, saved, strict=True)) == most
     assert all(0 <= count <= m for count in kept)

@@ -23,7 +23,7 @@ from parsim.schedule.lower import lower
 from parsim.schedule.pipedream import staleness, weight_versions
 from parsim.schedule.program import task_times, timeline_of
 from parsim.search.bound import lower_bound_s
-from parsim.search.search import fullest_rank
+from parsim.search.fullest import fullest_rank
 from parsim.simulate.prediction import estimate, predict, program_of
 from parsim.simulate.steady import steady_steps, steps_shown
 from parsim.timeline import Timeline, breakdown_s

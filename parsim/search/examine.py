@@ -1,0 +1,262 @@
+"""All plans of a family at once: which are legal, which fit, and how fast each can be at best.
+
+Every figure comes from the scalar functions that check, price and lower a single plan, called once for
+each distinct set of what it depends on; arrays only combine them. Shapes are (Z, M, C): ZeRO stages,
+sizes of micro-batches, all other choices of a family; H, D, K as in a Layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from parsim.cost.cell import cell_of
+from parsim.cost.memory import model_states, receive_buffers
+from parsim.cost.stage import CostModel, StageCost
+from parsim.cost.step import is_local
+from parsim.cost.sync import StageSync, stage_sync
+from parsim.errors import ParsimError
+from parsim.hardware import peak_flops_per_s
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan
+from parsim.schedule.check import (
+    batch_problems,
+    group_problems,
+    pipeline_problems,
+    placement_problems,
+    tensor_problems,
+)
+from parsim.schedule.pipedream import weight_versions
+from parsim.search.bound_arrays import Columns, lower_bounds_s, stage_sums
+from parsim.search.cells import CellTable, PartFigures, Priced
+from parsim.search.fullest import fullest_rank
+from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of
+from parsim.search.space import Family
+
+NEAR = 1e-9
+"""Plans whose memory is so near to the device's are looked at one by one: sums of floats in another
+order differ in their last digits."""
+
+Problems = Iterator[ParsimError]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What became of a family's plans."""
+
+    rejected: dict[str, int]
+    """Illegal ones, by reason."""
+    legal: int
+    index: Ints
+    """Those that fit."""
+    bound_s: Floats
+    """A lower bound of the step time of each of these."""
+    least_bytes: float
+    """The least that a legal plan needs."""
+    least: int
+    """That plan."""
+
+
+@dataclass(slots=True)
+class Examiner:
+    """Examines families of plans of one job; remembers what they have in common."""
+
+    job: Job
+    costs: CostModel
+    _cells: CellTable = field(init=False)
+    _layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
+    _reasons: dict[tuple[object, ...], str] = field(default_factory=dict)
+    _syncs: dict[tuple[object, ...], StageSync] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        peak_flops_per_s(self.costs.cluster.device, self.job.precision)  # refuses a dtype it has not
+        self._cells = CellTable(self.job, self.costs)
+
+    def examine(self, family: Family) -> Examined:
+        """Legality, memory and lower bounds of all its plans."""
+        rejected, legal = self.legality(family)
+        if not legal.any():
+            return Examined(
+                rejected=rejected,
+                legal=0,
+                index=np.empty(0, int),
+                bound_s=np.empty(0),
+                least_bytes=np.inf,
+                least=0,
+            )
+        needed, bounds_s = self.figures(family, legal)
+        fits = np.isfinite(bounds_s)
+        least = int(needed.argmin())
+        return Examined(
+            rejected=rejected,
+            legal=int(legal.sum()),
+            index=np.flatnonzero(fits),
+            bound_s=bounds_s[fits],
+            least_bytes=float(needed.flat[least]),
+            least=least,
+        )
+
+    def legality(self, family: Family) -> tuple[dict[str, int], Bools]:
+        """How many plans are illegal for which reason (the first that a check of one finds), and which
+        are legal.
+        """
+        base, names = family.base, [""]
+        reasons = np.zeros(
+            (len(family.zero), len(family.micro_batch), len(family.sequence_parallel)), int
+        )
+
+        def mark(what: str, zero: int | slice, size: int | slice, parallel: int | slice) -> None:
+            if what:
+                if what not in names:
+                    names.append(what)
+                reasons[zero, size, parallel] = names.index(what)
+
+        # From the last check to the first: what an earlier one finds stands.
+        every, sizes = slice(None), (base.dp, base.tp, base.cp)
+        for s, parallel in enumerate(family.sequence_parallel):
+            alike = *sizes, base.ep, base.pp, base.placement, parallel
+            mark(self._reason(self._groups, alike, base, sequence_parallel=parallel), every, every, s)
+        stale = base.schedule in ASYNCHRONOUS_SCHEDULES
+        for z, zero in enumerate(family.zero if stale else family.zero[:1]):
+            for i, size in enumerate(family.micro_batch):
+                m = self.job.global_batch // (base.dp * size)
+                depends = base.schedule, base.pp, base.vpp, base.stage_split, m, zero
+                what = self._reason(pipeline_problems, depends, base, micro_batch=size, zero=zero)
+                mark(what, z if stale else every, i, every)
+        for s, parallel in enumerate(family.sequence_parallel):
+            what = self._reason(tensor_problems, (*sizes, parallel), base, sequence_parallel=parallel)
+            mark(what, every, every, s)
+        for i, size in enumerate(family.micro_batch):
+            mark(self._reason(batch_problems, (base.dp, size), base, micro_batch=size), every, i, every)
+        others = family.shape[2] // len(family.sequence_parallel)
+        count = np.bincount(reasons.ravel(), minlength=len(names)) * others
+        rejected = {name: int(n) for name, n in zip(names, count, strict=True) if name and n}
+        return rejected, np.repeat(reasons == 0, others, axis=2)
+
+    def _groups(self, job: Job, plan: ParallelPlan) -> Problems:
+        yield from group_problems(job, plan)
+        if plan.placement != USUAL_PLACEMENT:
+            yield from placement_problems(plan, self.costs.cluster)
+
+    def _reason(
+        self,
+        check: Callable[[Job, ParallelPlan], Problems],
+        depends: tuple[object, ...],
+        base: ParallelPlan,
+        **choice: Any,
+    ) -> str:
+        """What a check finds first in a plan, or nothing; once for all that it depends on."""
+        key = check.__name__, *depends
+        if key not in self._reasons:
+            problem = next(check(self.job, replace(base, **choice)), None)
+            self._reasons[key] = "" if problem is None else problem.what
+        return self._reasons[key]
+
+    def figures(self, family: Family, legal: Bools) -> tuple[Floats, Floats]:
+        """Bytes that each plan needs on its fullest device, and a lower bound of its step time in
+        seconds; infinite for illegal plans, the bound for those that do not fit too.
+        """
+        base = family.base
+        key = base.schedule, base.pp, base.vpp, base.stage_split
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(base, self.costs)
+        layout = self._layouts[key]
+        priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
+        stages = self._stages(family, layout, legal)
+        needed = np.full(family.shape, np.inf)
+        needed[legal] = self._needed_bytes(family, layout, priced, stages)[legal]
+        bounds_s = np.full(family.shape, np.inf)
+        fits = self._fits(family, needed)
+        if fits.any():
+            some: Bools = np.asarray(fits.any(axis=0))
+            syncs = self._stage_syncs(family, stages)
+            columns = self._columns(family, layout, priced, some)
+            bounds_s[:, some] = lower_bounds_s(family, layout, columns, syncs, self.costs.stack)
+            bounds_s[~fits] = np.inf
+        return needed, bounds_s
+
+    def _stages(self, family: Family, layout: Layout, legal: Bools) -> list[StageCost]:
+        """The stages of each kind, for what no choice of the family changes: parameters and layers."""
+        plan = family.plan(int(legal.argmax()))
+        return [self.costs.stage(cell_of(self.job, plan), kinds) for kinds in layout.stages]
+
+    def _stage_syncs(self, family: Family, stages: list[StageCost]) -> list[list[StageSync]]:
+        """(Z, D): replicas of each kind of stage."""
+        base, found = family.base, []
+        for zero in family.zero:
+            plan = replace(base, zero=zero)
+            row = []
+            for stage in stages:
+                key = (
+                    stage.dense_parameters, stage.expert_parameters, stage.num_layers, zero,
+                    base.dp, base.tp, base.cp, base.ep, base.pp, base.vpp, base.placement,
+                )  # fmt: skip
+                if key not in self._syncs:
+                    self._syncs[key] = stage_sync(
+                        stage, self.job, plan, self.costs.cluster, self.costs.stack
+                    )
+                row.append(self._syncs[key])
+            found.append(row)
+        return found
+
+    def _needed_bytes(
+        self, family: Family, layout: Layout, priced: Priced, stages: list[StageCost]
+    ) -> Floats:
+        """(Z, M, C): memory of the fullest rank, with what lies outside the allocator."""
+        job, stack, base = self.job, self.costs.stack, family.base
+        states = [
+            [
+                model_states(
+                    [stages[d] for d in holding.stages],
+                    job,
+                    replace(base, zero=zero),
+                    stack,
+                    weight_versions=weight_versions(base, holding.rank),
+                ).peak
+                for holding in layout.holdings
+            ]
+            for zero in family.zero
+        ]
+        saved = stage_sums(layout, priced.parts.saved_bytes)
+        recomputed = np.array([priced.parts.recomputed_bytes[has].max(axis=0) for has in layout.has])
+        moving = np.array([recomputed[list(h.stages)].max(axis=0) for h in layout.holdings])
+        for i, size in enumerate(family.micro_batch):
+            if not np.isnan(saved[0, i]).all():
+                moments = layout.moments(job.global_batch // (base.dp * size))
+                moving[:, i] += (moments @ saved[:, i]).max(axis=1)
+        fullest = (np.array(states)[:, :, None, None] + moving).max(axis=1)
+        cells = priced.cells
+        passing = cells.working_bytes + receive_buffers(base) * cells.boundary_bytes
+        needed: Floats = (1 + stack.allocator_slack) * (fullest + passing) + stack.context_bytes
+        return needed
+
+    def _fits(self, family: Family, needed: Floats) -> Bools:
+        limit, context = self.costs.cluster.device.memory_bytes, self.costs.stack.context_bytes
+        fits = needed <= limit
+        for index in np.flatnonzero(np.abs(needed - limit) < NEAR * limit):
+            use = fullest_rank(self.job, family.plan(int(index)), self.costs)
+            fits.flat[index] = use.peak + context <= limit
+        return fits
+
+    def _columns(self, family: Family, layout: Layout, priced: Priced, some: Bools) -> Columns:
+        """The cells of a family that are `some`, (M, C), with their stages and transfers."""
+        sizes = np.array([self.job.global_batch // (family.base.dp * s) for s in family.micro_batch])
+        plan = family.base
+        between = [(plan.stage_rank(s), plan.stage_rank(s + 1)) for s in range(plan.model_stages - 1)]
+        ways = {pair: _way(pair, plan, self.costs) for pair in set(between)}
+        cells = priced.cells
+        sends = np.zeros_like(cells.send_far_s), cells.send_local_s, cells.send_far_s
+        return Columns(
+            num_micro_batches=sizes[np.nonzero(some)[0]],
+            stages=PartFigures(*(stage_sums(layout, part[:, some]) for part in priced.parts)),
+            send_s=np.array([send[some] for send in sends])[[ways[pair] for pair in between]],
+        )
+
+
+def _way(pair: tuple[int, int], plan: ParallelPlan, costs: CostModel) -> int:
+    """How stages on two ranks send to each other: not at all, inside a scale-up domain, or beyond."""
+    if pair[0] == pair[1]:
+        return 0
+    return 1 if is_local(*pair, plan, costs) else 2
