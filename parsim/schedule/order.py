@@ -35,7 +35,9 @@ def in_running_order(schedule: Schedule) -> list[tuple[int, Action]]:
     ready = deque(range(schedule.pp))
     while ready:
         rank = ready.popleft()
-        for action in schedule.ranks[rank][position[rank] :]:
+        actions = schedule.ranks[rank]
+        while position[rank] < len(actions):
+            action = actions[position[rank]]
             missing = next((need for need in needs.of(action) if need not in done), None)
             if missing is not None:
                 blocked.setdefault(missing, []).append(rank)

@@ -112,6 +112,8 @@ FOUR_RANKS = (
     "llama dp=2,pp=2,zero=2,schedule=zbv",
     "llama dp=2,pp=2,zero=1,schedule=dualpipev",
     "llama dp=2,pp=2,vpp=2,zero=3,schedule=looped-bfs",
+    "qwen tp=2,pp=2,schedule=dualpipev",
+    "llama pp=4,schedule=zb-h2 2",
 )
 EIGHT_RANKS = ("llama dp=2,tp=2,pp=2", "gpt dp=2,tp=2,pp=2,zero=3")
 

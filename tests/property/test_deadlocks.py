@@ -87,7 +87,7 @@ def test_what_torch_lowers_is_what_runs(case: tuple[ParallelPlan, int, Schedule]
     try:
         schedules._validate_schedule(rows, plan.pp, plan.num_stages, m)
         schedules._add_send_recv(rows, plan.stage_rank, plan.num_stages)
-    except AssertionError:
+    except (AssertionError, IndexError):  # its message about more ranks than actions fails itself
         accepted = False
     assert accepted == (problem(schedule) is None)
     assert sorted(schedule.actions()) == sorted(
