@@ -9,6 +9,7 @@ from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import AGGREGATIONS, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
 from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES, SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import plan_problems
+from parsim.simulate.uneven import Straggler
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
 
@@ -116,6 +117,14 @@ def stage_splits(draw: st.DrawFn, layers: int, stages: int) -> tuple[int, ...]:
     for stage in draw(st.lists(st.integers(0, stages - 1), min_size=free, max_size=free)):
         split[stage] += 1
     return tuple(split)
+
+
+@st.composite
+def stragglers(draw: st.DrawFn, gpus: int) -> tuple[Straggler, ...]:
+    """A few slow devices."""
+    slow = st.sampled_from([1.0, 1.1, 1.5, 3.0])
+    rank = st.integers(0, gpus - 1)
+    return tuple(draw(st.lists(st.builds(Straggler, rank, slow, slow), min_size=1, max_size=4)))
 
 
 @st.composite

@@ -38,15 +38,16 @@ def simulate_over(text: str, request: StepRequest) -> tuple[Prediction, Timeline
     from parsim.simulate.contention import predict_over
     from parsim.simulate.fabric import fabric_of
 
-    if request.uneven is not None or request.costs_by_rank:
+    if request.costs_by_rank:
         raise ParsimError(
-            "links are shared among replicas that are all alike",
+            "a fabric has devices of one kind",
             where="--fabric",
-            got="ranks that are not alike",
-            hint="leave --straggler, --jitter and --rank-hardware out, or --fabric",
+            got="--rank-hardware",
+            hint="leave one of the two out",
         )
     fabric = fabric_of(text, request.setup.cluster, request.plan.gpus)
-    return predict_over(fabric, request.setup.job, request.plan, request.costs, request.schedule)
+    job, plan, uneven = request.setup.job, request.plan, request.uneven
+    return predict_over(fabric, job, plan, request.costs, request.schedule, uneven=uneven)
 
 
 def network_section(chart: Path | None, step: SimulatedStep) -> Section:

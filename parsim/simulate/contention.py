@@ -6,8 +6,8 @@ bytes over its duration. With others on a link that cannot carry them all, rates
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -24,6 +24,7 @@ from parsim.simulate.flows import FlowNetwork
 from parsim.simulate.network_load import LinkKind, NetworkLoad, network_load_of
 from parsim.simulate.prediction import Prediction, prediction_of, program_of
 from parsim.simulate.replay import no_garbage_collection, replayed_times
+from parsim.simulate.uneven import Unevenness, replicas_of, uneven_program
 from parsim.timeline import PP_STREAMS, Timeline
 
 
@@ -87,7 +88,13 @@ class Contention:
 
 
 def predict_over(
-    fabric: Fabric, job: Job, plan: ParallelPlan, costs: CostModel, schedule: Schedule | None = None
+    fabric: Fabric,
+    job: Job,
+    plan: ParallelPlan,
+    costs: CostModel,
+    schedule: Schedule | None = None,
+    *,
+    uneven: Unevenness | None = None,
 ) -> tuple[Prediction, Timeline, Contention]:
     """Simulate one step of a legal plan whose transfers share the links of a fabric.
 
@@ -99,7 +106,10 @@ def predict_over(
         )
     program, memory = program_of(job, plan, costs, schedule)
     with no_garbage_collection():
-        sent = network_load_of(program, job, plan, costs, fabric)
+        replicas = () if uneven is None else replicas_of(plan, uneven)
+        if uneven is not None:
+            program = uneven_program(program, plan, uneven)
+        sent = network_load_of(program, job, plan, costs, fabric, replicas)
         contention = replay_over(sent, fabric)
         timeline = timeline_of(sent.program, contention.times)
     return prediction_of(job, plan, costs, timeline, memory), timeline, contention
@@ -111,12 +121,15 @@ def replay_over(sent: NetworkLoad, fabric: Fabric) -> Contention:
     env = simpy.Environment()
     capacities = {kind: link.bytes_per_s for kind, link in enumerate(sent.links)}
     network = FlowNetwork(env, capacities, record=True)
-    begin = {
+    begin: dict[int, Callable[[], simpy.Event]] = {
         index: partial(
             network.transfer, way.crossings, way.num_bytes, cap=way.num_bytes / tasks[index].duration_s
         )
         for index, way in sent.carried.items()
     }
+    for leader in dict.fromkeys(sent.together.values()):
+        begin[leader] = _Together(env, begin[leader]).begin
+    begin |= {index: begin[leader] for index, leader in sent.together.items()}
     times = replayed_times(sent.program, begin, env)
     step_s = max(times.end_s, default=0.0)
     return Contention(
@@ -129,15 +142,36 @@ def replay_over(sent: NetworkLoad, fabric: Fabric) -> Contention:
     )
 
 
+@dataclass(slots=True)
+class _Together:
+    """One transfer that several tasks stand for: they start at one instant, and end with it."""
+
+    env: simpy.Environment
+    transfer: Callable[[], simpy.Event]
+    ends: list[simpy.Event] = field(default_factory=list)
+
+    def begin(self) -> simpy.Event:
+        """An event for one more of the tasks; the first of them starts the transfer."""
+        if not self.ends:
+            self.transfer().callbacks.append(self._end)
+        self.ends.append(self.env.event())
+        return self.ends[-1]
+
+    def _end(self, _: simpy.Event) -> None:
+        for end in self.ends:
+            end.succeed()
+
+
 def _contended_s(sent: NetworkLoad, times: TaskTimes) -> dict[str, float]:
-    tasks = sent.program.tasks
+    tasks, copies = sent.program.tasks, sent.program.copies
     total: dict[str, float] = {}
-    for index in sent.carried:
+    for index in (*sent.carried, *sent.together):
         kind = "pp" if tasks[index].stream in PP_STREAMS else tasks[index].stream
         more_s = times.end_s[index] - times.start_s[index] - tasks[index].duration_s
-        total[kind] = total.get(kind, 0.0) + more_s
+        count = copies[tasks[index].rank] if copies else 1
+        total[kind] = total.get(kind, 0.0) + count * more_s
     # What is left of the rounding of sums of times is no contention.
-    ranks = len(sent.program.ranks)
+    ranks = sum(copies) or len(sent.program.ranks)
     return {kind: 0.0 if more_s < 1e-9 else more_s / ranks for kind, more_s in sorted(total.items())}
 
 

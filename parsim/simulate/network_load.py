@@ -20,6 +20,7 @@ from parsim.plan import Job, ParallelPlan
 from parsim.schedule.program import Program, Task
 from parsim.simulate.fabric import Fabric, Link
 from parsim.simulate.patterns import Load, Patterns
+from parsim.simulate.uneven import Replica
 from parsim.timeline import DP
 
 
@@ -49,41 +50,73 @@ class NetworkLoad:
     """With the durations that its transfers have where nothing else is on their links."""
     carried: Mapping[int, Carried]
     """By the index of the task."""
+    together: Mapping[int, int]
+    """Copies of a transfer among replicas that differ: the task whose flows stand for all of them."""
     links: tuple[LinkKind, ...]
     """The kinds of links that anything crosses."""
 
 
 def network_load_of(
-    program: Program, job: Job, plan: ParallelPlan, costs: CostModel, fabric: Fabric
+    program: Program,
+    job: Job,
+    plan: ParallelPlan,
+    costs: CostModel,
+    fabric: Fabric,
+    replicas: Sequence[Replica] = (),
 ) -> NetworkLoad:
     """What the tasks of a program send over a fabric; those that stay in a domain are left out.
+
+    `replicas`: the groups that the program was unfolded into, where its ranks are not alike.
 
     Where the fabric's settings name an algorithm, gradients are summed by it instead of by what the cost
     model finds fastest.
     """
     stages = step_cost(job, plan, costs).stages
     patterns = Patterns(plan=plan, costs=costs, stages=stages, fabric=fabric)
-    program = replace(program, tasks=tuple(_by_algorithm(task, patterns) for task in program.tasks))
+    program = replace(
+        program, tasks=tuple(_by_algorithm(task, plan.pp, patterns) for task in program.tasks)
+    )
     loads: dict[_Key, Load] = {}
     keys: dict[int, _Key] = {}
+    together: dict[int, int] = {}
+    leaders: dict[int, int] = {}
     for index, task in enumerate(program.tasks):
-        if task.num_bytes <= 0 or task.duration_s <= 0:
+        if task.num_bytes <= 0 or task.duration_s <= 0 or task.rank < 0:
             continue
+        members = None
+        if task.joins_replicas and len(replicas) > 1:
+            # All copies wait for one task, and for nothing else.
+            leader = leaders.setdefault(task.after[0], index)
+            if leader != index:
+                together[index] = leader
+                continue
+        elif replicas:
+            members = replicas[task.rank // plan.pp].members
         key = _key(task)
         if key not in loads:
-            loads[key] = patterns.load(task)
+            loads[key] = patterns.load(_folded(task, plan.pp), members)
         if loads[key]:
             keys[index] = key
-    return _merged(program, loads, keys, fabric)
+    together = {index: leader for index, leader in together.items() if leader in keys}
+    return _merged(program, loads, keys, together, fabric)
 
 
-def _by_algorithm(task: Task, patterns: Patterns) -> Task:
+def _folded(task: Task, pp: int) -> Task:
+    """A task of some replica's rank as one of the pipeline rank that it is."""
+    receiver = task.receiver and (task.receiver[0] % pp, task.receiver[1])
+    return task._replace(rank=task.rank % pp, receiver=receiver)
+
+
+def _by_algorithm(task: Task, pp: int, patterns: Patterns) -> Task:
     """A reduction of gradients with the duration that it has by the fabric's algorithm."""
     algorithm = patterns.fabric.settings["algorithm"]
     if algorithm == "auto" or task.stream != DP or task.receiver is not None or task.num_bytes <= 0:
         return task
     cluster, plan = patterns.costs.cluster, patterns.plan
-    parts = [(part, group_over(cluster, part.axes, gpus=plan.gpus)) for part in patterns.parts(task)]
+    parts = [
+        (part, group_over(cluster, part.axes, gpus=plan.gpus))
+        for part in patterns.parts(_folded(task, pp))
+    ]
     sent = sum(wire_factor(part.kind, group.size) * part.num_bytes for part, group in parts)
     usual_s = chosen_s = 0.0
     for part, group in parts:
@@ -109,7 +142,11 @@ def _key(task: Task) -> _Key:
 
 
 def _merged(
-    program: Program, loads: Mapping[_Key, Load], keys: Mapping[int, _Key], fabric: Fabric
+    program: Program,
+    loads: Mapping[_Key, Load],
+    keys: Mapping[int, _Key],
+    together: Mapping[int, int],
+    fabric: Fabric,
 ) -> NetworkLoad:
     """NetworkLoad over kinds of links instead of links."""
     largest = [max(load.values(), default=0.0) for load in loads.values()]
@@ -131,7 +168,7 @@ def _merged(
         for index, key in keys.items()
     }
     links = tuple(_kind(alike, fabric) for alike in kinds.values())
-    return NetworkLoad(program=program, carried=carried, links=links)
+    return NetworkLoad(program=program, carried=carried, together=together, links=links)
 
 
 def _kind(alike: Sequence[Link], fabric: Fabric) -> LinkKind:

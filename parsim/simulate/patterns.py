@@ -54,17 +54,28 @@ class Patterns:
     def __post_init__(self) -> None:
         self._replicas = mesh_axes(self.plan, "tp", "cp", "dp")
 
-    def load(self, task: Task) -> Load:
-        """What a transfer puts on links between domains; empty where it stays inside them."""
+    def load(self, task: Task, members: Sequence[int] | None = None) -> Load:
+        """What a transfer puts on links between domains; empty where it stays inside them.
+
+        `members`: the data-parallel indices of the replicas that it is a transfer of, where not of all.
+        """
+        offsets = self._offsets_of(members)
         if task.receiver is not None:
             both_ways = task.stream == DP  # gradients of a tied embedding, summed by two
-            return self._sends(task.rank, task.receiver[0], both_ways=both_ways)
+            return self._sends(task.rank, task.receiver[0], offsets, both_ways=both_ways)
         if task.stream == EP:
-            return self._exchanges(task.rank)
+            return self._exchanges(task.rank, offsets)
         if task.stream in (TP, CP):
             axes = mesh_axes(self.plan, task.stream)
-            return self._summed((SyncPart("all_gather", task.num_bytes, axes),), task)
-        return self._summed(self.parts(task), task)
+            return self._summed((SyncPart("all_gather", task.num_bytes, axes),), task, offsets)
+        return self._summed(self.parts(task), task, offsets)
+
+    def _offsets_of(self, members: Sequence[int] | None) -> list[int]:
+        """The ranks of some pipelines' first stage."""
+        if members is None:
+            return _offsets(self._replicas)
+        pipeline = _offsets(mesh_axes(self.plan, "tp", "cp"))
+        return sorted(dp_i * self.plan.strides.dp + offset for dp_i in members for offset in pipeline)
 
     def parts(self, task: Task) -> tuple[SyncPart, ...]:
         """The collectives of a data-parallel task, with bytes that are right among each other.
@@ -99,18 +110,18 @@ class Patterns:
     def _stages_of(self, rank: int) -> list[int]:
         return [s for s in range(self.plan.num_stages) if self.plan.stage_rank(s) == rank]
 
-    def _sends(self, source: int, target: int, *, both_ways: bool) -> Load:
+    def _sends(self, source: int, target: int, offsets: list[int], *, both_ways: bool) -> Load:
         """Every replica of one pipeline rank sends to its like of another."""
         load: Load = Counter()
         stride = self.plan.strides.pp
-        for offset in _offsets(self._replicas):
+        for offset in offsets:
             ends = offset + source * stride, offset + target * stride
             for a, b in (ends, ends[::-1]) if both_ways else (ends,):
                 if not self.fabric.cluster.same_domain(a, b) or self.costs.stack.pp_over_network:
                     load.update(self.fabric.route(a, b, over_network=True))
         return load
 
-    def _exchanges(self, rank: int) -> Load:
+    def _exchanges(self, rank: int, offsets: list[int]) -> Load:
         """Tokens to and from experts, evenly among the group's ranks.
 
         Where one copy a domain travels, it goes to the device in the sender's own place there.
@@ -121,9 +132,12 @@ class Patterns:
         once = self.costs.stack.moe_dispatch == "deduplicated" and moe is not None
         share = network_share(group, moe.top_k if once and moe is not None else 0)
         load: Load = Counter()
-        for domains in self._groups(rank, axes):
+        own = {rank * plan.strides.pp + offset for offset in offsets}
+        for domains in self._groups(rank, axes, offsets):
             for here in domains:
                 for place, source in enumerate(here):
+                    if source not in own:  # of a replica that sends on its own account
+                        continue
                     others = (there for there in domains if there is not here)
                     if once:
                         targets = [there[place % len(there)] for there in others]
@@ -133,7 +147,7 @@ class Patterns:
                         _add(load, self.fabric.route(source, target), share / len(targets))
         return load
 
-    def _summed(self, parts: Sequence[SyncPart], task: Task) -> Load:
+    def _summed(self, parts: Sequence[SyncPart], task: Task, offsets: list[int]) -> Load:
         """Loads of several collectives that one task stands for, by their shares of its bytes.
 
         They run one after the other; here each has its share of the links all the time.
@@ -152,7 +166,7 @@ class Patterns:
             if part.kind == "all_reduce":
                 buffer_bytes = share * task.num_bytes / wire_factor(part.kind, group.size)
                 algorithm = self.algorithm(buffer_bytes, group)
-            for domains in self._groups(task.rank, part.axes):
+            for domains in self._groups(task.rank, part.axes, offsets):
                 local = min(len(ranks) for ranks in domains)
                 for rail in zip(*(ranks[:local] for ranks in domains), strict=True):
                     self._add_rail(load, algorithm, rail, share / local, group)
@@ -187,15 +201,19 @@ class Patterns:
             for low, high in summing_tree(self.fabric, rail):
                 _add(load, ((low, high), (high, low)), whole)
 
-    def _groups(self, rank: int, axes: tuple[Axis, ...]) -> Iterator[list[list[int]]]:
-        """The ranks of every group over `axes` among the replicas of a pipeline rank, by domain."""
-        own, seen = _offsets(axes), set()
+    def _groups(
+        self, rank: int, axes: tuple[Axis, ...], offsets: list[int]
+    ) -> Iterator[list[list[int]]]:
+        """The ranks of every group over `axes` that has some of a pipeline rank's `offsets`, by domain."""
+        own, seen, wanted = _offsets(axes), set(), set(offsets)
         first = rank * self.plan.strides.pp
         for base in _offsets(self._replicas):
             if base in seen:
                 continue
             members = [base + offset for offset in own]
             seen.update(members)
+            if wanted.isdisjoint(members):
+                continue
             domains: dict[int, list[int]] = {}
             for member in members:
                 place = (first + member) // self.fabric.cluster.scale_up_domain

@@ -13,9 +13,10 @@ from parsim.hardware import Link
 from parsim.plan import ASYNCHRONOUS_SCHEDULES
 from parsim.simulate.contention import Contention, predict_over
 from parsim.simulate.fabric import fabric_of
-from parsim.simulate.network_load import network_load_of
+from parsim.simulate.network_load import NetworkLoad, network_load_of
 from parsim.simulate.prediction import predict, program_of
-from tests.strategies import CASES, Case
+from parsim.simulate.uneven import Unevenness, replicas_of, uneven_program, unfolded_program
+from tests.strategies import CASES, Case, stragglers
 
 FLUSHED = CASES.filter(lambda case: case[1].schedule not in ASYNCHRONOUS_SCHEDULES)
 TEXTS = st.sampled_from(
@@ -51,6 +52,46 @@ def test_sharing_links_only_slows(case: Case, text: str) -> None:
         assert 0 < use.mean <= 1 + 1e-9
         assert all(0 <= load <= 1 + 1e-9 for _, load in use.points)
         assert use.points[-1][1] == 0
+
+
+@given(FLUSHED, TEXTS, st.data())
+@settings(max_examples=40)
+def test_stragglers_on_wide_links_are_what_they_are_without_a_fabric(
+    case: Case, text: str, data: st.DataObject
+) -> None:
+    job, plan, costs = case
+    uneven = Unevenness(stragglers=data.draw(stragglers(plan.gpus)))
+    expected, _ = predict(job, plan, costs, uneven=uneven)
+    network = costs.cluster.inter_node
+    wide = replace(network, bandwidth_bytes_per_s=1000.0 * network.bandwidth_bytes_per_s)
+    fabric = fabric_of(text, replace(costs.cluster, inter_node=wide), plan.gpus)
+    found, timeline, contention = predict_over(fabric, job, plan, costs, uneven=uneven)
+    assert found.step_time_s == pytest.approx(expected.step_time_s, rel=1e-9)
+    assert found.breakdown_s == pytest.approx(expected.breakdown_s, rel=1e-9, abs=1e-12)
+    assert set(contention.contended_s.values()) <= {0.0}
+    assert timeline.copies == uneven_program(program_of(job, plan, costs)[0], plan, uneven).copies
+
+
+@given(FLUSHED, TEXTS, st.data())
+@settings(max_examples=40)
+def test_replicas_that_differ_put_the_same_bytes_on_the_network(
+    case: Case, text: str, data: st.DataObject
+) -> None:
+    job, plan, costs = case
+    fabric = fabric_of(text, costs.cluster, plan.gpus)
+    program, _ = program_of(job, plan, costs)
+    replicas = replicas_of(plan, Unevenness(stragglers=data.draw(stragglers(plan.gpus))))
+    apart = network_load_of(unfolded_program(program, replicas), job, plan, costs, fabric, replicas)
+    together = network_load_of(program, job, plan, costs, fabric)
+
+    def link_bytes(load: NetworkLoad) -> float:
+        return sum(
+            way.num_bytes * times * load.links[kind].alike
+            for way in load.carried.values()
+            for kind, times in way.crossings.items()
+        )
+
+    assert link_bytes(apart) == pytest.approx(link_bytes(together), rel=1e-9)
 
 
 @given(FLUSHED)

@@ -18,20 +18,13 @@ from parsim.simulate.uneven import (
     unfolded_program,
 )
 from parsim.timeline import breakdown_s
-from tests.strategies import CASES, Case
+from tests.strategies import CASES, Case, stragglers
 
 
 def one_by_one(plan_dp: int, replicas: tuple[Replica, ...]) -> tuple[Replica, ...]:
     """Every pipeline in a group of its own."""
     of = {member: replica for replica in replicas for member in replica.members}
     return tuple(replace(of[dp_i], members=(dp_i,)) for dp_i in range(plan_dp))
-
-
-@st.composite
-def stragglers(draw: st.DrawFn, gpus: int) -> tuple[Straggler, ...]:
-    slow = st.sampled_from([1.0, 1.1, 1.5, 3.0])
-    rank = st.integers(0, gpus - 1)
-    return tuple(draw(st.lists(st.builds(Straggler, rank, slow, slow), min_size=1, max_size=4)))
 
 
 @given(CASES)

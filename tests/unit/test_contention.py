@@ -275,7 +275,7 @@ def test_the_command_says_what_the_network_does(tmp_path: Path) -> None:
     [
         (("--fabric", "rail", "--plan", "dp=4,tp=8,pp=2,schedule=pipedream"), "end in a flush"),
         (("--fabric", "fattree"), "did you mean 'fat-tree'?"),
-        (("--fabric", "rail", "--straggler", "rank=1,slow=2"), "not alike"),
+        (("--fabric", "rail", "--rank-hardware", "0=a100-sxm-80gb"), "devices of one kind"),
         (("--fabric-chart", "x.png"), "add --fabric"),
     ],
 )
