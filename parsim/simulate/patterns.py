@@ -204,7 +204,7 @@ class Patterns:
     def _groups(
         self, rank: int, axes: tuple[Axis, ...], offsets: list[int]
     ) -> Iterator[list[list[int]]]:
-        """The ranks of every group over `axes` that has some of a pipeline rank's `offsets`, by domain."""
+        """The ranks of every group over `axes` with some of a pipeline rank's `offsets`, by domain."""
         own, seen, wanted = _offsets(axes), set(), set(offsets)
         first = rank * self.plan.strides.pp
         for base in _offsets(self._replicas):
