@@ -1,92 +1,48 @@
-"""The lower bound of parsim.search.bound for many plans at once.
-
-Plans are columns: P cells of a family, each with every one of its Z ZeRO stages.
-"""
+"""The lower bound of parsim.search.bound for many plans at once."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from parsim.cost.sync import StageSync
-from parsim.plan import ASYNCHRONOUS_SCHEDULES
-from parsim.schedule import OVERLAPPED_SCHEDULES, SPLIT_SCHEDULES
-from parsim.search.bound import last_reduction_s, updates_a_step
-from parsim.search.cells import PartFigures
-from parsim.search.layout import Floats, Ints, Layout
-from parsim.search.space import Family
-from parsim.stack import Stack
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, ParallelPlan
+from parsim.search.bound import updates_a_step
+from parsim.search.layout import Floats, Layout
+from parsim.search.passes import Passes, of_ranks
 
 
-class Columns(NamedTuple):
-    """Some cells of a family."""
-
-    num_micro_batches: Ints
-    """(P,)"""
-    stages: PartFigures
-    """(D, P) each: sums over the parts of each kind of stage."""
-    send_s: Floats
-    """(n − 1, P): between the stages of the model."""
-
-
-def stage_sums(layout: Layout, parts: Floats) -> Floats:
-    """(D, …): sums over the parts of each kind of stage, of figures (K, …) of each kind of part."""
-    sums: Floats = np.tensordot(layout.counts, parts, axes=1)
-    return sums
-
-
-def lower_bounds_s(
-    family: Family, layout: Layout, columns: Columns, syncs: list[list[StageSync]], stack: Stack
-) -> Floats:
-    """(Z, P): no step is shorter; syncs are (Z, D)."""
-    plan = family.base
-    forward, hand_back, backward = _pass_times(family, columns.stages, stack)
+def lower_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes) -> Floats:
+    """(P,): no step of these plans is shorter, without the host's part; all are of one layout."""
+    m, (forward, hand_back, backward) = passes.num_micro_batches, passes.least_s(plan)
+    replicas = passes.replicas
     if plan.schedule in ASYNCHRONOUS_SCHEDULES:
-        rows = [_stale_bounds_s(family, columns, row, forward + backward) for row in syncs]
-        return np.array(rows) + stack.step_overhead_s
-    first, last = layout.kind[0], layout.kind[: plan.model_stages][:-1]
-    zero = np.zeros((1, len(columns.num_micro_batches)))
-    there = np.cumsum(forward[last] + columns.send_s, axis=0)
-    back = np.cumsum(hand_back[last] + columns.send_s, axis=0)
+        updates = np.array([updates_a_step(plan, int(n)) for n in m])
+        work = m * (forward + backward) + updates * replicas.update_s
+        return np.asarray(work.max(axis=0))
+    chain = layout.kind[: plan.model_stages][:-1]
+    zero, send = np.zeros((1, len(m))), passes.send_s[: len(chain)]
+    there = np.cumsum((forward + replicas.first_s)[chain] + send, axis=0)
+    back = np.cumsum(hand_back[chain] + send, axis=0)
     # The last gradient that reaches a first stage is followed by its weight gradient there.
-    back += backward[first] - hand_back[first]
+    back += (backward - hand_back)[layout.kind[0]]
     head = np.concatenate([zero, there] * plan.chains)[layout.own].min(axis=1)
     tail = np.concatenate([zero, back] * plan.chains)[layout.own].min(axis=1)
-    runs = columns.num_micro_batches / plan.chains
-    mine = layout.kind[layout.own]
-    busy = runs * (forward + backward)[mine].sum(axis=1)
-    later = runs * (backward - hand_back)[mine].sum(axis=1)
-    before, after = head + busy, tail - later
-    bounds = []
-    for zero_stage, row in zip(family.zero, syncs, strict=True):
-        own = [[row[d] for d in holding.stages] for holding in layout.holdings]
-        reduce_s = np.array([last_reduction_s(of, zero_stage, stack) for of in own])
-        most = (before + np.maximum(reduce_s[layout.holding_of, None], after)).max(axis=0)
-        optimizer_s = max(sum(sync.optimizer_s for sync in of) for of in own)
-        bounds.append(most + optimizer_s + stack.step_overhead_s)
-    return np.array(bounds)
+    runs, once = m / plan.chains, replicas.first_s + replicas.last_s
+    busy = of_ranks(layout, runs * (forward + backward) + once)
+    later = of_ranks(layout, runs * (backward - hand_back))
+    late = of_ranks(layout, replicas.late_s)
+    bucket = replicas.last_bucket_s[layout.kind[layout.own]].min(axis=1)
+    own = head + busy + np.maximum(late + bucket, tail - later)
+    stream = of_ranks(layout, runs * replicas.stream_s)
+    update = of_ranks(layout, replicas.update_s)
+    return np.asarray(np.maximum(own, stream).max(axis=0) + update.max(axis=0))
 
 
-def _stale_bounds_s(family: Family, columns: Columns, syncs: list[StageSync], work_s: Floats) -> Floats:
-    """(P,): without a flush, the work of the slowest rank; work_s, (D, P), is that of a micro-batch."""
-    m = columns.num_micro_batches
-    updates = np.array([updates_a_step(family.base, int(n)) for n in m])
-    optimizer_s = np.array([sync.optimizer_s for sync in syncs])
-    slowest: Floats = (m * work_s + updates * optimizer_s[:, None]).max(axis=0)
-    return slowest
-
-
-def _pass_times(family: Family, stages: PartFigures, stack: Stack) -> tuple[Floats, Floats, Floats]:
-    """(D, P) each, the least that a stage's passes take: forward, gradient of its input, backward."""
-    plan = family.base
-    host_s = stack.action_host_s if plan.pp > 1 else 0.0
-    forward, hand_back, weight_grad = stages[:3]
-    if plan.schedule in OVERLAPPED_SCHEDULES:
-        hidden = 1 - stack.overlap_cost
-        forward = forward - hidden * stages.forward_exchange_s
-        hand_back = hand_back - hidden * stages.hand_back_exchange_s
-        weight_grad = weight_grad - hidden * stages.weight_grad_exchange_s
-    backward = hand_back + weight_grad + host_s
-    split = plan.schedule in SPLIT_SCHEDULES
-    return forward + host_s, hand_back + host_s if split else backward, backward
+def end_s(layout: Layout, passes: Passes, free_s: Floats, reduced_s: Floats, runs: float) -> Floats:
+    """(P,): the end of a step without the host's part, whose ranks have run their passes at `free_s` and
+    reduced at `reduced_s`, (pp, P).
+    """
+    replicas = passes.replicas
+    late = free_s + of_ranks(layout, replicas.late_s)
+    stream = runs * of_ranks(layout, replicas.stream_s)
+    ready = np.maximum(np.maximum(late, reduced_s), stream).max(axis=0)
+    return np.asarray(ready + of_ranks(layout, replicas.update_s).max(axis=0))

@@ -7,7 +7,7 @@ sizes of micro-batches, all other choices of a family; H, D, K as in a Layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,11 +29,14 @@ from parsim.schedule.check import (
     tensor_problems,
 )
 from parsim.schedule.pipedream import weight_versions
-from parsim.search.bound_arrays import Columns, lower_bounds_s, stage_sums
+from parsim.search.bound_arrays import lower_bounds_s
 from parsim.search.cells import CellTable, PartFigures, Priced
 from parsim.search.fullest import fullest_rank
-from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of
+from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of, stage_sums
+from parsim.search.passes import Passes, joined, passes_of
+from parsim.search.replicas import ReplicaTime, replica_time
 from parsim.search.space import Family
+from parsim.search.walk import walked_bounds_s
 
 NEAR = 1e-9
 """Plans whose memory is so near to the device's are looked at one by one: sums of floats in another
@@ -158,11 +161,7 @@ class Examiner:
         """Bytes that each plan needs on its fullest device, and a lower bound of its step time in
         seconds; infinite for illegal plans, the bound for those that do not fit too.
         """
-        base = family.base
-        key = base.schedule, base.pp, base.vpp, base.stage_split
-        if key not in self._layouts:
-            self._layouts[key] = layout_of(base, self.costs)
-        layout = self._layouts[key]
+        base, layout = family.base, self._layout(family.base)
         priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
         stages = self._stages(family, layout, legal)
         needed = np.full(family.shape, np.inf)
@@ -170,12 +169,50 @@ class Examiner:
         bounds_s = np.full(family.shape, np.inf)
         fits = self._fits(family, needed)
         if fits.any():
-            some: Bools = np.asarray(fits.any(axis=0))
-            syncs = self._stage_syncs(family, stages)
-            columns = self._columns(family, layout, priced, some)
-            bounds_s[:, some] = lower_bounds_s(family, layout, columns, syncs, self.costs.stack)
-            bounds_s[~fits] = np.inf
+            index = np.flatnonzero(fits)
+            passes = self._passes(family, layout, priced, stages, index)
+            bounds_s.flat[index] = (
+                lower_bounds_s(base, layout, passes) + self.costs.stack.step_overhead_s
+            )
         return needed, bounds_s
+
+    def tighter_bounds_s(self, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
+        """Tighter lower bounds of the step times of some legal plans of each of these families, by a
+        walk through their schedules.
+        """
+        bounds_s = [np.zeros(len(index)) for _, index in chosen]
+        groups: dict[tuple[Layout, int], list[tuple[int, Ints, Passes]]] = {}
+        for place, (family, index) in enumerate(chosen):
+            if family.base.schedule in ASYNCHRONOUS_SCHEDULES:
+                continue
+            legal = np.zeros(family.shape, bool)
+            legal.flat[index] = True
+            layout = self._layout(family.base)
+            priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
+            stages = self._stages(family, layout, legal)
+            passes = self._passes(family, layout, priced, stages, index)
+            for m in np.unique(passes.num_micro_batches):
+                which = np.flatnonzero(passes.num_micro_batches == m)
+                group = groups.setdefault((layout, int(m)), [])
+                group.append((place, which, passes.columns(which)))
+        for (layout, _), group in groups.items():
+            walked = walked_bounds_s(
+                layout.plan,
+                layout,
+                joined([passes for _, _, passes in group]),
+                self.costs.stack,
+            )
+            first = 0
+            for place, which, _ in group:
+                bounds_s[place][which] = walked[first : first + len(which)]
+                first += len(which)
+        return [bound_s + self.costs.stack.step_overhead_s for bound_s in bounds_s]
+
+    def _layout(self, plan: ParallelPlan) -> Layout:
+        key = plan.schedule, plan.pp, plan.vpp, plan.stage_split
+        if key not in self._layouts:
+            self._layouts[key] = layout_of(plan, self.costs)
+        return self._layouts[key]
 
     def _stages(self, family: Family, layout: Layout, legal: Bools) -> list[StageCost]:
         """The stages of each kind, for what no choice of the family changes: parameters and layers."""
@@ -240,19 +277,34 @@ class Examiner:
             fits.flat[index] = use.peak + context <= limit
         return fits
 
-    def _columns(self, family: Family, layout: Layout, priced: Priced, some: Bools) -> Columns:
-        """The cells of a family that are `some`, (M, C), with their stages and transfers."""
-        sizes = np.array([self.job.global_batch // (family.base.dp * s) for s in family.micro_batch])
-        plan = family.base
-        between = [(plan.stage_rank(s), plan.stage_rank(s + 1)) for s in range(plan.model_stages - 1)]
-        ways = {pair: _way(pair, plan, self.costs) for pair in set(between)}
-        cells = priced.cells
-        sends = np.zeros_like(cells.send_far_s), cells.send_local_s, cells.send_far_s
-        return Columns(
-            num_micro_batches=sizes[np.nonzero(some)[0]],
-            stages=PartFigures(*(stage_sums(layout, part[:, some]) for part in priced.parts)),
-            send_s=np.array([send[some] for send in sends])[[ways[pair] for pair in between]],
+    def _passes(
+        self, family: Family, layout: Layout, priced: Priced, stages: list[StageCost], index: Ints
+    ) -> Passes:
+        """The passes of the plans of a family at `index`, all legal."""
+        base, (_, sizes, others) = family.base, family.shape
+        zero, cell = np.divmod(index, sizes * others)
+        micro_batches = [self.job.global_batch // (base.dp * size) for size in family.micro_batch]
+        syncs = self._stage_syncs(family, stages)
+        replicas = np.array([
+            [replica_time(sync, stage, self.costs.stack) for sync in row]
+            for stage, row in zip(family.zero, syncs, strict=True)
+        ])  # fmt: skip
+        return passes_of(
+            base,
+            np.array(micro_batches)[cell // others],
+            PartFigures(*(stage_sums(layout, p.reshape(len(p), -1)[:, cell]) for p in priced.parts)),
+            self._send_s(base, priced, cell),
+            ReplicaTime(*replicas[zero].transpose(2, 1, 0)),
+            self.costs.stack,
         )
+
+    def _send_s(self, plan: ParallelPlan, priced: Priced, cell: Ints) -> Floats:
+        """(n − 1, P): transfers between stages."""
+        pairs = [(plan.stage_rank(s), plan.stage_rank(s + 1)) for s in range(plan.num_stages - 1)]
+        ways = {pair: _way(pair, plan, self.costs) for pair in set(pairs)}
+        local, far = priced.cells.send_local_s.flat[cell], priced.cells.send_far_s.flat[cell]
+        seconds = np.array([np.zeros_like(far), local, far])
+        return np.asarray(seconds[np.array([ways[pair] for pair in pairs], int)])
 
 
 def _way(pair: tuple[int, int], plan: ParallelPlan, costs: CostModel) -> int:

@@ -31,7 +31,7 @@ class Holding(NamedTuple):
     """Kinds of its chunks' stages, first chunk first."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """Kinds of stages, and where they lie. D kinds of stages, K kinds of parts, n stages."""
 
@@ -123,3 +123,9 @@ def _holdings(
     return tuple(found.values()), [
         order.index((rank if later else 0, stages)) for rank, stages in enumerate(held)
     ]
+
+
+def stage_sums(layout: Layout, parts: Floats) -> Floats:
+    """(D, …): sums over the parts of each kind of stage, of figures (K, …) of each kind of part."""
+    sums: Floats = np.tensordot(layout.counts, parts, axes=1)
+    return sums

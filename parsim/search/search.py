@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from parsim.plan import Job, ParallelPlan
 from parsim.search.examine import Examined, Examiner
 from parsim.search.layout import Floats, Ints
 from parsim.search.space import Constraints, Family, check_constraints, families
-from parsim.simulate.prediction import Prediction, estimate, step_seconds
+from parsim.simulate.prediction import Prediction, estimate
+from parsim.simulate.replay import no_garbage_collection
 from parsim.units import format_bytes
 
+BATCH = 16
+"""Plans whose bounds are made tighter at once, and then twice as many each time."""
 REPORT_EVERY = 2000
 """Plans between two reports of progress."""
 
@@ -80,28 +84,30 @@ def search(
     constraints = constraints or Constraints()
     check_constraints(gpus, constraints)
     report = progress or (lambda what, done, total: None)
-    candidates, space = _bounded(job, gpus, costs, constraints, report)
-    best: list[tuple[float, int, ParallelPlan]] = []  # a heap, the slowest kept plan on top
+    examiner = Examiner(job, costs)
+    candidates, space = _bounded(job, gpus, examiner, constraints, report)
+    best: list[tuple[float, int, Prediction]] = []  # a heap, the slowest kept plan on top
     optimal, replayed = True, 0
     try:
-        for order, (bound_s, plan) in enumerate(candidates.in_order()):
+        for bound_s, number, plan in candidates.in_order(examiner):
             if len(best) == top and bound_s >= -best[0][0]:
                 break
             if time.monotonic() - started > budget_s and len(best) >= min(top, space.fits):
                 optimal = False
                 break
-            entry = (-step_seconds(job, plan, costs), -order, plan)
+            with no_garbage_collection():
+                prediction = estimate(job, plan, costs)
+            entry = (-prediction.step_time_s, -number, prediction)
             replayed += 1
             heapq.heappush(best, entry) if len(best) < top else heapq.heappushpop(best, entry)
-            report("replaying", order + 1, 0)
+            report("replaying", replayed, 0)
     except KeyboardInterrupt:
         optimal = False
         if not best:
             raise
-    ranked = [plan for _, _, plan in sorted(best, key=lambda entry: (-entry[0], -entry[1]))]
     return SearchResult(
         space=space,
-        plans=tuple(estimate(job, plan, costs) for plan in ranked),
+        plans=tuple(prediction for _, _, prediction in sorted(best, key=itemgetter(0, 1))[::-1]),
         optimal=optimal,
         replayed=replayed,
         search_s=time.monotonic() - started,
@@ -120,18 +126,35 @@ class Candidates:
     bound_s: Floats
     """(N,): no step of it is shorter."""
 
-    def in_order(self) -> Iterator[tuple[float, ParallelPlan]]:
-        """Bound and plan, the least bound first; of equal ones the first in the space."""
-        for i in np.argsort(self.bound_s, kind="stable"):
-            yield float(self.bound_s[i]), self.families[self.family[i]].plan(int(self.index[i]))
+    def in_order(self, examiner: Examiner) -> Iterator[tuple[float, int, ParallelPlan]]:
+        """Bound, number and plan, the least bound first; of equal ones the first in the space.
+
+        Bounds are made tighter batch by batch, as plans come near the front.
+        """
+        rough = np.argsort(self.bound_s, kind="stable")
+        tight: list[tuple[float, int]] = []
+        taken, size = 0, BATCH
+        while tight or taken < len(rough):
+            if taken == len(rough) or (tight and tight[0][0] < self.bound_s[rough[taken]]):
+                bound_s, i = heapq.heappop(tight)
+                yield bound_s, i, self.families[self.family[i]].plan(int(self.index[i]))
+                continue
+            batch = np.sort(rough[taken : taken + size])
+            taken, size = taken + len(batch), 2 * size
+            families, first = np.unique(self.family[batch], return_index=True)
+            parts = np.split(batch, first[1:])
+            chosen = [(self.families[f], self.index[p]) for f, p in zip(families, parts, strict=True)]
+            walked = np.concatenate(examiner.tighter_bounds_s(chosen))
+            for i, bound_s in zip(batch, np.maximum(walked, self.bound_s[batch]), strict=True):
+                heapq.heappush(tight, (float(bound_s), int(i)))
 
 
 def _bounded(
-    job: Job, gpus: int, costs: CostModel, constraints: Constraints, report: Progress
+    job: Job, gpus: int, examiner: Examiner, constraints: Constraints, report: Progress
 ) -> tuple[Candidates, SpaceCount]:
     """Plans that are legal and fit, in order of their lower bound, and the count of the others."""
     rejected: Counter[str] = Counter()
-    examiner = Examiner(job, costs)
+    costs = examiner.costs
     found: list[tuple[Family, Examined]] = []
     legal = enumerated = reported = 0
     least: tuple[float, ParallelPlan] | None = None

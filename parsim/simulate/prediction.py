@@ -19,7 +19,7 @@ from parsim.schedule.action import Schedule
 from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
 from parsim.schedule.pipedream import staleness, weight_versions
-from parsim.schedule.program import Program, step_time_s, task_times, timeline_of
+from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
 from parsim.simulate.steady import steady_steps, steps_shown
 from parsim.simulate.uneven import Unevenness, uneven_program
@@ -177,13 +177,6 @@ def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
     if schedule.update_every:
         timeline = steady_steps(timeline, schedule)
     return prediction_of(job, plan, costs, timeline, memory)
-
-
-def step_seconds(job: Job, plan: ParallelPlan, costs: CostModel) -> float:
-    """Its step time alone."""
-    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
-        return estimate(job, plan, costs).step_time_s
-    return step_time_s(program_of(job, plan, costs)[0])
 
 
 def prediction_of(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from parsim.cost.stage import CostModel
 from parsim.cost.step import StepCost, step_cost
 from parsim.plan import Job, ParallelPlan, parse_plan
-from parsim.schedule import make_schedule
+from parsim.schedule import OVERLAPPED_SCHEDULES, make_schedule, with_schedule
 from parsim.schedule.lower import lower
 from parsim.schedule.program import step_time_s
 from parsim.search.bound import lower_bound_s
+from parsim.search.examine import Examiner
 from parsim.search.fullest import fullest_rank
+from parsim.search.space import Family
 from parsim.simulate.prediction import memory_by_rank, program_of
 from tests.builders import flat_cost, plain_stack, round_cluster, small_model
 from tests.strategies import CASES, Case
@@ -27,6 +30,48 @@ def test_no_plan_beats_its_bound(case: Case) -> None:
     job, plan, costs = case
     bound_s = lower_bound_s(step_cost(job, plan, costs), job, plan, costs.stack)
     assert bound_s <= step_time_s(program_of(job, plan, costs)[0]) * (1 + 1e-12)
+
+
+def walked_s(case: Case) -> float:
+    """The tighter bound of a plan."""
+    job, plan, costs = case
+    family = Family(
+        base=plan,
+        zero=(plan.zero,),
+        micro_batch=(plan.micro_batch,),
+        sequence_parallel=(plan.sequence_parallel,),
+        tp_overlap=(plan.tp_overlap,),
+        recompute=(plan.recompute,),
+    )
+    (bounds_s,) = Examiner(job, costs).tighter_bounds_s([(family, np.array([0]))])
+    return float(bounds_s[0])
+
+
+def of_the_space(case: Case) -> bool:
+    """Without the settings that no plan of the search has."""
+    _, plan, _ = case
+    usual = plan.aggregation == "bucket" and plan.compression == "none" and not plan.weighted
+    return usual and plan.zero_group == 0 and plan.expert_tp == 1
+
+
+@given(CASES.filter(of_the_space))
+@settings(max_examples=300)
+def test_no_plan_beats_the_walk_through_its_schedule(case: Case) -> None:
+    assert walked_s(case) <= step_time_s(program_of(*case)[0]) * (1 + 1e-12)
+
+
+@given(CASES.filter(of_the_space))
+@settings(max_examples=100)
+def test_without_replicas_the_walk_is_the_replay(case: Case) -> None:
+    # Nothing is left out then, but what overlapped pairs do not hide, and embeddings on two ranks.
+    job, plan, costs = case
+    alone = replace(plan, dp=1, zero=0, cp=1, ep=1)
+    model = replace(job.model, tied_embeddings=False)
+    job = replace(job, model=model, global_batch=job.global_batch // plan.dp)
+    if alone.schedule in OVERLAPPED_SCHEDULES:
+        alone = with_schedule(alone, "zbv" if alone.schedule == "dualpipev" else "zb-h1")
+    case = job, alone, replace(costs, model=model, _parts={}, _stages={})
+    assert walked_s(case) == pytest.approx(step_time_s(program_of(*case)[0]), rel=1e-12)
 
 
 def bound_and_step_s(plan: ParallelPlan, m: int, cost: StepCost, **stack: Any) -> tuple[float, float]:
