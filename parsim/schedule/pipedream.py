@@ -1,7 +1,8 @@
 """PipeDream and PipeDream-2BW: pipelines without a flush, whose backwards use weights of the past.
 
-Sources: Narayanan et al. 2019 (PipeDream, SOSP; arXiv 1806.03377), section 3.3: a stage updates its
-weights after every micro-batch's backward, and stashes the version that each forward in flight used.
+Sources: Narayanan et al. 2019 (PipeDream, SOSP), section 3.3, and before it Harlap et al. 2018, arXiv
+1806.03377: a stage updates its weights after every micro-batch's backward, and stashes the version that
+each forward in flight used.
 Narayanan et al. 2021 (PipeDream-2BW, arXiv 2006.09503), section 3.1: gradients of m micro-batches are
 accumulated, and two versions do. Both run 1F1B for as long as training lasts: no step ends with a
 bubble, at the price of other training than one process would do.
