@@ -168,10 +168,6 @@ class Cluster:
                 expected=f"a multiple of gpus_per_node = {self.gpus_per_node}",
             )
 
-    def num_nodes(self, gpus: int) -> int:
-        """Nodes that `gpus` devices fill, the last one perhaps in part."""
-        return -(-gpus // self.gpus_per_node)
-
     def same_domain(self, rank: int, other: int) -> bool:
         """Whether two global ranks, which fill domain after domain, meet over `intra_node`."""
         return rank // self.scale_up_domain == other // self.scale_up_domain

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from parsim.cost.price import PartTime, PassTime
 from parsim.cost.stage import StageCost
-from parsim.cost.step import StageSync, StepCost
+from parsim.cost.step import StepCost
+from parsim.cost.sync import StageSync
 from parsim.hardware import Cluster, Device, Link
 from parsim.model import ModelSpec
 from parsim.stack import Stack

@@ -39,9 +39,6 @@ _LABEL_IN = 0.6
 """Room that the words "predicted" and "measured" need beside the ranks' names."""
 _PAIR_GAP = 0.35
 """Space between the pairs of two ranks, in rows."""
-_FIGURES_IN = 2.6
-"""Room that step time and bubble need after the name of a panel."""
-_PANEL_GAP_IN = 0.42
 
 
 def draw_comparison(predicted: Timeline, measured: Timeline, path: Path) -> None:

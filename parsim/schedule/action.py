@@ -28,7 +28,6 @@ TRANSFER_KINDS = (SEND_FORWARD, RECEIVE_FORWARD, SEND_BACKWARD, RECEIVE_BACKWARD
 `1B0` or `1I0` made."""
 
 UNSHARD, RESHARD, REDUCE_GRAD = "UNSHARD", "RESHARD", "REDUCE_GRAD"
-STAGE_KINDS = (UNSHARD, RESHARD, REDUCE_GRAD)
 """Of a stage as a whole: gather its parameters, let them go, reduce its gradients."""
 
 OVERLAP = "OVERLAP_F_B"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import simpy
 
-from parsim.cost.algorithms import double_tree_s, pipeline_s, rounds_s
+from parsim.cost.algorithms import ALGORITHMS, double_tree_s, pipeline_s, rounds_s
 from parsim.cost.collective import KINDS, NETWORK_HOP_S, Group, collective_fit, collective_s
 from parsim.errors import ParsimError
 from parsim.simulate.fabric import Fabric, Link, Node
@@ -35,7 +35,7 @@ from parsim.simulate.patterns import summing_tree
 MAX_MESSAGES = 200_000
 """Of one collective; more take minutes."""
 ALGORITHMS_OF: Mapping[str, tuple[str, ...]] = {
-    "all_reduce": ("ring", "tree", "hierarchical", "in-switch"),
+    "all_reduce": ALGORITHMS,
     "all_gather": ("ring",),
     "reduce_scatter": ("ring",),
     "all_to_all": ("pairwise",),

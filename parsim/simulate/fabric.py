@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import networkx as nx
 
+from parsim.cost.algorithms import ALGORITHMS
 from parsim.cost.collective import NETWORK_EFFICIENCY
 from parsim.errors import ParsimError, did_you_mean
 from parsim.hardware import Cluster
@@ -26,9 +27,6 @@ from parsim.simulate.torus import most_even, neighbour, torus_way
 Node: TypeAlias = tuple[str, int]
 """What a node is, and its number among those of its kind: ("gpu", 3)."""
 Link: TypeAlias = tuple[Node, Node]
-
-ALGORITHMS = ("auto", "ring", "tree", "hierarchical", "in-switch")
-"""How gradients are summed over the network; auto is what the cost model finds fastest, as NCCL does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,7 +78,8 @@ def fabric_of(text: str, cluster: Cluster, gpus: int) -> Fabric:
             hint=did_you_mean(name, _KINDS),
         )
     make, readers, defaults = _KINDS[name]
-    known = readers | {"algorithm": choice(*ALGORITHMS)}
+    # How gradients are summed over the network; auto is what the cost model finds fastest.
+    known = readers | {"algorithm": choice("auto", *ALGORITHMS)}
     given = parse_settings(text, known, where="--fabric", named=True).values
     # Devices that fill up the last domain are there, whether the job uses them or not.
     whole = -(-gpus // cluster.scale_up_domain) * cluster.scale_up_domain

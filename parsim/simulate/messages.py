@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from parsim.cost.algorithms import tree_width
 from parsim.simulate.fabric import Node
 from parsim.simulate.trees import double_tree
 
@@ -146,7 +147,7 @@ def double_binary_tree(
     messages: list[Message] = []
     for parents in double_tree(len(ranks)):
         of = {ranks[i]: ranks[parent] for i, parent in enumerate(parents) if parent >= 0}
-        at, width = start + len(messages), min(4, len(ranks))
+        at, width = start + len(messages), tree_width(len(ranks))
         messages += tree(of, num_bytes / 2, chunks, ready, width=width, start=at)
     return messages
 

@@ -239,10 +239,8 @@ def test_the_precision_where_nobody_says_is_one_the_device_has() -> None:
     assert default_precision(load_cluster("local-cpu").device) == "fp32"
 
 
-def test_nodes_and_domains() -> None:
+def test_domains() -> None:
     hgx, nvl72 = load_cluster("h100-sxm-80gb"), load_cluster("gb200-nvl72")
-    assert [hgx.num_nodes(gpus) for gpus in (1, 8, 9, 64)] == [1, 1, 2, 8]
-    assert nvl72.num_nodes(72) == 18
     assert [hgx.same_domain(7, other) for other in (0, 7, 8)] == [True, True, False]
     assert [nvl72.same_domain(71, other) for other in (0, 71, 72)] == [True, True, False]
 
@@ -387,7 +385,7 @@ def test_a_domain_holds_whole_nodes() -> None:
         "intra_node": link,
         "inter_node": link,
     }
-    assert Cluster(gpus_per_node=4, scale_up_domain=8, **shape).num_nodes(5) == 2
+    assert Cluster(gpus_per_node=4, scale_up_domain=8, **shape).same_domain(0, 7)
     with pytest.raises(ParsimError, match="whole nodes") as error:
         Cluster(gpus_per_node=4, scale_up_domain=6, **shape)
     assert error.value.expected == "a multiple of gpus_per_node = 4"
