@@ -74,6 +74,12 @@ def test_a_transfer_shows_at_both_ends() -> None:
     assert [s[2:5] for s in spans(step, "pp_recv_next", 0)] == [back[2:5]]
 
 
+def test_a_transfer_takes_what_lies_between_its_stages() -> None:
+    step = timeline(ParallelPlan(pp=3), 1, replace(flat_cost(3), send_s=(0.5, 0.25)))
+    sent = {s.name: s.duration_s for s in step.spans if s.stream.startswith("pp_send")}
+    assert sent == {"0F0": 0.5, "1F0": 0.25, "2B0": 0.25, "1B0": 0.5}
+
+
 # Gradients
 
 
@@ -257,6 +263,12 @@ def test_a_split_backward_frees_and_reduces_after_its_weight_gradient() -> None:
     assert [(s.start_s, s.end_s) for s in spans(step, "dp", 1)] == [(4.0, 4.5)]
 
 
+def test_a_backward_in_pieces_frees_its_activations_with_the_last() -> None:
+    cost = flat_cost(1, reduce_s=0.5, saved_bytes=8.0, buckets=4)
+    step = timeline(ParallelPlan(dp=2), 1, cost, dp_overlap=True)
+    assert [(s.time_s, s.num_bytes) for s in step.memory] == [(0.0, 0.0), (0.0, 8.0), (3.0, 0.0)]
+
+
 def test_a_weight_gradient_stays_where_it_is() -> None:
     step = timeline(TWO, 1, flat_cost(2, send_s=0.5), csv=SPLIT)
     sent = [s.name for s in step.spans if s.kind == "pp" and s.stream.startswith("pp_send")]
@@ -344,6 +356,17 @@ def test_a_pair_hides_no_more_than_the_other_pass_computes() -> None:
     assert pair_s(PassTime(1.0, ep_s=3.0), overlap_cost=0.0) == pytest.approx(
         3.0 + (3.0 - 2.0) + (3.0 - 1.0)
     )
+
+
+def test_exchanges_of_a_pair_share_the_compute_beside_them() -> None:
+    # Beside the backward's 2 s run 1.5 s of ep and 0.5 of tp, beside the forward's 1 s that much of ep.
+    part = PassTime(1.0, tp_s=1.5, ep_s=1.5)
+    assert pair_s(part, overlap_cost=0.0) == pytest.approx(3.0 + 1.0 + 2.0)
+
+
+def test_a_pair_saves_nothing_while_its_host_launches() -> None:
+    part = PassTime(1.0, ep_s=0.5, host_bound_s=0.375)
+    assert pair_s(part, overlap_cost=0.0) == pytest.approx(3.0 + 2 * 0.375)
 
 
 def test_the_parts_of_a_pair_reduce_and_gather_as_others_do() -> None:
