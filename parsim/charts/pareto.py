@@ -188,6 +188,6 @@ def _set_axes(axes: Axes, by_dollars: bool) -> None:
         (axes.xaxis, lambda value, _: f"{value:g}"),
         (axes.yaxis, lambda value, _: format_usd(value) if by_dollars else format_count(value)),
     ):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=30))
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0), numticks=30))
         axis.set_major_formatter(FuncFormatter(text))
         axis.set_minor_formatter(NullFormatter())

@@ -24,7 +24,7 @@ from parsim.charts.style import (
     save,
     style,
 )
-from parsim.search.scaling import ScalingPoint
+from parsim.search.scaling import TERMS, ScalingPoint
 
 Curves = Mapping[str, Sequence[ScalingPoint]]
 """By what was scaled, such as "llama-3.1-8b on h100-sxm-80gb"."""
@@ -86,7 +86,8 @@ def _finding(strong: Curves) -> str:
 
 
 def _words(point: ScalingPoint) -> str:
-    return point.reason.rpartition(" +")[0]
+    assert point.grew is not None
+    return TERMS[point.grew] + (f" ({point.switched})" if point.switched else "")
 
 
 def _draw_panel(axes: Axes, curves: Curves, colors: Mapping[str, str]) -> None:
@@ -119,4 +120,4 @@ def _draw_panel(axes: Axes, curves: Curves, colors: Mapping[str, str]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(counts[:: max(1, len(counts) // 10)]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

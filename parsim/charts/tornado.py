@@ -69,11 +69,11 @@ def tornado_figure(effects: Effects) -> Figure:
 
 
 def _ranked(effects: Sequence[Sensitivity]) -> list[str]:
-    """Resources by the width of their bars, widest first; what makes nothing fit is widest."""
+    """Resources by their longer bar, longest first; what makes nothing fit is longest."""
     width: dict[str, float] = {}
     for effect in effects:
         size = float("inf") if effect.gain is None else abs(effect.gain)
-        width[effect.resource] = width.get(effect.resource, 0.0) + size
+        width[effect.resource] = max(width.get(effect.resource, 0.0), size)
     return sorted(width, key=lambda resource: -width[resource])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Literal
 
@@ -16,8 +16,8 @@ from parsim.hardware import Price
 from parsim.model import ModelSpec, num_parameters
 from parsim.plan import Job
 from parsim.search.pareto import Objectives, pareto_front
-from parsim.search.search import NoPlan, Progress, search
-from parsim.search.sensitivity import speed_gains, what_binds
+from parsim.search.search import OUT_OF_MEMORY, NoPlan, Progress, search
+from parsim.search.sensitivity import CHANGE, sensitivity, speed_gains, what_binds
 from parsim.search.space import Constraints, check_constraints
 from parsim.simulate.prediction import Prediction
 from parsim.stack import Stack
@@ -84,7 +84,8 @@ class Option:
     goodput: float
     """Expected share of the time that trains and is kept."""
     gains: dict[str, float]
-    """Speed that CHANGE more of each resource gives the same plan."""
+    """Speed that CHANGE more of each resource gives: the same plan re-simulated, but for more memory the
+    best plan searched for anew (only for the fastest plan of a case)."""
 
     @property
     def ideal_s(self) -> float:
@@ -176,7 +177,21 @@ def options_of(
         )
     except NoPlan as no:
         return NoOption(case=case, why=_why(no, case))
-    return tuple(_option(case, plan, result.optimal, long_run) for plan in result.plans)
+    options = [_option(case, plan, result.optimal, long_run) for plan in result.plans]
+    memory = 0.0
+    if result.space.rejected.get(OUT_OF_MEMORY):
+        other = sensitivity(
+            options[0].prediction,
+            case.costs,
+            "memory_size",
+            CHANGE,
+            constraints=constraints,
+            budget_s=budget_s,
+            progress=progress,
+        )
+        memory = other.gain or 0.0
+    first = replace(options[0], gains=options[0].gains | {"memory_size": memory})
+    return (first, *options[1:])
 
 
 def _option(case: Case, prediction: Prediction, proven: bool, long_run: LongRunOf) -> Option:

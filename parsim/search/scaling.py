@@ -36,6 +36,9 @@ class ScalingPoint:
     grew_by: float
     """How much more, as a share of the GPU time that a token takes at the first point."""
 
+    switched: str
+    """What the plan had to switch to since the point before where it recomputes more, in words."""
+
     @property
     def tokens_per_s(self) -> float:
         return self.prediction.job.tokens / self.prediction.step_time_s
@@ -45,7 +48,8 @@ class ScalingPoint:
         """Why efficiency fell since the point before; empty where it did not."""
         if self.grew is None:
             return ""
-        return f"{TERMS[self.grew]} +{100 * self.grew_by:.1f} % of the first point's GPU time"
+        text = f"{TERMS[self.grew]} +{100 * self.grew_by:.1f} % of the first point's GPU time"
+        return text + (f" ({self.switched})" if self.switched else "")
 
 
 def scaling_curve(predictions: Sequence[Prediction]) -> tuple[ScalingPoint, ...]:
@@ -62,13 +66,22 @@ def scaling_curve(predictions: Sequence[Prediction]) -> tuple[ScalingPoint, ...]
     for prediction in ordered:
         terms = gpu_seconds_per_token(prediction)
         efficiency = first_s / sum(terms.values())
-        grew, by = None, 0.0
+        grew, by, switched = None, 0.0, ""
         if points and points[-1].efficiency - efficiency > FELL:
             before = gpu_seconds_per_token(points[-1].prediction)
             more = {key: seconds - before.get(key, 0.0) for key, seconds in terms.items()}
             grew = max(more, key=lambda key: more[key])
             by = more[grew] / first_s
-        points.append(ScalingPoint(prediction=prediction, efficiency=efficiency, grew=grew, grew_by=by))
+            switched = _recompute_switch(points[-1].prediction, prediction) if grew == "compute" else ""
+        points.append(
+            ScalingPoint(
+                prediction=prediction,
+                efficiency=efficiency,
+                grew=grew,
+                grew_by=by,
+                switched=switched,
+            )
+        )
     return tuple(points)
 
 
@@ -76,3 +89,9 @@ def gpu_seconds_per_token(prediction: Prediction) -> dict[str, float]:
     """GPU time that a token takes, by the terms of the breakdown."""
     share = prediction.plan.gpus / prediction.job.tokens
     return {key: seconds * share for key, seconds in prediction.breakdown_s.items()}
+
+
+def _recompute_switch(before: Prediction, after: Prediction) -> str:
+    """Why compute may have grown: activations that are recomputed now and were not."""
+    old, new = before.plan.recompute, after.plan.recompute
+    return "" if old == new else f"recompute {new} instead of {old}"

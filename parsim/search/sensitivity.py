@@ -22,7 +22,7 @@ SPEEDS = {
     "inter_node": "network between domains",
 }
 """Resources that make the same plan faster, with words for them."""
-RESOURCES = SPEEDS | {"memory_size": "memory size"}
+RESOURCES = SPEEDS | {"memory_size": "device memory"}
 CHANGE = 0.1
 NOTICED = 0.005
 """A resource of which CHANGE more gives less than this does not bind."""
@@ -146,29 +146,39 @@ def sensitivities(
     budget_s: float = 60.0,
     progress: Progress | None = None,
 ) -> tuple[Sensitivity, ...]:
-    """`change` more and less of every resource, the best plan searched for anew each time.
-
-    The plan as it was stands in where a search that ran out of `budget_s` found nothing better.
-    """
+    """`change` more and less of every resource, the best plan searched for anew each time."""
     found = []
     for resource in RESOURCES:
         for share in (change, -change):
-            other = _costs_with(costs, resource, 1 + share)
             found.append(
-                _sensitivity(prediction, other, resource, share, constraints, budget_s, progress)
+                sensitivity(
+                    prediction,
+                    costs,
+                    resource,
+                    share,
+                    constraints=constraints,
+                    budget_s=budget_s,
+                    progress=progress,
+                )
             )
     return tuple(found)
 
 
-def _sensitivity(
+def sensitivity(
     prediction: Prediction,
     costs: CostModel,
     resource: str,
     change: float,
-    constraints: Constraints | None,
-    budget_s: float,
-    progress: Progress | None,
+    *,
+    constraints: Constraints | None = None,
+    budget_s: float = 60.0,
+    progress: Progress | None = None,
 ) -> Sensitivity:
+    """The best plan with `change` more (or less) of one resource, against the best as it is.
+
+    The plan as it was stands in where a search that ran out of `budget_s` found nothing better.
+    """
+    costs = _costs_with(costs, resource, 1 + change)
     job, before = prediction.job, prediction.plan
     times: list[tuple[float, ParallelPlan]] = []
     needed = prediction.memory.peak + prediction.context_bytes
