@@ -51,7 +51,7 @@ def find(cases: Sequence[Case], wanted: Wanted) -> Found:
     found = Found()
     with _noticing_interrupts() as interrupted, progress() as report:
         try:
-            for step in _steps(cases, wanted, report):
+            for step in _steps(cases, wanted, _stopping(report, interrupted)):
                 found = step(found)
                 if interrupted():
                     raise KeyboardInterrupt
@@ -92,6 +92,17 @@ def _steps(
     if wanted.sensitivity:
         for name in dict.fromkeys(case.job.model.name for case in cases):
             yield partial(_with_sensitivity, name=name, wanted=wanted, report=report)
+
+
+def _stopping(report: Progress, interrupted: Callable[[], bool]) -> Progress:
+    """Progress that ends whatever reports it once the user has interrupted."""
+
+    def show(what: str, done: int, total: int) -> None:
+        if interrupted():
+            raise KeyboardInterrupt
+        report(what, done, total)
+
+    return show
 
 
 def _labelled(report: Progress, label: str) -> Progress:
@@ -140,8 +151,8 @@ def _with_weak_curve(found: Found, key: str, wanted: Wanted, report: Progress) -
 
     Clusters whose share would be no whole number of sequences have no point.
     """
-    from parsim.search.capacity import NoOption, options_of
     from parsim.search.scaling import scaling_curve
+    from parsim.search.search import NoPlan, search
 
     options = _fastest(found, key)
     if len(options) < 2:
@@ -149,21 +160,25 @@ def _with_weak_curve(found: Found, key: str, wanted: Wanted, report: Progress) -
     first = options[0].case
     predictions = [options[0].prediction]
     for option in options[1:]:
-        batch, rest = divmod(first.job.global_batch * option.case.gpus, first.gpus)
+        case = option.case
+        batch, rest = divmod(first.job.global_batch * case.gpus, first.gpus)
         if rest:
-            say(f"no weak scaling on {option.case.gpus} GPUs: the batch would be no whole number")
+            say(f"no weak scaling on {case.gpus} GPUs: the batch would be no whole number")
             continue
-        case = replace(option.case, job=replace(option.case.job, global_batch=batch))
-        label = f"weak scaling of {key}, {case.gpus} GPUs"
-        more = options_of(
-            case,
-            wanted.long_run,
-            constraints=wanted.constraints,
-            budget_s=wanted.budget_s,
-            progress=_labelled(report, label),
-        )
-        if not isinstance(more, NoOption):
-            predictions.append(more[0].prediction)
+        try:
+            result = search(
+                replace(case.job, global_batch=batch),
+                case.gpus,
+                case.costs,
+                constraints=wanted.constraints,
+                top=1,
+                budget_s=wanted.budget_s,
+                progress=_labelled(report, f"weak scaling of {key}, {case.gpus} GPUs"),
+            )
+        except NoPlan as no:
+            say(f"no weak scaling on {case.gpus} GPUs: {no.what}")
+            continue
+        predictions.append(result.plans[0])
     return replace(found, weak=found.weak | {key: scaling_curve(predictions)})
 
 

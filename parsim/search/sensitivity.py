@@ -147,21 +147,19 @@ def sensitivities(
     progress: Progress | None = None,
 ) -> tuple[Sensitivity, ...]:
     """`change` more and less of every resource, the best plan searched for anew each time."""
-    found = []
-    for resource in RESOURCES:
-        for share in (change, -change):
-            found.append(
-                sensitivity(
-                    prediction,
-                    costs,
-                    resource,
-                    share,
-                    constraints=constraints,
-                    budget_s=budget_s,
-                    progress=progress,
-                )
-            )
-    return tuple(found)
+    return tuple(
+        sensitivity(
+            prediction,
+            costs,
+            resource,
+            share,
+            constraints=constraints,
+            budget_s=budget_s,
+            progress=progress,
+        )
+        for resource in RESOURCES
+        for share in (change, -change)
+    )
 
 
 def sensitivity(
