@@ -29,14 +29,12 @@ def test_rows_answers_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     flags = zip(("--csv", "--chart", "--scaling-chart", "--tornado-chart"), files.values(), strict=True)
     found = answer(
         capsys,
-        *("--gpus", "4-8,17", "--deadline", "3 weeks", "--budget", "1M", "--pue", "1.2"),
+        *("--gpus", "4-8,19", "--deadline", "3 weeks", "--budget", "1M", "--pue", "1.2"),
         *(str(word) for pair in flags for word in pair),
     )
-    assert [row["gpus"] for row in found["rows"]] == [
-        4,
-        8,
-    ]  # more than there are layers, and no batch of 64 on 17 replicas
-    assert [(no["gpus"], "that 17 divides" in no["reason"]) for no in found["refused"]] == [(17, True)]
+    # 19 stages are more than there are layers, and 19 replicas do not share 64 sequences.
+    assert [row["gpus"] for row in found["rows"]] == [4, 8]
+    assert [(no["gpus"], "that 19 divides" in no["reason"]) for no in found["refused"]] == [(19, True)]
     for row in found["rows"]:
         tokens_per_s = row["tokens_per_s_per_gpu"] * row["gpus"]
         assert row["days_ideal"] == pytest.approx(row["tokens"] / tokens_per_s / 86400)
@@ -61,7 +59,7 @@ def test_rows_answers_and_files(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert [(row["gpus"], bool(row["days"]), bool(row["reason"])) for row in rows] == [
         ("4", True, False),
         ("8", True, False),
-        ("17", False, True),
+        ("19", False, True),
     ]
     assert all(path.stat().st_size > 500 for path in files.values())
 
