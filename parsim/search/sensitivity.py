@@ -13,7 +13,7 @@ from parsim.plan import ParallelPlan
 from parsim.search.scaling import TERMS
 from parsim.search.search import Progress, search
 from parsim.search.space import Constraints
-from parsim.simulate.prediction import Prediction, step_seconds
+from parsim.simulate.prediction import Prediction, estimate
 
 SPEEDS = {
     "compute": "matrix FLOP/s",
@@ -90,7 +90,7 @@ def speed_gains(prediction: Prediction, costs: CostModel, *, change: float = CHA
     job, plan = prediction.job, prediction.plan
     gains = {}
     for resource in SPEEDS:
-        faster_s = step_seconds(job, plan, _costs_with(costs, resource, 1 + change))
+        faster_s = estimate(job, plan, _costs_with(costs, resource, 1 + change)).step_time_s
         gains[resource] = prediction.step_time_s / faster_s - 1
     return gains
 
@@ -181,7 +181,7 @@ def sensitivity(
     times: list[tuple[float, ParallelPlan]] = []
     needed = prediction.memory.peak + prediction.context_bytes
     if needed <= costs.cluster.device.memory_bytes:
-        times.append((step_seconds(job, before, costs), before))
+        times.append((estimate(job, before, costs).step_time_s, before))
     try:
         result = search(
             job, before.gpus, costs, constraints=constraints, top=1, budget_s=budget_s, progress=progress

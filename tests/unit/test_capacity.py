@@ -34,7 +34,7 @@ from parsim.search.scaling import gpu_seconds_per_token, scaling_curve
 from parsim.search.search import search
 from parsim.search.sensitivity import RESOURCES, SPEEDS, sensitivities, speed_gains, with_more
 from parsim.search.space import Constraints
-from parsim.simulate.prediction import Prediction, estimate, step_seconds
+from parsim.simulate.prediction import Prediction, estimate
 from parsim.stack import Stack
 from tests.builders import plain_stack, round_cluster, small_model
 
@@ -274,8 +274,8 @@ def test_without_overheads_ten_per_cent_more_of_everything_is_ten_per_cent() -> 
     for resource in SPEEDS:
         cluster = with_more(cluster, resource, 1.1)
     plan = best_option(case).prediction.plan
-    before = step_seconds(case.job, plan, costs)
-    after = step_seconds(case.job, plan, CostModel(costs.model, cluster, costs.stack))
+    before = estimate(case.job, plan, costs).step_time_s
+    after = estimate(case.job, plan, CostModel(costs.model, cluster, costs.stack)).step_time_s
     assert 1.05 < before / after <= 1.1 + 1e-12
 
 
@@ -285,10 +285,10 @@ def test_resources_of_a_profile_that_was_measured_on_the_machine() -> None:
     job = Job(model=model, seq_len=256, global_batch=8, precision="fp32")
     stack = plain_stack()
     plan = ParallelPlan(dp=2, tp=2)
-    before = step_seconds(job, plan, CostModel(model, cluster, stack))
+    before = estimate(job, plan, CostModel(model, cluster, stack)).step_time_s
     for resource in ("compute", "memory_bandwidth", "intra_node"):
         faster = with_more(cluster, resource, 1.1)
-        gain = before / step_seconds(job, plan, CostModel(model, faster, stack)) - 1
+        gain = before / estimate(job, plan, CostModel(model, faster, stack)).step_time_s - 1
         assert 0 < gain < 0.1
     assert with_more(cluster, "memory_size", 2.0).device.memory_bytes == 2 * cluster.device.memory_bytes
 
