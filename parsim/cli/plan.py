@@ -24,6 +24,8 @@ from parsim.cli.options import (
 from parsim.cli.output import document, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from parsim.search.search import SearchResult
     from parsim.search.space import Constraints
     from parsim.simulate.prediction import Prediction
@@ -31,6 +33,14 @@ if TYPE_CHECKING:
 
 def _choice(flag: str, what: str) -> Any:
     return typer.Option(f"--{flag}", help=f"Allow only these {what}, separated by commas.")
+
+
+def _switch(flag: str, default: str) -> Any:
+    return typer.Option(f"--{flag}", help=f"true, false, or both as true,false [default: {default}].")
+
+
+def _most(flag: str, what: str) -> Any:
+    return typer.Option(f"--max-{flag}", min=1, help=f"Largest {what}.")
 
 
 def plan(
@@ -56,7 +66,21 @@ def plan(
     micro_batch: Annotated[str, _choice("micro-batch", "micro-batch sizes")] = "",
     zero: Annotated[str, _choice("zero", "ZeRO stages (0 to 3)")] = "",
     recompute: Annotated[str, _choice("recompute", "recompute modes")] = "",
-    schedule: Annotated[str, _choice("schedule", "schedules")] = "",
+    schedule: Annotated[
+        str, _choice("schedule", "schedules [default: all that end a step with a flush]")
+    ] = "",
+    sequence_parallel: Annotated[str, _switch("sequence-parallel", "true,false")] = "",
+    tp_overlap: Annotated[str, _switch("tp-overlap", "as the stack does")] = "",
+    max_dp: Annotated[int | None, _most("dp", "data-parallel size")] = None,
+    max_tp: Annotated[int | None, _most("tp", "tensor-parallel size")] = None,
+    max_pp: Annotated[int | None, _most("pp", "pipeline size")] = None,
+    max_cp: Annotated[int | None, _most("cp", "context-parallel size; allows all up to it")] = None,
+    max_ep: Annotated[int | None, _most("ep", "expert-parallel size")] = None,
+    max_vpp: Annotated[int | None, _most("vpp", "number of chunks a rank")] = None,
+    max_micro_batch: Annotated[int | None, _most("micro-batch", "micro-batch")] = None,
+    explain: Annotated[
+        str, typer.Option("--explain", help="Why is this plan not the best? In short form: dp=8,tp=4,…")
+    ] = "",
     budget_s: Annotated[
         float, typer.Option("--budget-s", min=0, help="Stop proving after so many seconds.")
     ] = 60.0,
@@ -68,6 +92,8 @@ def plan(
     Examples:
       parsim plan --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 16384 --global-batch 2048
       parsim plan --model gpt3-175b --hardware a100-sxm-80gb --gpus 512 --global-batch 1536 --tp 4,8
+      parsim plan --model gpt3-175b --hardware a100-sxm-80gb --gpus 512 --global-batch 1536 \\
+          --explain dp=8,tp=8,pp=8
     """
     from parsim.search.search import NoPlan, search
 
@@ -84,21 +110,36 @@ def plan(
     )
     setup = load_setup(flags)
     given = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
-             "zero": zero, "recompute": recompute, "schedule": schedule}  # fmt: skip
-    constraints = read_constraints({key: text for key, text in given.items() if text})
+             "zero": zero, "recompute": recompute, "schedule": schedule,
+             "sequence_parallel": sequence_parallel, "tp_overlap": tp_overlap}  # fmt: skip
+    bounds = {"dp": max_dp, "tp": max_tp, "pp": max_pp, "cp": max_cp, "ep": max_ep, "vpp": max_vpp,
+              "micro_batch": max_micro_batch}  # fmt: skip
+    most = {key: size for key, size in bounds.items() if size is not None}
+    constraints = read_constraints({key: text for key, text in given.items() if text}, most)
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
     inputs = flags.given() | chosen | {"constraints": {k: v for k, v in given.items() if v}}
-    try:
+    inputs["constraints"] |= {f"max_{key}": size for key, size in most.items()}
+
+    def found(count: int) -> SearchResult:
         with progress() as report:
-            result = search(
+            return search(
                 setup.job,
                 gpus,
                 setup.costs(),
                 constraints=constraints,
-                top=top,
+                top=count,
                 budget_s=budget_s,
                 progress=report,
             )
+
+    if explain:
+        from parsim.cli.plan_explain import explain_plan
+
+        if not explain_plan(setup, explain, gpus, lambda: found(1).plans[0], inputs, as_json=as_json):
+            raise typer.Exit(1)
+        return
+    try:
+        result = found(top)
     except NoPlan as no:
         if as_json:
             answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(no)}
@@ -110,17 +151,25 @@ def plan(
         print_result(result, setup.job.model.name, setup.origin["hardware"], gpus)
 
 
-def read_constraints(given: dict[str, str]) -> Constraints:
-    """Constraints from comma-separated lists; raises ParsimError for a value that cannot be."""
+def read_constraints(given: dict[str, str], most: dict[str, int]) -> Constraints:
+    """Constraints from comma-separated lists, and the most that is allowed of some sizes; raises
+    ParsimError for a value that cannot be, and for a list whose every value is beyond the most.
+    """
     from parsim.errors import ParsimError, did_you_mean
     from parsim.plan import RECOMPUTE_MODES
     from parsim.schedule import SCHEDULES
     from parsim.search.space import Constraints
 
-    words = {"recompute": RECOMPUTE_MODES, "schedule": SCHEDULES}
+    switch = {"true": True, "false": False}
+    words: dict[str, Collection[str]] = {
+        "recompute": RECOMPUTE_MODES,
+        "schedule": SCHEDULES,
+        "sequence_parallel": switch,
+        "tp_overlap": switch,
+    }
     values: dict[str, Any] = {}
     for key, text in given.items():
-        parts = [part.strip() for part in text.split(",")]
+        parts = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
         flag = f"--{key.replace('_', '-')}"
         if key in words:
             for part in parts:
@@ -131,16 +180,22 @@ def read_constraints(given: dict[str, str]) -> Constraints:
                         expected=", ".join(words[key]),
                         hint=did_you_mean(part, words[key]),
                     )
-            values[key] = tuple(parts)
+            values[key] = tuple(switch.get(part, part) for part in parts)
             continue
         if not all(part.isdigit() and len(part) < 10 for part in parts):
             raise ParsimError("this is a list of whole numbers", where=flag, got=text, expected="4,8")
-        least, most = (0, 3) if key == "zero" else (1, 10**9)
+        least, largest = (0, 3) if key == "zero" else (1, 10**9)
         numbers = tuple(int(part) for part in parts)
-        if not all(least <= number <= most for number in numbers):
-            raise ParsimError("out of range", where=flag, got=text, expected=f"{least} to {most}")
+        if not all(least <= number <= largest for number in numbers):
+            raise ParsimError("out of range", where=flag, got=text, expected=f"{least} to {largest}")
+        if key in most and min(numbers) > most[key]:
+            raise ParsimError(
+                f"{flag} and --max-{flag[2:]} contradict each other",
+                where=flag,
+                got=f"{text}, at most {most[key]}",
+            )
         values[key] = numbers
-    return Constraints(**values)
+    return Constraints(**values, max_sizes=most)
 
 
 def to_data(result: SearchResult, origin: dict[str, Any]) -> dict[str, Any]:
@@ -167,11 +222,12 @@ def print_result(
         exposed = sum(part for key, part in share.items() if key.endswith("_exposed"))
         sizes = (rank, plan.dp, plan.tp, plan.pp, plan.cp, plan.ep, plan.vpp, plan.micro_batch)
         rows.append([
-            *map(str, sizes), plan.schedule, str(plan.zero), plan.recompute,
+            *map(str, sizes), plan.schedule, str(plan.zero), "yes" if plan.sequence_parallel else "no",
+            plan.recompute,
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
             format_bytes(p.memory.peak), _why_slower(p, result.plans[0]),
         ])  # fmt: skip
-    headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "recompute",
+    headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "sp", "recompute",
                "step", "MFU", "bubble", "comm", "memory", "why not first"]  # fmt: skip
     print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
     space = result.space

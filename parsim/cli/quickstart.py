@@ -114,10 +114,13 @@ def _searched(setup: Setup, devices: int, folder: Path) -> SearchResult:
     from parsim.cli.plan import print_result, to_data
     from parsim.config import dump_json, write_file
     from parsim.search.search import search
+    from parsim.search.space import Constraints
 
+    # What the executor runs whatever the rest of the plan is.
+    space = Constraints(schedule=("1f1b", "interleaved"), zero=(0, 1), sequence_parallel=(True,))
     say(f"2/4  searching the plans of {setup.job.model.name} on {devices} ranks …")
     with progress() as report:
-        result = search(setup.job, devices, setup.costs(), top=60, progress=report)
+        result = search(setup.job, devices, setup.costs(), constraints=space, top=60, progress=report)
     inputs = {"model": setup.job.model.name, "hardware": setup.origin["hardware"], "gpus": devices}
     text = dump_json(document("plan", inputs, to_data(result, setup.origin)))
     write_file(folder / "plans.json", text)

@@ -11,9 +11,8 @@ from parsim.schedule import make_schedule
 from parsim.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Action, computations
 from parsim.schedule.interleaved import micro_batches_per_round, warmup_forwards
 
-STEADY_ROUNDS = 4
-"""Rounds of micro-batches (2·pp or more where they do not come in rounds) after which a schedule that is
-walked through keeps no more than it did."""
+STEADY_ROUNDS = 2
+"""Times pp micro-batches: with more, a schedule that is walked through keeps no more."""
 
 
 def in_flight(
@@ -50,18 +49,15 @@ def full_moments(
         case "zb-h2":
             return ((min(m, 2 * pp - 1),),)
         case "interleaved":
-            return _interleaved(pp, vpp, rank, m)
+            return _interleaved(pp, vpp, warmup_forwards(pp, vpp, rank, m), m)
+        case "interleaved-zb":
+            # As many weight gradients wait as there are ranks before this one: that is as if so many
+            # more forwards came ahead, and makes all ranks alike.
+            ahead = (vpp - 1) * micro_batches_per_round(pp, m) + pp - 1
+            return _interleaved(pp, vpp, min(ahead, vpp * m), m)
     plan = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule)
     stages = [stage for stage in range(plan.num_stages) if plan.stage_rank(stage) == rank]
-    return _walked(_actions(schedule, pp, vpp, _steady(schedule, pp, m))[rank], stages)
-
-
-def _steady(schedule: str, pp: int, m: int) -> int:
-    """As many micro-batches as fill a pipeline's steady state: more keep nothing more."""
-    if schedule == "interleaved-zb":
-        per_round = micro_batches_per_round(pp, m)
-        return min(m // per_round, STEADY_ROUNDS) * per_round
-    return min(m, STEADY_ROUNDS * pp)
+    return _walked(_actions(schedule, pp, vpp, min(m, STEADY_ROUNDS * pp))[rank], stages)
 
 
 @lru_cache(maxsize=4)
@@ -89,7 +85,7 @@ def _walked(actions: Sequence[Action], stages: Sequence[int]) -> tuple[tuple[int
     )
 
 
-def _interleaved(pp: int, vpp: int, rank: int, m: int) -> tuple[tuple[int, ...], ...]:
+def _interleaved(pp: int, vpp: int, warmup: int, m: int) -> tuple[tuple[int, ...], ...]:
     """Interleaved 1F1B: after the warm-up one forward follows before the first backward; then they
     alternate, forward warmup + k behind backward k − 1.
 
@@ -97,7 +93,6 @@ def _interleaved(pp: int, vpp: int, rank: int, m: int) -> tuple[tuple[int, ...],
     chunk: the peak lies where one of them turns.
     """
     per_round = micro_batches_per_round(pp, m)
-    warmup = warmup_forwards(pp, vpp, rank, m)
 
     def done(turns: int, chunk: int) -> int:
         """Micro-batches among the first turns that fall to the chunk-th chunk to have its turn."""

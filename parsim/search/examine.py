@@ -243,19 +243,15 @@ class Examiner:
     ) -> Floats:
         """(Z, M, C): memory of the fullest rank, with what lies outside the allocator."""
         job, stack, base = self.job, self.costs.stack, family.base
-        states = [
+        holders = [(h.stages, weight_versions(base, h.rank)) for h in layout.holdings]
+        distinct = list(dict.fromkeys(holders))
+        states = np.array([
             [
-                model_states(
-                    [stages[d] for d in holding.stages],
-                    job,
-                    replace(base, zero=zero),
-                    stack,
-                    weight_versions=weight_versions(base, holding.rank),
-                ).peak
-                for holding in layout.holdings
+                model_states([stages[d] for d in of], job, plan, stack, weight_versions=versions).peak
+                for of, versions in distinct
             ]
-            for zero in family.zero
-        ]
+            for plan in (replace(base, zero=zero) for zero in family.zero)
+        ])[:, [distinct.index(holder) for holder in holders]]  # fmt: skip
         saved = stage_sums(layout, priced.parts.saved_bytes)
         recomputed = np.array([priced.parts.recomputed_bytes[has].max(axis=0) for has in layout.has])
         moving = np.array([recomputed[list(h.stages)].max(axis=0) for h in layout.holdings])
@@ -263,7 +259,7 @@ class Examiner:
             if not np.isnan(saved[0, i]).all():
                 moments = layout.moments(job.global_batch // (base.dp * size))
                 moving[:, i] += (moments @ saved[:, i]).max(axis=1)
-        fullest = (np.array(states)[:, :, None, None] + moving).max(axis=1)
+        fullest = (states[:, :, None, None] + moving).max(axis=1)
         cells = priced.cells
         passing = cells.working_bytes + receive_buffers(base) * cells.boundary_bytes
         needed: Floats = (1 + stack.allocator_slack) * (fullest + passing) + stack.context_bytes

@@ -9,7 +9,7 @@ from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule.in_flight import in_flight
 from parsim.schedule.pipedream import weight_versions
 
-FULLER_LATER = ("interleaved-zb", "zbv", "dualpipe", "dualpipev")
+FULLER_LATER = ("zbv", "dualpipe", "dualpipev")
 """Schedules whose later ranks may keep more than the first, or other numbers of each chunk."""
 
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from parsim.errors import ParsimError
-from parsim.plan import RECOMPUTE_MODES, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
+from parsim.plan import (
+    ASYNCHRONOUS_SCHEDULES,
+    RECOMPUTE_MODES,
+    V_SHAPED_SCHEDULES,
+    Job,
+    ParallelPlan,
+    Recompute,
+)
+from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import divisors
 
 MAX_GPUS = 1_000_000
@@ -26,6 +35,16 @@ class Constraints:
     zero: tuple[int, ...] = ()
     recompute: tuple[Recompute, ...] = ()
     schedule: tuple[str, ...] = ()
+    sequence_parallel: tuple[bool, ...] = ()
+    tp_overlap: tuple[bool, ...] = ()
+    """Empty: as the stack does."""
+    max_sizes: dict[str, int] = field(default_factory=dict)
+    """The most that is allowed of any of dp, tp, pp, cp, ep, vpp and micro_batch."""
+
+    def allowed(self, key: str, values: Sequence[int]) -> list[int]:
+        """Those of a dimension's values that the user allows."""
+        wanted, most = getattr(self, key), self.max_sizes.get(key, math.inf)
+        return [v for v in values if (not wanted or v in wanted) and v <= most]
 
 
 def check_constraints(gpus: int, constraints: Constraints) -> None:
@@ -87,23 +106,22 @@ class Family:
 def families(
     job: Job, gpus: int, constraints: Constraints, *, tp_overlap: bool = False
 ) -> Iterator[Family]:
-    """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, vpp, recompute and zero.
+    """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, schedule, vpp, ZeRO stage,
+    recompute mode, with and without sequence parallelism.
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
-    left out: ZeRO where dp·cp = 1, chunks where pp = 1, micro-batches beyond the batch of a dp rank.
-    Sequences stay whole (cp = 1) unless the constraints allow more.
+    left out: ZeRO where dp·cp = 1, schedules and chunks where pp = 1, sequence parallelism and
+    tp_overlap where tp = 1, micro-batches beyond the batch of a dp rank. tp_overlap is as given where
+    the constraints say nothing. Sequences stay whole (cp = 1) unless the constraints allow more.
     """
-    for tp in _allowed(divisors(gpus), constraints.tp):
-        for pp in _allowed(divisors(gpus // tp), constraints.pp):
-            for cp in _allowed(divisors(gpus // (tp * pp)), constraints.cp or (1,)):
-                dp = gpus // (tp * pp * cp)
-                if not constraints.dp or dp in constraints.dp:
+    allowed = constraints.allowed
+    for tp in allowed("tp", divisors(gpus)):
+        for pp in allowed("pp", divisors(gpus // tp)):
+            cps = divisors(gpus // (tp * pp)) if "cp" in constraints.max_sizes or constraints.cp else [1]
+            for cp in allowed("cp", cps):
+                for dp in allowed("dp", [gpus // (tp * pp * cp)]):
                     split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp)
                     yield from _splits(job, constraints, split, tp_overlap=tp_overlap)
-
-
-def _allowed(values: list[int], wanted: tuple[int, ...]) -> list[int]:
-    return [v for v in values if v in wanted] if wanted else values
 
 
 def _splits(
@@ -113,18 +131,21 @@ def _splits(
     experts = job.model.moe.experts if job.model.moe else 1
     ranks = split.dp * split.tp * split.cp
     eps = [ep for ep in divisors(experts) if ranks % ep == 0]
-    micro_batches = constraints.micro_batch or divisors(max(1, job.global_batch // split.dp))
-    stages = constraints.zero or ((0, 1) if split.dp * split.cp > 1 else (0,))
-    for ep in _allowed(eps, constraints.ep):
+    sizes = constraints.micro_batch or divisors(max(1, job.global_batch // split.dp))
+    sharded, cut = split.dp * split.cp > 1, split.tp > 1
+    zeros = constraints.zero or (0, 1, 2, 3)
+    for ep in constraints.allowed("ep", eps):
         for schedule, vpp in _chunks(job, constraints, split.pp):
-            yield Family(
+            family = Family(
                 base=replace(split, ep=ep, vpp=vpp, schedule=schedule),
-                zero=stages,
-                micro_batch=tuple(micro_batches),
-                sequence_parallel=(split.tp > 1,),
-                tp_overlap=(tp_overlap and split.tp > 1,),
+                zero=zeros if sharded else zeros[:1],
+                micro_batch=tuple(constraints.allowed("micro_batch", sizes)),
+                sequence_parallel=(constraints.sequence_parallel or (True, False)) if cut else (False,),
+                tp_overlap=(constraints.tp_overlap or (tp_overlap,)) if cut else (False,),
                 recompute=constraints.recompute or RECOMPUTE_MODES,
             )
+            if family.micro_batch:
+                yield family
 
 
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
@@ -140,11 +161,16 @@ def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, 
         for v in range(2, (layers + ends) // pp + 1)
         if pp > 1 and (not layers % (pp * v) or not (layers + ends) % (pp * v))
     ]
-    for schedule in constraints.schedule or ("1f1b", "interleaved"):
-        if schedule in ("interleaved", "interleaved-zb"):
+    whole = False
+    schedules = constraints.schedule or SYNCHRONOUS_SCHEDULES
+    for schedule in sorted(schedules, key=lambda name: name != "1f1b"):
+        if schedule in ("interleaved", "interleaved-zb", "looped-bfs"):
             chunks = even
         elif schedule in V_SHAPED_SCHEDULES:
             chunks = [2] if pp > 1 else []
+        elif pp == 1 and schedule not in ASYNCHRONOUS_SCHEDULES:
+            # Without a pipeline they all run the same passes: one stands for the others.
+            chunks, whole = [] if whole else [1], True
         else:
-            chunks = [1, *even] if schedule == "looped-bfs" else [1]
-        yield from ((schedule, vpp) for vpp in _allowed(chunks, constraints.vpp))
+            chunks = [1]
+        yield from ((schedule, vpp) for vpp in constraints.allowed("vpp", chunks))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,3 +230,43 @@ def test_no_legal_plan_says_what_rules_them_out(capsys: pytest.CaptureFixture[st
 
 def test_a_batch_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "global_batch" in refusal(capsys, f"simulate {EIGHT_B} --plan dp=2 --global-batch 0")
+
+
+def explained(capsys: pytest.CaptureFixture[str], plan: str, code: int) -> dict[str, Any]:
+    command = (
+        f"plan {EIGHT_B} --gpus 8 --global-batch 32 --schedule 1f1b --zero 0,1 --json --explain {plan}"
+    )
+    assert run_command(command.split()) == code
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)["explain"]
+    return answer
+
+
+def test_explain_says_why_a_plan_is_not_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    illegal = explained(capsys, "tp=8,sequence_parallel=yes,cp=1,micro_batch=3", 1)
+    assert illegal["verdict"] == "illegal"
+    assert "dp·micro_batch does not divide the global batch" in illegal["problems"][0]
+    too_large = explained(capsys, "dp=8,micro_batch=4", 1)
+    assert too_large["verdict"] == "does not fit"
+    needs = sum(too_large["memory_bytes"].values())
+    assert needs - 80e9 * 1.08 < too_large["over_bytes"] < needs
+    assert next(iter(too_large["memory_bytes"])) in ("optimizer", "activations")
+    slower = explained(capsys, "tp=8", 0)
+    assert slower["verdict"] == "fits"
+    more_s = slower["step_time_s"] - slower["best"]["step_time_s"]
+    assert more_s == pytest.approx(sum(slower["slower_by_s"].values()))
+    assert more_s > 0
+    assert next(iter(slower["slower_by_s"])) == "tp_exposed"
+    best = ",".join(f"{k}={v}" for k, v in slower["best"]["plan"].items() if k in ("dp", "tp", "pp"))
+    settings = {k: slower["best"]["plan"][k] for k in ("micro_batch", "zero", "recompute")}
+    itself = explained(capsys, ",".join([best, *(f"{k}={v}" for k, v in settings.items())]), 0)
+    assert itself["step_time_s"] == itself["best"]["step_time_s"]
+
+
+def test_sizes_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
+    bounds = "--max-tp 2 --max-pp 2 --max-micro-batch 1 --max-cp 2 --max-vpp 2"
+    assert run_command([*PLAN_8B, *bounds.split(), "--json", "--top", "400", "--zero", "1"]) == 0
+    plans = [item["plan"] for item in json.loads(capsys.readouterr().out)["plans"]]
+    for key, most in (("tp", 2), ("pp", 2), ("cp", 2), ("vpp", 2), ("micro_batch", 1)):
+        assert {plan[key] for plan in plans} == set(range(1, most + 1)), key
+    assert "contradict" in refusal(capsys, f"plan {EIGHT_B} --gpus 8 --global-batch 8 --tp 4 --max-tp 2")
+    assert "true" in refusal(capsys, f"plan {EIGHT_B} --gpus 8 --global-batch 8 --tp-overlap maybe")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -16,11 +16,18 @@ from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import SCHEDULES
 from parsim.schedule.check import plan_problems
-from parsim.search.search import OUT_OF_MEMORY, search
+from parsim.search.search import OUT_OF_MEMORY, SearchResult, search
 from parsim.search.space import Constraints
 from parsim.simulate.prediction import Prediction, predict
 from tests.builders import plain_stack, round_cluster, small_model
 from tests.strategies import RECOMPUTE
+
+USUAL = Constraints(schedule=("1f1b", "interleaved"), zero=(0, 1), sequence_parallel=(True,))
+"""A space that is small enough to replay all of it; wider ones are in tests/property/test_search.py."""
+
+
+def find(of: Space, constraints: Constraints = USUAL, **options: Any) -> SearchResult:
+    return search(of.job, of.gpus, of.costs, constraints=constraints, **options)
 
 
 def factors(n: int) -> list[int]:
@@ -111,7 +118,7 @@ def brute_force(of: Space) -> BruteForce:
 def test_the_search_finds_what_brute_force_finds(name: str) -> None:
     of = SPACES[name]
     truth = brute_force(of)
-    result = search(of.job, of.gpus, of.costs, top=5)
+    result = find(of, top=5)
     assert result.optimal
     assert result.replayed < len(truth.fitting)  # the bound spared some
     times = [p.step_time_s for p in result.plans]
@@ -128,7 +135,7 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
 
 def test_reasons_are_named() -> None:
     of = space(8, 80e9, small_model(kv_heads=2), batch=9)
-    result = search(of.job, of.gpus, of.costs, top=1)
+    result = find(of, top=1)
     assert set(result.space.rejected) == {
         "tp does not divide the KV heads",
         "dp·micro_batch does not divide the global batch",
@@ -140,7 +147,7 @@ def test_reasons_are_named() -> None:
 def test_the_best_of_everything_is_every_plan_in_order() -> None:
     of = SPACES["4 GPUs"]
     truth = brute_force(of)
-    result = search(of.job, of.gpus, of.costs, top=10_000)
+    result = find(of, top=10_000)
     assert result.optimal
     assert result.replayed == len(truth.fitting)
     assert [p.step_time_s for p in result.plans] == pytest.approx(
@@ -153,7 +160,7 @@ def test_the_best_of_everything_is_every_plan_in_order() -> None:
 
 def test_what_the_search_says_of_a_plan_is_what_a_replay_says() -> None:
     of = SPACES["8 GPUs"]
-    for found in search(of.job, of.gpus, of.costs, top=3).plans:
+    for found in find(of, top=3).plans:
         replayed, _ = predict(of.job, found.plan, of.costs)
         assert found.step_time_s == pytest.approx(replayed.step_time_s, rel=1e-12)
         assert found.breakdown_s == pytest.approx(replayed.breakdown_s, abs=1e-12)
@@ -164,10 +171,10 @@ def test_what_the_search_says_of_a_plan_is_what_a_replay_says() -> None:
 def test_the_best_plan_of_every_schedule_is_found(schedule: str) -> None:
     of = space(8, 80e9, small_model(layers=16), batch=16)
     only = Constraints(schedule=(schedule,), zero=(0,), recompute=("none",))
-    everything = search(of.job, of.gpus, of.costs, constraints=only, top=10_000)
+    everything = find(of, constraints=only, top=10_000)
     assert everything.plans
     assert {p.plan.schedule for p in everything.plans} == {schedule}
-    best = search(of.job, of.gpus, of.costs, constraints=only, top=1)
+    best = find(of, constraints=only, top=1)
     assert best.optimal
     least_s = min(predict(of.job, p.plan, of.costs)[0].step_time_s for p in everything.plans)
     assert best.plans[0].step_time_s == pytest.approx(least_s, rel=1e-12)
@@ -178,10 +185,10 @@ def test_without_time_there_are_plans_but_no_proof() -> None:
     # Where gradients are reduced beside compute, bounds leave something to be proven.
     stack = replace(of.costs.stack, dp_overlap=True, dp_bucket_parameters=1e6, zero_prefetch=1)
     of = of._replace(costs=CostModel(of.job.model, of.costs.cluster, stack))
-    result = search(of.job, of.gpus, of.costs, top=3, budget_s=0.0)
+    result = find(of, top=3, budget_s=0.0)
     assert not result.optimal
     assert len(result.plans) == result.replayed == 3
-    everything = search(of.job, of.gpus, of.costs, top=10_000, budget_s=0.0)
+    everything = find(of, top=10_000, budget_s=0.0)
     assert everything.optimal
     assert len(everything.plans) == everything.space.fits
 
@@ -196,7 +203,7 @@ def stopping_at(count: int) -> Callable[[str, int, int], None]:
 
 def test_an_interrupted_search_gives_what_it_has() -> None:
     of = SPACES["8 GPUs"]
-    result = search(of.job, of.gpus, of.costs, top=5, progress=stopping_at(2))
+    result = find(of, top=5, progress=stopping_at(2))
     assert not result.optimal
     assert len(result.plans) == result.replayed == 2
     assert result.plans[0].step_time_s <= result.plans[1].step_time_s
@@ -205,12 +212,9 @@ def test_an_interrupted_search_gives_what_it_has() -> None:
 def test_nothing_fits_and_the_least_memory_is_told() -> None:
     of = space(4, 20e6)
     roomy = space(4, 80e9)
-    needs = {
-        p.plan.short(): p.memory.peak + p.context_bytes
-        for p in search(roomy.job, roomy.gpus, roomy.costs, top=10_000).plans
-    }
+    needs = {p.plan.short(): p.memory.peak + p.context_bytes for p in find(roomy, top=10_000).plans}
     with pytest.raises(NothingFits) as caught:
-        search(of.job, of.gpus, of.costs)
+        find(of)
     assert needs[str(caught.value.where)] == min(needs.values())
     assert f"{min(needs.values()) / 2**20:.1f} MiB" in caught.value.what
     assert f"{len(needs)} are legal" in caught.value.what
@@ -218,33 +222,33 @@ def test_nothing_fits_and_the_least_memory_is_told() -> None:
 
 def test_the_last_plan_to_fit() -> None:
     roomy = space(4, 80e9)
-    everything = search(roomy.job, roomy.gpus, roomy.costs, top=10_000).plans
+    everything = find(roomy, top=10_000).plans
     least = min(p.memory.peak + p.context_bytes for p in everything)
     of = space(4, least)
-    assert {p.plan for p in search(of.job, of.gpus, of.costs).plans} == {
+    assert {p.plan for p in find(of).plans} == {
         p.plan for p in everything if p.memory.peak + p.context_bytes == least
     }
     with pytest.raises(NothingFits):
-        search(*space(4, least - 1))
+        find(space(4, least - 1))
 
 
 @pytest.mark.parametrize(
     ("constraints", "holds"),
     [
-        (Constraints(tp=(2,)), lambda p: p.tp == 2),
-        (Constraints(pp=(2, 4)), lambda p: p.pp in (2, 4)),
-        (Constraints(dp=(1,)), lambda p: p.dp == 1),
-        (Constraints(cp=(2,)), lambda p: p.cp == 2),
-        (Constraints(vpp=(2,)), lambda p: p.vpp == 2 and p.schedule == "interleaved"),
-        (Constraints(micro_batch=(2,)), lambda p: p.micro_batch == 2),
-        (Constraints(zero=(3,)), lambda p: p.zero == 3),
-        (Constraints(recompute=("selective",)), lambda p: p.recompute == "selective"),
-        (Constraints(schedule=("gpipe",)), lambda p: p.schedule == "gpipe" and p.vpp == 1),
+        (replace(USUAL, tp=(2,)), lambda p: p.tp == 2),
+        (replace(USUAL, pp=(2, 4)), lambda p: p.pp in (2, 4)),
+        (replace(USUAL, dp=(1,)), lambda p: p.dp == 1),
+        (replace(USUAL, cp=(2,)), lambda p: p.cp == 2),
+        (replace(USUAL, vpp=(2,)), lambda p: p.vpp == 2 and p.schedule == "interleaved"),
+        (replace(USUAL, micro_batch=(2,)), lambda p: p.micro_batch == 2),
+        (replace(USUAL, zero=(3,)), lambda p: p.zero == 3),
+        (replace(USUAL, recompute=("selective",)), lambda p: p.recompute == "selective"),
+        (replace(USUAL, schedule=("gpipe",)), lambda p: p.schedule == "gpipe" and p.vpp == 1),
     ],
 )
 def test_constraints_are_obeyed(constraints: Constraints, holds: Callable[[ParallelPlan], bool]) -> None:
     of = space(8, 80e9, batch=4)
-    result = search(of.job, of.gpus, of.costs, constraints=constraints, top=10_000)
+    result = find(of, constraints=constraints, top=10_000)
     assert result.plans
     assert all(holds(p.plan) for p in result.plans)
     inside = {plan for plan in every_plan(of) if holds(plan) and is_legal(of, plan)}
@@ -253,7 +257,7 @@ def test_constraints_are_obeyed(constraints: Constraints, holds: Callable[[Paral
 
 def test_expert_parallelism_is_constrained_too() -> None:
     of = SPACES["4 GPUs, experts"]
-    result = search(of.job, of.gpus, of.costs, constraints=Constraints(ep=(2, 4)), top=10_000)
+    result = find(of, constraints=replace(USUAL, ep=(2, 4)), top=10_000)
     assert {p.plan.ep for p in result.plans} == {2, 4}
 
 

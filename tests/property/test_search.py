@@ -1,0 +1,111 @@
+"""Branch and bound against a replay of every plan, on random small cases."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parsim.cost.stage import CostModel
+from parsim.errors import NothingFits
+from parsim.model import ModelSpec
+from parsim.plan import Job
+from parsim.schedule import SYNCHRONOUS_SCHEDULES
+from parsim.schedule.check import plan_problems
+from parsim.search.fullest import fullest_rank
+from parsim.search.search import OUT_OF_MEMORY, search
+from parsim.search.space import Constraints, families
+from parsim.simulate.prediction import Prediction, estimate
+from tests.builders import round_cluster
+from tests.strategies import RECOMPUTE, models, stacks
+
+EXAMPLES = int(os.environ.get("PARSIM_SEARCH_EXAMPLES", "150"))
+
+
+class Space(NamedTuple):
+    job: Job
+    gpus: int
+    costs: CostModel
+    constraints: Constraints
+    top: int
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    """A few dozen plans of a small model on up to 8 GPUs, with memory for some of them."""
+    model: ModelSpec = draw(models())
+    gpus = draw(st.sampled_from([1, 2, 4, 4, 8]))
+    job = Job(model=model, seq_len=256, global_batch=draw(st.sampled_from([4, 6, 8])))
+
+    def some(values: tuple[object, ...], most: int) -> tuple[object, ...]:
+        return tuple(draw(st.lists(st.sampled_from(values), min_size=1, max_size=most, unique=True)))
+
+    limits = draw(st.sampled_from([{}, {"vpp": 3}, {"tp": 2, "vpp": 2}, {"pp": 2}, {"cp": 2, "vpp": 2}]))
+    constraints = Constraints(
+        schedule=some(SYNCHRONOUS_SCHEDULES, 3),  # type: ignore[arg-type]
+        zero=tuple(sorted(some((0, 1, 2, 3), 2))),  # type: ignore[arg-type]
+        recompute=some(RECOMPUTE, 2),  # type: ignore[arg-type]
+        sequence_parallel=some((True, False), 2),  # type: ignore[arg-type]
+        tp_overlap=some((True, False), 1),  # type: ignore[arg-type]
+        micro_batch=some((1, 2), 1),  # type: ignore[arg-type]
+        max_sizes=limits,
+    )
+    costs = CostModel(model, round_cluster(), draw(stacks()))
+    space = Space(job, gpus, costs, constraints, draw(st.sampled_from([1, 3, 10, 1000])))
+    needs = sorted(
+        fullest_rank(job, plan, costs).peak + costs.stack.context_bytes
+        for family in families(job, gpus, constraints)
+        for plan in family.plans()
+        if next(plan_problems(job, plan, costs.cluster), None) is None
+    )
+    memory_bytes = needs[int(draw(st.floats(0, 1)) * (len(needs) - 1))] if needs else 1e9
+    device = replace(
+        costs.cluster.device, memory_bytes=memory_bytes * draw(st.sampled_from([1.0, 1.01]))
+    )
+    cluster = replace(costs.cluster, device=device)
+    return space._replace(costs=CostModel(model, cluster, costs.stack))
+
+
+def replayed(of: Space) -> tuple[list[Prediction], Counter[str]]:
+    """Every plan that fits, fastest first, and why the others do not count."""
+    found, rejected = [], Counter[str]()
+    for family in families(of.job, of.gpus, of.constraints):
+        for plan in family.plans():
+            problem = next(plan_problems(of.job, plan, of.costs.cluster), None)
+            if problem is not None:
+                rejected[problem.what] += 1
+                continue
+            prediction = estimate(of.job, plan, of.costs)
+            if prediction.fits:
+                found.append(prediction)
+            else:
+                rejected[OUT_OF_MEMORY] += 1
+    return sorted(found, key=lambda p: p.step_time_s), rejected
+
+
+@given(spaces())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_the_search_finds_what_a_replay_of_every_plan_finds(of: Space) -> None:
+    truth, rejected = replayed(of)
+    if not truth:
+        with pytest.raises(NothingFits):
+            search(of.job, of.gpus, of.costs, constraints=of.constraints)
+        return
+    result = search(of.job, of.gpus, of.costs, constraints=of.constraints, top=of.top)
+    assert result.optimal
+    assert result.space.rejected == rejected
+    assert result.space.fits == len(truth)
+    best = truth[: of.top]
+    times = [p.step_time_s for p in result.plans]
+    assert times == pytest.approx([p.step_time_s for p in best], rel=1e-12)
+    assert times == sorted(times)
+    plans = {p.plan for p in result.plans}
+    assert len(plans) == len(best)  # none twice
+    # Of plans that tie with the last any may be there; all that are faster are.
+    assert {p.plan for p in best if p.step_time_s < times[-1] * (1 - 1e-12)} <= plans
+    assert plans <= {p.plan for p in truth}
