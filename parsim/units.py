@@ -20,6 +20,7 @@ _BINARY_SCALE = {p: Decimal(2**power) for p, power in (("Ki", 10), ("Mi", 20), (
 _SECONDS = {"ns": Decimal("1e-9"), "us": Decimal("1e-6"), "µs": Decimal("1e-6"), "ms": Decimal("1e-3")}
 _SECONDS |= {"s": Decimal(1), "min": Decimal(60), "h": Decimal(3600)}
 _SECONDS |= dict.fromkeys(("d", "day", "days"), Decimal(86400))
+_SECONDS |= dict.fromkeys(("week", "weeks"), Decimal(7 * 86400))
 _QUANTITY = re.compile(
     r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([A-Za-zµ/]*)\s*", re.ASCII
 )
@@ -133,6 +134,20 @@ def parse_count(text: str) -> int:
     return int(value * scale)
 
 
+def parse_usd(text: str) -> float:
+    """US dollars from text such as "5M", "$250k" or "99.5".
+
+    >>> parse_usd("$2.5M")
+    2500000.0
+    """
+    plain = text.strip().removesuffix("USD").strip().removeprefix("$").replace(",", "").replace("_", "")
+    value, suffix = _split(plain, 'dollars such as "5M" or "250000"')
+    scale = _DECIMAL_SCALE.get({"B": "G", "b": "G", "m": "M"}.get(suffix, suffix))
+    if scale is None:
+        raise ParsimError("unknown unit of money", got=text, expected='dollars such as "5M" or "250k"')
+    return _to_float(value * scale, text)
+
+
 # The suffix of a field's name tells its unit, so one table serves every file parsim reads.
 SUFFIX_PARSERS = (
     ("_bytes_per_s", parse_bandwidth),
@@ -219,6 +234,18 @@ def format_count(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.1f}{suffix}"
     return f"{count:g}"
+
+
+def format_usd(usd: float) -> str:
+    """US dollars for reading.
+
+    >>> format_usd(123_456_789.0), format_usd(45_600.0), format_usd(812.5)
+    ('$123.5M', '$45.6k', '$812')
+    """
+    for suffix, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(usd) >= size:
+            return f"${usd / size:.1f}{suffix}"
+    return f"${usd:.0f}"
 
 
 def _engineering(value: float) -> str:

@@ -17,6 +17,7 @@ import typer
 from parsim import __version__
 from parsim.cli import (
     calibrate,
+    capacity,
     collective,
     compare_schedules,
     doctor,
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
+app.command("capacity")(capacity.capacity)
 app.command("collective")(collective.collective)
 app.command("compare-schedules")(compare_schedules.compare_schedules)
 app.command("calibrate")(calibrate.calibrate)

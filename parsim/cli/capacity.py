@@ -1,0 +1,201 @@
+"""`parsim capacity`: days, dollars and energy of a training on clusters of any size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parsim.cli.capacity_inputs import (
+    GPU_MTBF,
+    budget_usd,
+    check_chart,
+    check_numbers,
+    check_prices,
+    deadline_s,
+    origin_of,
+    read_cases,
+    read_gpu_counts,
+    read_long_run,
+)
+from parsim.cli.capacity_report import print_report, report_data, write_csv
+from parsim.cli.capacity_run import Found, Wanted, find
+from parsim.cli.options import (
+    Flags,
+    InterNodeOption,
+    IntraNodeOption,
+    JsonOption,
+    MemoryOption,
+    PrecisionOption,
+    SeqLenOption,
+    StackOption,
+)
+from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.plan import read_constraints
+
+if TYPE_CHECKING:
+    from parsim.search.capacity import Limits
+
+
+def _allow(flag: str, what: str) -> Any:
+    return typer.Option(f"--{flag}", help=f"Allow only these {what}, separated by commas.")
+
+
+def capacity(
+    model: Annotated[str, typer.Option("--model", help="Shipped names or files, separated by commas.")],
+    hardware: Annotated[
+        str, typer.Option("--hardware", help="Shipped profiles or files, separated by commas.")
+    ],
+    gpus: Annotated[
+        str, typer.Option("--gpus", help="Numbers of GPUs: 512,768 or 256-4096, doubling each time.")
+    ],
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="To train on: 15.6T, or 20x the (active) parameters.")
+    ],
+    deadline: Annotated[
+        str | None, typer.Option("--deadline", help='At most so long: "90 days", "8 weeks".')
+    ] = None,
+    budget: Annotated[str | None, typer.Option("--budget", help="At most so many USD: 5M.")] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--global-batch",
+            help="Sequences in a step [default: what suits the tokens, by arXiv 2503.04715].",
+        ),
+    ] = None,
+    seq_len: SeqLenOption = None,
+    stack: StackOption = None,
+    precision: PrecisionOption = None,
+    inter_node: InterNodeOption = None,
+    intra_node: IntraNodeOption = None,
+    memory: MemoryOption = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option("--usd-per-gpu-hour", help="Price [default: the profile's].")
+    ] = None,
+    mtbf: Annotated[
+        str,
+        typer.Option(
+            "--mtbf",
+            help="Mean time between failures of a GPU, then settings as of `parsim simulate --mtbf`: "
+            "50000h,spares=8. The default is Llama 3's.",
+        ),
+    ] = GPU_MTBF,
+    pue: Annotated[
+        float | None, typer.Option("--pue", help="Also energy of a facility of this effectiveness.")
+    ] = None,
+    tp: Annotated[str, _allow("tp", "tensor-parallel sizes")] = "",
+    pp: Annotated[str, _allow("pp", "pipeline sizes")] = "",
+    cp: Annotated[str, typer.Option("--cp", help="Also cut sequences among so many ranks: 1,2.")] = "",
+    ep: Annotated[str, _allow("ep", "expert-parallel sizes")] = "",
+    zero: Annotated[str, _allow("zero", "ZeRO stages (0 to 3)")] = "",
+    recompute: Annotated[str, _allow("recompute", "recompute modes")] = "",
+    schedule: Annotated[str, _allow("schedule", "schedules")] = "",
+    top: Annotated[int, typer.Option("--top", min=1, help="Plans for each cluster.")] = 1,
+    budget_s: Annotated[
+        float, typer.Option("--budget-s", min=0, help="Stop proving a plan after so many seconds.")
+    ] = 60.0,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Also weak scaling: the batch grows with the GPUs.")
+    ] = False,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="What 10 % more or less of each resource would do.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as a table.")] = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Draw time against cost: .png, .svg or .pdf.")
+    ] = None,
+    scaling_chart: Annotated[
+        Path | None, typer.Option("--scaling-chart", help="Draw strong and weak scaling.")
+    ] = None,
+    tornado_chart: Annotated[
+        Path | None, typer.Option("--tornado-chart", help="Draw the sensitivity.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Plan a training: how long, what it costs, and which cluster to take.
+
+    For every model, hardware and number of GPUs the best plan is searched for. Exit status 1 where
+    nothing fits or nothing meets the deadline and the budget.
+
+    \b
+    Examples:
+      parsim capacity --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 8192,16384 --tokens 15.6T
+      parsim capacity --model llama-3.1-8b --hardware h100-sxm-80gb,b200-sxm-180gb --gpus 64-512 \\
+          --tokens 20x --deadline 30days --budget 500k --chart capacity.png
+    """
+    from parsim.search.capacity import Limits
+
+    flags = Flags(
+        hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision,
+        inter_node=inter_node, intra_node=intra_node, memory=memory,
+    )  # fmt: skip
+    given = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "recompute": recompute,
+             "schedule": schedule}  # fmt: skip
+    for path in (chart, scaling_chart, tornado_chart):
+        check_chart(path)
+    limits = Limits(deadline_s=deadline_s(deadline), budget_usd=budget_usd(budget))
+    check_numbers(pue, usd_per_gpu_hour)
+    cases = list(read_cases(model, flags, read_gpu_counts(gpus), tokens, usd_per_gpu_hour))
+    check_prices(limits, cases)
+    long_run, assumed = read_long_run(mtbf)
+    wanted = Wanted(
+        limits=limits,
+        constraints=read_constraints({key: text for key, text in given.items() if text}),
+        long_run=long_run,
+        top=top,
+        budget_s=budget_s,
+        scaling=scaling or scaling_chart is not None,
+        sensitivity=sensitivity or tornado_chart is not None,
+    )
+    origins = {case.hardware: origin_of(case, flags) for case in cases}
+    found = find(cases, wanted)
+    written = _draw(found, limits, chart, scaling_chart, tornado_chart)
+    if csv is not None:
+        write_csv(found, limits, pue, csv)
+        written.append(csv)
+    if as_json:
+        inputs = flags.given() | {
+            "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
+            "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
+            "constraints": {key: text for key, text in given.items() if text},
+        }  # fmt: skip
+        print_json(document("capacity", inputs, report_data(found, limits, pue, origins, assumed)))
+    else:
+        print_report(found, limits, pue, assumed)
+        print_lines([f"wrote {path}" for path in written])
+    if found.partial:
+        say("interrupted: only what was done by then is shown")
+        raise typer.Exit(130)
+    if not any(limits.met_by(option) for option in found.options):
+        raise typer.Exit(1)
+
+
+def _draw(
+    found: Found,
+    limits: Limits,
+    chart: Path | None,
+    scaling_chart: Path | None,
+    tornado_chart: Path | None,
+) -> list[Path]:
+    """The charts that were asked for and that there is something to draw of."""
+    written = []
+    if chart is not None and found.options:
+        from parsim.charts.pareto import draw_pareto
+
+        draw_pareto(found.options, limits, chart)
+        written.append(chart)
+    if scaling_chart is not None and found.strong:
+        from parsim.charts.scaling import draw_scaling
+
+        draw_scaling(found.strong, found.weak, scaling_chart)
+        written.append(scaling_chart)
+    if tornado_chart is not None and found.sensitivity:
+        from parsim.charts.tornado import draw_tornado
+
+        draw_tornado(found.sensitivity, tornado_chart)
+        written.append(tornado_chart)
+    for path in (chart, scaling_chart, tornado_chart):
+        if path is not None and path not in written:
+            say(f"nothing to draw in {path}")
+    return written

@@ -1,0 +1,204 @@
+"""What `parsim capacity` is asked: cases, limits and failures from flags."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from parsim.cli.options import Flags, load_setup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from parsim.cost.checkpoint import Checkpointing, Failures
+    from parsim.model import ModelSpec
+    from parsim.search.capacity import Case, Limits, LongRunOf, Option
+    from parsim.simulate.prediction import Prediction
+    from parsim.stack import Stack
+
+GPU_MTBF = "50677h"
+"""Mean time between failures of a GPU with its share of node and network: 419 unexpected interruptions
+in 54 days of 16,384 H100s (Llama team 2024, arXiv 2407.21783, table 5)."""
+
+
+def read_cases(
+    models: str, flags: Flags, counts: Sequence[int], tokens: str, usd_per_gpu_hour: float | None
+) -> Iterator[Case]:
+    from parsim.config import load_model
+    from parsim.cost.stage import CostModel
+    from parsim.hardware import with_overrides
+    from parsim.search.capacity import Case, usual_batch
+
+    for name in _names(models, "--model"):
+        spec = load_model(name)
+        budget = _token_budget(tokens, spec)
+        seq_len = spec.max_seq_len if flags.seq_len is None else flags.seq_len
+        batch = flags.global_batch or usual_batch(budget, max(1, seq_len))
+        for hardware in _names(flags.hardware or "", "--hardware"):
+            setup = load_setup(replace(flags, model=name, hardware=hardware, global_batch=batch))
+            cluster = with_overrides(setup.cluster, usd_per_gpu_hour=usd_per_gpu_hour)
+            costs = CostModel(setup.job.model, cluster, setup.stack)
+            for gpus in counts:
+                yield Case(job=setup.job, tokens=budget, costs=costs, hardware=hardware, gpus=gpus)
+
+
+def origin_of(case: Case, flags: Flags) -> dict[str, Any]:
+    """What a plan file needs beside the prediction, as `parsim plan` writes it."""
+    origin: dict[str, Any] = {"hardware": case.hardware, "stack": case.costs.stack.name}
+    if flags.stack is not None:
+        origin["stack"] = flags.stack
+    overrides = flags.overrides()
+    return origin | ({"hardware_overrides": overrides} if overrides else {})
+
+
+def _names(text: str, flag: str) -> list[str]:
+    from parsim.errors import ParsimError
+
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise ParsimError("this names nothing", where=flag, got=text)
+    return names
+
+
+def read_gpu_counts(text: str) -> list[int]:
+    """Numbers of GPUs, ascending, from a list of numbers and ranges that double."""
+    from parsim.errors import ParsimError
+    from parsim.search.space import MAX_GPUS
+    from parsim.units import parse_count
+
+    counts: set[int] = set()
+    for part in _names(text, "--gpus"):
+        low_text, dash, high_text = part.partition("-")
+        try:
+            low = parse_count(low_text)
+            high = parse_count(high_text) if dash else low
+        except ParsimError as error:
+            raise error.at("--gpus") from None
+        if not 1 <= low <= high <= MAX_GPUS:
+            raise ParsimError(
+                "the number of GPUs is out of range",
+                where="--gpus",
+                got=part,
+                expected=f"1 to {MAX_GPUS}, or a range such as 256-4096",
+            )
+        while low <= high:
+            counts.add(low)
+            low *= 2
+    return sorted(counts)
+
+
+def _token_budget(text: str, spec: ModelSpec) -> int:
+    from parsim.errors import ParsimError
+    from parsim.search.capacity import chinchilla_tokens
+    from parsim.units import parse_count
+
+    factor = text.strip().removesuffix("x")
+    try:
+        per_parameter = factor != text.strip()
+        tokens = chinchilla_tokens(spec, float(factor)) if per_parameter else parse_count(text)
+    except ParsimError as error:
+        raise error.at("--tokens") from None
+    except (ValueError, OverflowError):
+        tokens = 0
+    if not 0 < tokens < 2**63:
+        raise ParsimError(
+            "a training has some tokens", where="--tokens", got=text, expected="15.6T, or 20x"
+        )
+    return tokens
+
+
+def deadline_s(text: str | None) -> float | None:
+    from parsim.errors import ParsimError
+    from parsim.units import parse_duration
+
+    if text is None:
+        return None
+    try:
+        seconds = parse_duration(text)
+    except ParsimError as error:
+        raise error.at("--deadline") from None
+    if seconds <= 0:
+        raise ParsimError("a deadline is some time away", where="--deadline", got=text)
+    return seconds
+
+
+def budget_usd(text: str | None) -> float | None:
+    from parsim.errors import ParsimError
+    from parsim.units import parse_usd
+
+    if text is None:
+        return None
+    try:
+        usd = parse_usd(text)
+    except ParsimError as error:
+        raise error.at("--budget") from None
+    if usd <= 0:
+        raise ParsimError("a budget is some money", where="--budget", got=text)
+    return usd
+
+
+def check_numbers(pue: float | None, usd_per_gpu_hour: float | None) -> None:
+    from parsim.errors import ParsimError
+
+    if pue is not None and not 1 <= pue <= 10:
+        raise ParsimError(
+            "a facility draws at least what its servers do", where="--pue", got=pue, expected="1 to 10"
+        )
+    if usd_per_gpu_hour is not None and not 0 < usd_per_gpu_hour < 1e6:
+        raise ParsimError("a price is some dollars", where="--usd-per-gpu-hour", got=usd_per_gpu_hour)
+
+
+def check_prices(limits: Limits, cases: Sequence[Case]) -> None:
+    """A budget says nothing of hardware without a price."""
+    from parsim.errors import ParsimError
+
+    unknown = [case.hardware for case in cases if case.costs.cluster.price is None]
+    if limits.budget_usd is not None and unknown:
+        raise ParsimError(
+            "a budget needs prices, and this profile has none",
+            where="--budget",
+            got=unknown[0],
+            hint="--usd-per-gpu-hour, or a [price] in the profile",
+        )
+
+
+def check_chart(path: Path | None) -> None:
+    """Refuses an unknown type of picture before hours of search."""
+    if path is not None:
+        from parsim.charts.style import file_format
+
+        file_format(path)
+
+
+def read_long_run(text: str) -> tuple[LongRunOf, Callable[[Option], tuple[str, ...]]]:
+    """Checkpoints and failures for a step, by the closed form; and what they assume, in words."""
+    from parsim.cli.simulate_goodput import goodput_request
+    from parsim.errors import ParsimError
+
+    first, *settings = (part.strip() for part in text.split(","))
+    if "/" in first:
+        raise ParsimError(
+            "the failures of a job depend on its size, and here are jobs of many sizes",
+            where="--mtbf",
+            got=first,
+            expected="the mean time between failures of a GPU, such as 50000h",
+        )
+    for setting in settings:
+        if setting.split("=")[0].strip() in ("runs", "duration"):
+            raise ParsimError(
+                "goodput is a closed form here, nothing is simulated",
+                where="--mtbf",
+                got=setting,
+                hint="`parsim simulate --mtbf` simulates one plan",
+            )
+
+    def long_run(prediction: Prediction, stack: Stack) -> tuple[Checkpointing, Failures]:
+        request = goodput_request(text, prediction, stack, 0)
+        return request.checkpointing, request.failures
+
+    def assumed(option: Option) -> tuple[str, ...]:
+        request = goodput_request(text, option.prediction, option.case.costs.stack, 0)
+        return tuple(words for words in request.assumed if not words.startswith("a run of"))
+
+    return long_run, assumed
