@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from parsim.cost.sync import replica_axes, shard_ranks
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster, peak_flops_per_s
 from parsim.mesh import group_size, mesh_axes, part_of
@@ -58,6 +59,7 @@ def _listed(numbers: list[int]) -> str:
 
 
 def batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """The global batch is a whole number of micro-batches on every replica."""
     if job.global_batch % (plan.dp * plan.micro_batch):
         yield ParsimError(
             "dp·micro_batch does not divide the global batch",
@@ -69,6 +71,7 @@ def batch_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
 
 
 def tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """Heads, feed-forward and sequence can be cut into tp parts."""
     model = job.model
     for what, size in (("query heads", model.heads), ("KV heads", model.kv_heads)):
         if size % plan.tp:
@@ -103,6 +106,7 @@ def tensor_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
 
 
 def pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """The schedule is known, and takes the plan's ranks, chunks, stages and micro-batches."""
     if plan.schedule not in SCHEDULES:
         yield unknown_schedule(plan.schedule)
         return
@@ -174,6 +178,7 @@ def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
 
 
 def group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """Context, expert and shard groups are whole parts of what they regroup."""
     moe = job.model.moe
     if plan.cp > 1 and job.seq_len % (2 * plan.cp):
         yield ParsimError(
@@ -236,12 +241,10 @@ def placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimE
                 hint=f"the usual placement is {USUAL_PLACEMENT}",
             )
             return
-    replicas, dense = mesh_axes(plan, "tp", "cp", "dp"), mesh_axes(plan, "cp", "dp")
-    experts = max(1, group_size(replicas) // plan.expert_ranks)
     try:
-        part_of(replicas, size=plan.ep, skip=plan.expert_tp)
-        for axes in (dense, part_of(replicas, size=experts, skip=plan.expert_ranks)):
-            shards = min(group_size(axes), plan.zero_group or group_size(axes))
+        part_of(mesh_axes(plan, "tp", "cp", "dp"), size=plan.ep, skip=plan.expert_tp)
+        for axes in replica_axes(plan):
+            shards = shard_ranks(axes, plan)
             part_of(axes, size=shards)
             part_of(axes, size=group_size(axes) // shards, skip=shards)
     except ParsimError as problem:

@@ -33,7 +33,7 @@ class StaleSync(ReplicaSync):
         ready = (chain[-1], *(() if sync.reduce_s <= 0 else (self.reduced[rank],)))
         seconds, i = sync.optimizer_s, action.micro_batch
         update = Task(rank, COMPUTE, f"update {stage}", "optimizer", seconds, ready, stage, i)
-        chain.append(self.work.add(update._replace(joins_replicas=True)))
+        chain.append(self.work.add(update))
         in_step = self.schedule.num_micro_batches // self.schedule.steps
         if self.stack.step_overhead_s > 0 and (i + 1) % in_step == 0:
             host_s, after = self.stack.step_overhead_s, (chain[-1],)

@@ -149,7 +149,7 @@ def _merged(
     fabric: Fabric,
 ) -> NetworkLoad:
     """NetworkLoad over kinds of links instead of links."""
-    largest = [max(load.values(), default=0.0) for load in loads.values()]
+    largest = [load.largest_flow for load in loads.values()]
     flows: dict[Link, list[tuple[int, float]]] = {}
     for number, load in enumerate(loads.values()):
         for link, share in load.items():

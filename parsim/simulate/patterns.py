@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from parsim.cost.algorithms import all_reduce_algorithm
 from parsim.cost.collective import Group, group_over, network_share, wire_factor
@@ -24,11 +24,21 @@ from parsim.simulate.fabric import Fabric, Link
 from parsim.simulate.trees import double_tree
 from parsim.timeline import CP, DP, EP, TP
 
-Load: TypeAlias = Counter[Link]
-"""Bytes on each link for every byte that a device sends in a transfer."""
-
 _EXCHANGED = ("int8", "topk")
 """Compressions whose values cannot be added up on the way."""
+
+
+class Load(Counter[Link]):
+    """Bytes on each link for every byte that a device sends in a transfer."""
+
+    largest_flow: float = 0.0
+    """Of these, what the largest of its flows carries: links share by flows, however many a link has."""
+
+    def add(self, links: Iterable[Link], share: float) -> None:
+        """One more flow."""
+        self.largest_flow = max(self.largest_flow, share)
+        for link in links:
+            self[link] += share  # type: ignore[assignment]
 
 
 class SyncPart(NamedTuple):
@@ -112,13 +122,13 @@ class Patterns:
 
     def _sends(self, source: int, target: int, offsets: list[int], *, both_ways: bool) -> Load:
         """Every replica of one pipeline rank sends to its like of another."""
-        load: Load = Counter()
+        load = Load()
         stride = self.plan.strides.pp
         for offset in offsets:
             ends = offset + source * stride, offset + target * stride
             for a, b in (ends, ends[::-1]) if both_ways else (ends,):
                 if not self.fabric.cluster.same_domain(a, b) or self.costs.stack.pp_over_network:
-                    load.update(self.fabric.route(a, b, over_network=True))
+                    load.add(self.fabric.route(a, b, over_network=True), 1.0)
         return load
 
     def _exchanges(self, rank: int, offsets: list[int]) -> Load:
@@ -131,7 +141,7 @@ class Patterns:
         group = group_over(self.fabric.cluster, axes, gpus=plan.gpus)
         once = self.costs.stack.moe_dispatch == "deduplicated" and moe is not None
         share = network_share(group, moe.top_k if once and moe is not None else 0)
-        load: Load = Counter()
+        load = Load()
         own = {rank * plan.strides.pp + offset for offset in offsets}
         for domains in self._groups(rank, axes, offsets):
             for here in domains:
@@ -144,7 +154,7 @@ class Patterns:
                     else:
                         targets = [target for there in others for target in there]
                     for target in targets:
-                        _add(load, self.fabric.route(source, target), share / len(targets))
+                        load.add(self.fabric.route(source, target), share / len(targets))
         return load
 
     def _summed(self, parts: Sequence[SyncPart], task: Task, offsets: list[int]) -> Load:
@@ -157,7 +167,7 @@ class Patterns:
             wire_factor(part.kind, group.size) * part.num_bytes
             for part, group in zip(parts, groups, strict=True)
         ]
-        load: Load = Counter()
+        load = Load()
         for part, group, wire_bytes in zip(parts, groups, sent, strict=True):
             if group.domains == 1 or not wire_bytes:
                 continue
@@ -185,7 +195,7 @@ class Patterns:
         """Add what the ranks of one rail, one a domain, send each other; `share` goes round a ring."""
         if algorithm == "ring":
             for a, b in pairwise((*rail, rail[0])):
-                _add(load, self.fabric.route(a, b), share)
+                load.add(self.fabric.route(a, b), share)
             return
         whole = share / wire_factor("all_reduce", group.size)
         if algorithm == "hierarchical":
@@ -195,11 +205,11 @@ class Patterns:
             for parents in double_tree(len(rail)):
                 for child, parent in enumerate(parents):
                     if parent >= 0:
-                        _add(load, self.fabric.route(rail[child], rail[parent]), whole / 2)
-                        _add(load, self.fabric.route(rail[parent], rail[child]), whole / 2)
+                        load.add(self.fabric.route(rail[child], rail[parent]), whole / 2)
+                        load.add(self.fabric.route(rail[parent], rail[child]), whole / 2)
         else:
             for low, high in summing_tree(self.fabric, rail):
-                _add(load, ((low, high), (high, low)), whole)
+                load.add(((low, high), (high, low)), whole)
 
     def _groups(
         self, rank: int, axes: tuple[Axis, ...], offsets: list[int]
@@ -242,8 +252,3 @@ def _offsets(axes: tuple[Axis, ...]) -> list[int]:
     """Ranks of a group relative to its first, in order."""
     steps = (range(0, axis.size * axis.stride, axis.stride) for axis in axes)
     return sorted(sum(at) for at in product(*steps))
-
-
-def _add(load: Load, links: Iterable[Link], share: float) -> None:
-    for link in links:
-        load[link] += share  # type: ignore[assignment]

@@ -25,7 +25,8 @@ from parsim.simulate.contention import Contention, predict_over, replay_over
 from parsim.simulate.fabric import Link, fabric_of
 from parsim.simulate.network_load import network_load_of
 from parsim.simulate.patterns import Patterns
-from parsim.simulate.prediction import predict
+from parsim.simulate.prediction import predict, program_of
+from parsim.simulate.uneven import Replica, unfolded_program
 from parsim.timeline import DP
 from tests.builders import plain_stack, round_cluster, small_model
 from tests.simgrid import simgrid_ends
@@ -126,7 +127,8 @@ def members(plan: ParallelPlan, cluster: Cluster, task: Task) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("text", ["rail,leaf=1", "fat-tree,leaf=4", "fat-tree,leaf=4,oversubscription=2",
-                                  "rail,leaf=1,oversubscription=1", "switch"])  # fmt: skip
+                                  "rail,leaf=1,oversubscription=1", "switch",
+                                  "fat-tree,leaf=8,oversubscription=4"])  # fmt: skip
 def test_classes_end_as_simgrid_says_of_their_flows_one_by_one(text: str) -> None:
     plan = ParallelPlan(dp=8, tp=2, pp=4)
     job, costs = setting(plan, domain=4)
@@ -186,6 +188,61 @@ def test_bytes_over_interfaces_by_algorithm(dp: int, domain: int) -> None:
     trees = interface_bytes("tree", plan, domain)
     assert sum(trees.values()) == pytest.approx(2 * (domains - 1), rel=1e-9)
     assert max(trees.values()) <= 2 / domain * (1 + 1e-9)
+
+
+def patterns(plan: ParallelPlan, domain: int, **model: object) -> Patterns:
+    job, costs = setting(plan, domain)
+    job = replace(job, model=small_model(**model))
+    costs = CostModel(job.model, costs.cluster, plain_stack(moe_dispatch="all_to_all"))
+    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan))
+    fabric = fabric_of("switch", costs.cluster, plan.gpus)
+    return Patterns(plan=plan, costs=costs, stages=stages, fabric=fabric)
+
+
+def test_shard_groups_send_what_their_collectives_do() -> None:
+    """Two ranks of a domain share shards: each sends P/2 there, then 2 · 3/4 · P/2 to three others."""
+    load = patterns(ParallelPlan(dp=8, zero=1, zero_group=2), 2).load(reduced(0, MB, 1.0))
+    up = [share for (a, _), share in load.items() if a[0] == "gpu"]
+    assert up == pytest.approx([0.75 / (0.5 + 0.75)] * 8)
+
+
+def test_two_ranks_that_sum_a_tied_embedding_both_send() -> None:
+    task = Task(0, DP, "tied embedding", "dp", 1.0, (), receiver=(1, DP), num_bytes=MB)
+    load = patterns(ParallelPlan(dp=2, pp=2), 1).load(task)
+    assert {link[0]: share for link, share in load.items() if link[0][0] == "gpu"} == {
+        ("gpu", rank): 1.0 for rank in range(4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("stream", "ep", "tp"), [("tp", 1, 4), ("ep", 4, 1), ("ep", 8, 2), ("pp", 1, 1)]
+)
+def test_what_each_replica_sends_adds_up_to_what_all_send(stream: str, ep: int, tp: int) -> None:
+    plan = ParallelPlan(dp=8, tp=tp, pp=2, ep=ep, expert_tp=1, sequence_parallel=tp > 1)
+    found = patterns(plan, 2, moe=MoeSpec(experts=8, top_k=2, ffn_hidden=256))
+    task = Task(1, stream, "0F0", stream, 1.0, (), num_bytes=MB)
+    if stream == "pp":
+        task = sent(0, 1, MB, 1.0)
+    each = [found.load(task, (dp_i,)) for dp_i in range(plan.dp)]
+    assert [sum(load.values()) for load in each] == pytest.approx([sum(each[0].values())] * plan.dp)
+    assert sum(each, Counter()) == pytest.approx(dict(found.load(task)))
+    assert each[0]
+
+
+def test_replicas_told_apart_wait_as_long_as_together() -> None:
+    plan = ParallelPlan(dp=4, pp=2)
+    job, costs = setting(plan)
+    fabric = fabric_of("fat-tree,leaf=4,oversubscription=4", costs.cluster, plan.gpus)
+    program, _ = program_of(job, plan, costs)
+    whole = replay_over(network_load_of(program, job, plan, costs, fabric), fabric)
+    replicas = tuple(
+        Replica(members=found, slow=(1.0, 1.0), link=(1.0, 1.0)) for found in ((0, 1, 2), (3,))
+    )
+    unfolded = unfolded_program(program, replicas)
+    apart = replay_over(network_load_of(unfolded, job, plan, costs, fabric, replicas), fabric)
+    assert apart.step_s == pytest.approx(whole.step_s, rel=1e-9)
+    assert apart.contended_s == pytest.approx(dict(whole.contended_s), rel=1e-6)
+    assert min(whole.contended_s.values()) > 0
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -20,6 +20,7 @@ from parsim.plan import Job, ParallelPlan, parse_plan
 from parsim.schedule import check_micro_batches, make_schedule
 from parsim.schedule.check_actions import check_schedule
 from parsim.schedule.lower import lower
+from parsim.schedule.one_f_one_b import one_f_one_b
 from parsim.schedule.pipedream import staleness, weight_versions
 from parsim.schedule.program import task_times, timeline_of
 from parsim.search.bound import lower_bound_s
@@ -94,10 +95,42 @@ def test_gradients_are_reduced_before_each_update(overlap: bool) -> None:
     assert step_s(plan, 8, cost, dp_overlap=overlap) == pytest.approx(8 * (3.0 + exposed_s))
 
 
+@pytest.mark.parametrize("plan", [PIPEDREAM, TWO_BW])
+def test_the_host_s_work_comes_once_a_step_however_many_updates_it_has(plan: ParallelPlan) -> None:
+    hosts = [s for s in steady(plan, 8, flat_cost(4), step_overhead_s=1.0).spans if s.stream == "host"]
+    assert [s.duration_s for s in hosts] == [1.0] * 4 * steps_shown(plan, 8)
+
+
 def test_a_flush_costs_a_bubble_that_these_do_not_have() -> None:
     step = steady(PIPEDREAM, 8, flat_cost(4))
     assert breakdown_s(step)["bubble"] == pytest.approx(0.0, abs=1e-9)
     assert step.end_s == pytest.approx(8 * 3.0)
+
+
+@given(st.data(), st.sampled_from(["pipedream", "pipedream-2bw"]), st.integers(2, 4))
+@settings(max_examples=25)
+def test_the_steps_shown_are_those_of_a_run_that_began_long_ago(
+    data: st.DataObject, name: str, pp: int
+) -> None:
+    plan, m = ParallelPlan(pp=pp, schedule=name), data.draw(st.integers(pp, 9))
+    base = stages_of(data.draw(st.lists(st.floats(0.25, 4.0), min_size=pp, max_size=pp)))
+    sends = data.draw(st.lists(st.floats(0.0, 3.0), min_size=pp - 1, max_size=pp - 1))
+    cost, stack = replace(base, send_s=tuple(sends)), plain_stack(pp_overlap=data.draw(st.booleans()))
+    shown = make_schedule(plan, m)
+    steps = shown.steps + 16
+    longer = replace(shown, ranks=one_f_one_b(pp, steps * m).ranks, steps=steps)
+    program = lower(longer, cost, plan, stack)
+    late = steady_steps(timeline_of(program, task_times(program)), longer)
+    soon = steady(plan, m, cost, pp_overlap=stack.pp_overlap)
+    assert soon.end_s == pytest.approx(late.end_s, rel=1e-9)
+
+
+def test_memory_at_the_steady_pace_is_that_of_a_full_pipeline() -> None:
+    step = steady(PIPEDREAM, 8, flat_cost(4, saved_bytes=8.0))
+    for rank in range(4):
+        samples = [s for s in step.memory if s.rank == rank]
+        assert samples[0].time_s == 0.0
+        assert {s.num_bytes for s in samples} == {8.0 * (3 - rank), 8.0 * (4 - rank)}
 
 
 # Versions of the weights
