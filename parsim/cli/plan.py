@@ -151,7 +151,7 @@ def plan(
         print_result(result, setup.job.model.name, setup.origin["hardware"], gpus)
 
 
-def read_constraints(given: dict[str, str], most: dict[str, int]) -> Constraints:
+def read_constraints(given: dict[str, str], most: dict[str, int] | None = None) -> Constraints:
     """Constraints from comma-separated lists, and the most that is allowed of some sizes; raises
     ParsimError for a value that cannot be, and for a list whose every value is beyond the most.
     """
@@ -160,6 +160,7 @@ def read_constraints(given: dict[str, str], most: dict[str, int]) -> Constraints
     from parsim.schedule import SCHEDULES
     from parsim.search.space import Constraints
 
+    most = most or {}
     switch = {"true": True, "false": False}
     words: dict[str, Collection[str]] = {
         "recompute": RECOMPUTE_MODES,
