@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parsim.cost.collective import NETWORK_HOP_S
 from parsim.cost.memory import optimizer_bytes
+from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.parameter_server import (
     ParameterServer,
     Servers,
@@ -258,6 +260,15 @@ def test_a_job_on_servers() -> None:
     assert first.add_s == pytest.approx(0.75 * parameters * 12 / 1e12)
     whole = 4 * 0.93 * 1e10
     assert ps.worker_bytes_per_s == pytest.approx((whole, whole, whole / 2, whole))
+    assert ps.latency_s == pytest.approx(2 * NETWORK_HOP_S)  # there and back, over links without latency
+    nodes = parameter_server(
+        JOB, plan, COSTS, replace(layout, memory_bytes_per_s=None),
+        compute_s=(1.0,) * 4, slow_links=(1.0,) * 4,
+    )  # fmt: skip
+    # All eight devices of a node read and write their part.
+    assert nodes.shards[0].add_s == pytest.approx(
+        memory_bound_s(COSTS.cluster, 0.75 * parameters * 12 / 8)
+    )
 
 
 def test_compute_of_workers_is_the_replay_of_one_replica() -> None:
@@ -274,6 +285,20 @@ def test_compute_of_workers_is_the_replay_of_one_replica() -> None:
         assert max(times) + reduce_s + slowest * update_s == pytest.approx(
             prediction.step_time_s, rel=EXACT
         )
+
+
+def test_a_worker_s_host_takes_its_time_once_a_step() -> None:
+    plan = ParallelPlan(dp=4, tp=2)
+    busy = CostModel(MODEL, round_cluster(), plain_stack(step_overhead_s=0.5))
+    (more_s,), (less_s,) = (set(worker_compute_s(JOB, plan, costs)) for costs in (busy, COSTS))
+    assert more_s == pytest.approx(less_s + 0.5)
+
+
+def test_one_worker_whom_nobody_holds_goes_at_its_limit() -> None:
+    ps = servers(1, 1, add_s=0.01, update_s=0.2, latency_s=0.05)
+    for bound in (0.0, ASYNC):
+        alone = replace(ps, bound=bound, server_bytes_per_s=1e15)
+        assert run(alone).steps_per_s == pytest.approx(worker_limit(alone), rel=EXACT)
 
 
 def test_a_slow_stage_slows_its_own_pipeline_only() -> None:
