@@ -108,8 +108,10 @@ def test_powersgd_s_kernels() -> None:
     column = 4 * 1024
     one = sum(memory_bound_s(cluster, b) for b in (24 * 1024**2, 12 * 1024**2, 2 * column))
     assert reduced("powersgd-1", 4, gradients).device_s == pytest.approx(one)
-    wide = reduced("powersgd-100", 4, gradients).device_s
-    assert wide > 6 * matrix.values * 100 / cluster.device.peak_flops_per_s["fp32"]
+    products_s = 6 * matrix.values * 200 / cluster.device.peak_flops_per_s["fp32"]
+    columns_s = sum(memory_bound_s(cluster, 2 * column * left) for left in range(1, 201))
+    wide = memory_bound_s(cluster, 24 * 1024**2) + products_s + columns_s
+    assert reduced("powersgd-200", 4, gradients).device_s == pytest.approx(wide)
 
 
 JOB = Job(model=small_model(layers=8), seq_len=256, global_batch=32)
