@@ -108,10 +108,13 @@ def test_powersgd_s_kernels() -> None:
     column = 4 * 1024
     one = sum(memory_bound_s(cluster, b) for b in (24 * 1024**2, 12 * 1024**2, 2 * column))
     assert reduced("powersgd-1", 4, gradients).device_s == pytest.approx(one)
-    products_s = 6 * matrix.values * 200 / cluster.device.peak_flops_per_s["fp32"]
-    columns_s = sum(memory_bound_s(cluster, 2 * column * left) for left in range(1, 201))
-    wide = memory_bound_s(cluster, 24 * 1024**2) + products_s + columns_s
-    assert reduced("powersgd-200", 4, gradients).device_s == pytest.approx(wide)
+    device = replace(cluster.device, peak_flops_per_s={"bf16": 1e14, "fp32": 1e13})
+    slow, compression = replace(cluster, device=device), parse_compression("powersgd-64")
+    wide = reduced_over(Group(4, 4), gradients, compression, 4.0, slow, plain_stack())
+    columns_s = sum(memory_bound_s(slow, 2 * column * left) for left in range(1, 65))
+    products_s = 6 * matrix.values * 64 / 1e13
+    moved_s = memory_bound_s(slow, 24 * 1024**2)
+    assert wide.device_s == pytest.approx(moved_s + products_s + columns_s)
 
 
 JOB = Job(model=small_model(layers=8), seq_len=256, global_batch=32)
