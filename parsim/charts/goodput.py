@@ -82,7 +82,7 @@ def goodput_figure(run: LongRun, *, title: str) -> Figure:
         axes.set_axisbelow(True)
         axes.set_xlabel("training between two checkpoints (log scale)")
         axes.set_ylabel("goodput: share of the time that trains and is kept")
-        axes.legend(loc="lower center", frameon=False)
+        axes.legend(loc="lower center", framealpha=1, edgecolor="none")
     return figure
 
 

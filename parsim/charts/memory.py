@@ -154,7 +154,8 @@ def _draw_capacity(axes: Axes, capacity_bytes: float, unit_bytes: float) -> None
         ha="right",
         va="bottom",
         color="#B00020",
-        zorder=4,
+        zorder=6,
+        bbox={"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 1.0},
     )
 
 

@@ -123,7 +123,9 @@ def _row(alike: list[Collective], network: Fabric) -> dict[str, Any]:
             raise
         return row | {"status": "unsupported", "reason": error.what}
     stride = one.gpus[1] - one.gpus[0]
-    group = group_of(network.cluster, size=len(one.gpus), stride=stride)
+    # These groups alone: seven devices from the first on lie in one node of eight.
+    gpus = len(one.gpus) * stride
+    group = group_of(network.cluster, size=len(one.gpus), stride=stride, gpus=gpus)
     sent = wire_factor(one.kind, group.size) * one.num_bytes
     return row | {
         "status": "ok",

@@ -122,7 +122,8 @@ def predict_s(row: GemmRow | AttentionRow | CollectiveRow, cluster: Cluster) -> 
     if isinstance(row, GemmRow):
         return gemm_s(cluster, row.m, row.n, row.k, dtype=row.dtype)
     if isinstance(row, CollectiveRow):
-        return collective_s(cluster, row.kind, row.num_bytes, group_of(cluster, size=row.gpus, stride=1))
+        group = group_of(cluster, size=row.gpus, stride=1, gpus=row.gpus)
+        return collective_s(cluster, row.kind, row.num_bytes, group)
     return attention_s(
         cluster,
         batch=row.batch,

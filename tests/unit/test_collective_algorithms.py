@@ -276,3 +276,13 @@ def test_what_is_no_collective(kind: str, algorithm: str, gpus: tuple[int, ...],
     fabric = fabric_of("switch", alone(4), 1000)
     with pytest.raises(ParsimError, match=words):
         messages_of(Collective(kind=kind, algorithm=algorithm, num_bytes=1e6, gpus=gpus), fabric)
+
+
+def test_the_cost_model_of_a_group_that_one_node_holds_is_that_of_the_node() -> None:
+    """Seven devices from the first on lie in one node of eight, though later groups of seven do not."""
+    words = "collective --bytes 1GB --ranks 7 --hardware h100-sxm-80gb --json"
+    found = json.loads(CliRunner().invoke(app, words.split()).stdout)["algorithms"]
+    inside_s = collective_s(load_cluster("h100-sxm-80gb"), "all_reduce", 1e9, Group(7, 7))
+    assert [row["cost_model_s"] for row in found] == pytest.approx([inside_s] * len(found), rel=1e-12)
+    (ring,) = (row for row in found if row["algorithm"] == "ring")
+    assert ring["alone_s"] == pytest.approx(ring["cost_model_s"], rel=0.1)
