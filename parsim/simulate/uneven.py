@@ -14,7 +14,7 @@ from typing import NamedTuple
 from parsim.errors import ParsimError
 from parsim.plan import Coordinate, ParallelPlan
 from parsim.schedule.program import Program, Task
-from parsim.timeline import COMPUTE, PP_STREAMS
+from parsim.timeline import COMPUTE, EP, PP_STREAMS
 
 
 class Straggler(NamedTuple):
@@ -52,6 +52,8 @@ class Replica:
     """Time of compute over a healthy device's, by pipeline rank."""
     link: tuple[float, ...]
     """The same of transfers to other stages and replicas."""
+    exchange: tuple[float, ...]
+    """The same of exchanges with experts, which may lie in other replicas."""
 
 
 def check_unevenness(uneven: Unevenness, plan: ParallelPlan) -> None:
@@ -89,17 +91,25 @@ def replicas_of(plan: ParallelPlan, uneven: Unevenness) -> tuple[Replica, ...]:
     """
     slow = [[1.0] * plan.pp for _ in range(plan.dp)]
     link = [[1.0] * plan.pp for _ in range(plan.dp)]
+    exchange = [[1.0] * plan.pp for _ in range(plan.dp)]
     for straggler in uneven.stragglers:
         at = plan.coordinate(straggler.rank)
         for dp_i in _waiting_with(plan, at):
             slow[dp_i][at.pp] = max(slow[dp_i][at.pp], straggler.slow)
+            exchange[dp_i][at.pp] = max(exchange[dp_i][at.pp], straggler.link)
         link[at.dp][at.pp] = max(link[at.dp][at.pp], straggler.link)
     alike: dict[tuple[object, ...], list[int]] = {}
     for dp_i in range(plan.dp):
-        key = (tuple(slow[dp_i]), tuple(link[dp_i]), dp_i if uneven.jitter else 0)
+        factors = tuple(map(tuple, (slow[dp_i], link[dp_i], exchange[dp_i])))
+        key = (*factors, dp_i if uneven.jitter else 0)
         alike.setdefault(key, []).append(dp_i)
     return tuple(
-        Replica(members=tuple(members), slow=tuple(slow[members[0]]), link=tuple(link[members[0]]))
+        Replica(
+            members=tuple(members),
+            slow=tuple(slow[members[0]]),
+            link=tuple(link[members[0]]),
+            exchange=tuple(exchange[members[0]]),
+        )
         for members in alike.values()
     )
 
@@ -163,6 +173,8 @@ def _factor(task: Task, replica: Replica, link_of_all: Sequence[float]) -> float
     """Time of a task in this replica over that in a healthy one."""
     if task.stream == COMPUTE:
         return replica.slow[task.rank]
+    if task.stream == EP:
+        return replica.exchange[task.rank]
     if task.kind == "dp" and task.joins_replicas:
         return link_of_all[task.rank]
     if task.receiver is not None and task.stream in (*PP_STREAMS, "dp"):

@@ -236,7 +236,8 @@ def test_replicas_told_apart_wait_as_long_as_together() -> None:
     program, _ = program_of(job, plan, costs)
     whole = replay_over(network_load_of(program, job, plan, costs, fabric), fabric)
     replicas = tuple(
-        Replica(members=found, slow=(1.0, 1.0), link=(1.0, 1.0)) for found in ((0, 1, 2), (3,))
+        Replica(members=found, slow=(1.0, 1.0), link=(1.0, 1.0), exchange=(1.0, 1.0))
+        for found in ((0, 1, 2), (3,))
     )
     unfolded = unfolded_program(program, replicas)
     apart = replay_over(network_load_of(unfolded, job, plan, costs, fabric, replicas), fabric)

@@ -11,7 +11,7 @@ from parsim.errors import ParsimError
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import make_schedule
 from parsim.schedule.lower import lower
-from parsim.schedule.program import Program
+from parsim.schedule.program import Program, Task
 from parsim.simulate.prediction import predict
 from parsim.simulate.replay import replay
 from parsim.simulate.uneven import (
@@ -20,6 +20,7 @@ from parsim.simulate.uneven import (
     check_unevenness,
     replicas_of,
     uneven_program,
+    unfolded_program,
 )
 from parsim.timeline import COMPUTE, breakdown_s
 from tests.builders import flat_cost, plain_stack, round_cluster, small_model
@@ -84,6 +85,26 @@ def test_experts_wait_for_all_that_exchange_tokens_with_them() -> None:
     assert [r.members for r in replicas_of(together, slow)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     behind = replicas_of(together, Unevenness(stragglers=(Straggler(13, 1.5),)))
     assert {r.members: r.slow for r in behind} == {(0, 1, 2, 3): (1.0,), (4, 5, 6, 7): (1.5,)}
+
+
+def test_a_slow_link_slows_the_exchanges_of_all_that_share_experts_with_it() -> None:
+    together = ParallelPlan(dp=8, tp=2, ep=8, sequence_parallel=True)
+    task = Task(0, "ep", "0F0", "ep", 1.0, (), 0, 0, num_bytes=1.0)
+    replicas = replicas_of(together, Unevenness(stragglers=(Straggler(5, link=3.0),)))
+    copies = unfolded_program(Program(tasks=(task,)), replicas).tasks
+    took_s = {dp_i: copies[k].duration_s for k, r in enumerate(replicas) for dp_i in r.members}
+    assert took_s == dict.fromkeys(range(4), 3.0) | dict.fromkeys(range(4, 8), 1.0)
+
+
+def test_what_joins_replicas_waits_for_what_stands_before_it_on_all_streams() -> None:
+    tasks = (
+        Task(0, COMPUTE, "0F0", "forward", 1.0, (), 0, 0),
+        Task(0, COMPUTE, "optimizer", "optimizer", 1.0, (), joins_replicas=True),
+    )
+    plan = ParallelPlan(dp=2)
+    replicas = replicas_of(plan, Unevenness(stragglers=(Straggler(1, 4.0),)))
+    timeline = replay(unfolded_program(Program(tasks=tasks), replicas))
+    assert [s.start_s for s in timeline.spans if s.kind == "optimizer"] == [4.0, 4.0]
 
 
 def test_the_worst_of_a_group_sets_the_pace() -> None:
