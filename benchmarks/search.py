@@ -155,8 +155,8 @@ def searched(case: Case, space: str) -> str:
     result = search(job, case.gpus, costs, constraints=SPACES[space])
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return (
-        f"| {case.model} on {case.gpus:,} | {space} | {result.space.enumerated:,} | {result.space.fits:,} | "
-        f"{result.replayed} | {'yes' if result.optimal else 'no'} | SECONDS | "
+        f"| {case.model} on {case.gpus:,} | {space} | {result.space.enumerated:,} | "
+        f"{result.space.fits:,} | {result.replayed} | {'yes' if result.optimal else 'no'} | SECONDS | "
         f"{usage.ru_utime + usage.ru_stime:.1f} | {usage.ru_maxrss * 1024 / 1e6:.0f} MB |"
     )
 
