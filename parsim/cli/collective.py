@@ -14,7 +14,7 @@ from parsim.cli.options import (
     JsonOption,
     load_machine,
 )
-from parsim.cli.output import document, print_json, print_table
+from parsim.cli.output import document, print_json, print_lines, print_table
 
 if TYPE_CHECKING:
     from parsim.simulate.collectives import Collective
@@ -67,6 +67,15 @@ def collective(
         print_json(document("collective", inputs, {"algorithms": rows}))
     else:
         _print(rows, f"{kind} of {num_bytes} among {ranks} × {cluster.name} on {fabric}")
+    if all(row["status"] != "ok" for row in rows):
+        raise typer.Exit(1)
+
+
+_WHY_NOT_ALIKE = (
+    "The cost model has one figure for all algorithms: what the library would choose, with the data of\n"
+    "a group cut up among the interfaces of all its ranks in a domain. Messages here go from rank to\n"
+    "rank as the algorithm says."
+)
 
 
 def _cases(
@@ -156,3 +165,6 @@ def _print(rows: list[dict[str, Any]], title: str) -> None:
         ])  # fmt: skip
     headers = ["algorithm", "closed form", "alone", "all groups", "bus bandwidth", "cost model"]
     print_table(headers, cells, title=title)
+    timed = [row for row in rows if row["status"] == "ok"]
+    if any(abs(row["alone_s"] / row["cost_model_s"] - 1) > 0.1 for row in timed):
+        print_lines([_WHY_NOT_ALIKE])

@@ -50,6 +50,10 @@ PlanArgument = Annotated[
 ]
 
 
+MOST_ACTIONS = 2_000_000
+"""Forwards and backwards of a step: a minute or two, and some gigabytes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What a command works on."""
@@ -165,6 +169,7 @@ def load_plan(text: str, flags: Flags, *, schedule: str | None = None) -> tuple[
         if "tp_overlap" not in text:
             plan = replace(plan, tp_overlap=plan.tp > 1 and setup.stack.default_tp_overlap)
     check_plan(setup.job, plan, setup.cluster)
+    _check_size(setup.job, plan)
     return replace(setup, rank_hardware=file.rank_hardware), plan
 
 
@@ -179,6 +184,21 @@ def require_flush(plan: ParallelPlan, *flags: str) -> None:
             where=flags[0],
             got=f"schedule={plan.schedule}, which runs on without one",
             hint="leave the flag out, or take a synchronous schedule such as 1f1b",
+        )
+
+
+def _check_size(job: Job, plan: ParallelPlan) -> None:
+    """Raises ParsimError for a step of more actions than one waits for."""
+    from parsim.errors import ParsimError
+
+    actions = 2 * plan.num_stages * plan.num_micro_batches(job)
+    if actions > MOST_ACTIONS:
+        raise ParsimError(
+            "this step has too many actions to be replayed",
+            where="global_batch",
+            got=f"{plan.num_micro_batches(job):,} micro-batches on {plan.num_stages} stages",
+            expected=f"at most {MOST_ACTIONS // (2 * plan.num_stages):,} micro-batches",
+            hint="a larger micro_batch or dp, or a part of the batch",
         )
 
 

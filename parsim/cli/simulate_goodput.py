@@ -39,6 +39,7 @@ DETECT_S = 600.0
 arXiv 2402.15627)."""
 REPAIR_S = 86_400.0
 DURATION_S = 30 * 86_400.0
+LONGEST_MTBF_S = 1e14
 RUNS = 20
 NO_PROGRESS = 1e-3
 """Goodput below which a job is said to make no progress."""
@@ -194,9 +195,12 @@ def _job_mtbf_s(text: str, gpus: int) -> float:
         raise error.at("--mtbf") from None
     except ZeroDivisionError:
         seconds = 0.0
-    if seconds <= 0:
+    if not 0 < seconds <= LONGEST_MTBF_S:
         raise ParsimError(
-            "failures come after some time", where="--mtbf", got=text, expected="50000h or 419/54days"
+            "failures come after some time, but not after millions of years",
+            where="--mtbf",
+            got=text,
+            expected="50000h or 419/54days",
         )
     return seconds
 

@@ -39,6 +39,8 @@ PsChartOption = Annotated[
 
 STEPS = 40
 WORKER_STEPS = 5120
+MOST_SHARED = 5_000_000
+"""Steps times workers squared."""
 """Of all workers together, where the request does not say: many workers do fewer steps each."""
 CHART_BOUND = 3
 """Bound of the chart's stale synchronous line where the request has none."""
@@ -205,6 +207,26 @@ def _check(settings: dict[str, Any], plan: ParallelPlan, uneven: Unevenness | No
         )
 
 
+def _steps(settings: dict[str, Any], workers: int) -> int:
+    """Steps to simulate; each transfer of a worker may share links with those of all others.
+
+    Raises ParsimError for more than a minute or so of simulating.
+    """
+    from parsim.errors import ParsimError
+
+    usual = max(STEPS // 4, min(STEPS, WORKER_STEPS // workers))
+    steps: int = settings.get("steps", max(2, min(usual, MOST_SHARED // workers**2)))
+    if steps * workers**2 > MOST_SHARED:
+        raise ParsimError(
+            "these are too many steps of too many workers to simulate",
+            where="--ps",
+            got=f"{workers} workers, {steps} steps",
+            expected=f"at most {MOST_SHARED // workers**2} steps, or fewer workers",
+            hint="steps=… in --ps" if workers**2 < MOST_SHARED else None,
+        )
+    return steps
+
+
 def _setup(settings: dict[str, Any], request: StepRequest) -> PsSetup:
     from parsim.cost.parameter_server import Servers, nic_bytes_per_s
     from parsim.simulate.parameter_server import worker_compute_s
@@ -238,7 +260,7 @@ def _setup(settings: dict[str, Any], request: StepRequest) -> PsSetup:
             costs_by_rank=request.costs_by_rank,
         ),
         slow_links=tuple(slow_links),
-        steps=settings.get("steps", max(STEPS // 4, min(STEPS, WORKER_STEPS // plan.dp))),
+        steps=_steps(settings, plan.dp),
         seed=request.seed,
     )
 

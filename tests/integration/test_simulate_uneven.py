@@ -74,6 +74,24 @@ def test_a_trace_has_the_same_bytes_in_any_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--global-batch", "100000000"], "too many actions"),
+        (["--ps", "workers=4,steps=1000000"], "at most 312500 steps"),
+        (["--mtbf", "1e300h"], "millions of years"),
+    ],
+)
+def test_what_would_take_for_ever_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    plan = "simulate --model llama-3.1-8b --hardware h100-sxm-80gb --plan dp=4,tp=8".split()
+    assert run_command([*plan, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["--straggler", "rank=128,slow=2"], "no such rank"),
         (["--straggler", "slow=2"], "rank=7,slow=1.3"),
         (["--straggler", "rank=1,slo=2"], "did you mean 'slow'"),
