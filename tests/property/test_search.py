@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,9 +19,11 @@ from parsim.model import ModelSpec
 from parsim.plan import Job
 from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import plan_problems
+from parsim.search.examine import Examiner
 from parsim.search.fullest import fullest_rank
+from parsim.search.layout import Bools, Floats, Ints
 from parsim.search.search import OUT_OF_MEMORY, search
-from parsim.search.space import Constraints, families
+from parsim.search.space import Constraints, Family, families
 from parsim.simulate.prediction import Prediction, estimate
 from tests.builders import round_cluster
 from tests.strategies import RECOMPUTE, models, stacks
@@ -88,9 +92,8 @@ def replayed(of: Space) -> tuple[list[Prediction], Counter[str]]:
     return sorted(found, key=lambda p: p.step_time_s), rejected
 
 
-@given(spaces())
-@settings(max_examples=EXAMPLES, deadline=None)
-def test_the_search_finds_what_a_replay_of_every_plan_finds(of: Space) -> None:
+def check(of: Space) -> None:
+    """The search's answer is the first of all plans that were replayed."""
     truth, rejected = replayed(of)
     if not truth:
         with pytest.raises(NothingFits):
@@ -109,3 +112,28 @@ def test_the_search_finds_what_a_replay_of_every_plan_finds(of: Space) -> None:
     # Of plans that tie with the last any may be there; all that are faster are.
     assert {p.plan for p in best if p.step_time_s < times[-1] * (1 - 1e-12)} <= plans
     assert plans <= {p.plan for p in truth}
+
+
+@given(spaces())
+@settings(max_examples=EXAMPLES, deadline=None)
+def test_the_search_finds_what_a_replay_of_every_plan_finds(of: Space) -> None:
+    check(of)
+
+
+@given(spaces(), st.integers(0, 2**32 - 1))
+@settings(max_examples=EXAMPLES // 3, deadline=None)
+def test_loose_bounds_cost_replays_and_not_the_proof(of: Space, seed: int) -> None:
+    # Whatever is below the true bounds is a bound too, in whatever order it puts the plans.
+    rng, figures, tighter = np.random.default_rng(seed), Examiner.figures, Examiner.tighter_bounds_s
+
+    def loose_figures(self: Examiner, family: Family, legal: Bools) -> tuple[Floats, Floats]:
+        needed, bounds_s = figures(self, family, legal)
+        return needed, bounds_s * rng.uniform(0.2, 1.0, bounds_s.shape)
+
+    def loose_walks(self: Examiner, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
+        return [bounds * rng.uniform(0.2, 1.0, bounds.shape) for bounds in tighter(self, chosen)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Examiner, "figures", loose_figures)
+        patch.setattr(Examiner, "tighter_bounds_s", loose_walks)
+        check(of)
