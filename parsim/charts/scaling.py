@@ -60,7 +60,7 @@ def scaling_figure(strong: Curves, weak: Curves) -> Figure:
     panels += [("weak scaling: the batch grows with the GPUs", weak)] if weak else []
     note = (
         "efficiency: tokens a second and GPU over those of the smallest cluster, the best plan of each; "
-        "beside a fall: the part of the step whose GPU time a token grew most"
+        "below a fall of the lowest curve: the part of the step whose GPU time a token grew most"
     )
     with style():
         figure = new_figure(_WIDTH_IN)
@@ -94,17 +94,18 @@ def _draw_panel(axes: Axes, curves: Curves, colors: Mapping[str, str]) -> None:
     counts = sorted({p.prediction.plan.gpus for points in curves.values() for p in points})
     axes.set_xscale("log", base=2)
     axes.axhline(1.0, color=MUTED_COLOR, linewidth=0.8, linestyle=":")
-    for row, (name, points) in enumerate(curves.items()):
+    worst = min(curves, key=lambda name: curves[name][-1].efficiency)
+    for name, points in curves.items():
         gpus = [point.prediction.plan.gpus for point in points]
         axes.plot(
             gpus, [p.efficiency for p in points], "o-", color=colors[name], markersize=5, linewidth=1.6
         )
         for point in points:
-            if point.grew and len(curves) <= 3:
+            if point.grew and name == worst:
                 axes.annotate(
                     f"{_SHORT.get(point.grew, point.grew)} +{percent(point.grew_by)}",
                     (point.prediction.plan.gpus, point.efficiency),
-                    xytext=(0, 7 if row % 2 == 0 else -13),
+                    xytext=(0, -14),
                     textcoords="offset points",
                     ha="center",
                     size=SMALL_PT - 1,

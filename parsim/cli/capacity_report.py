@@ -285,9 +285,18 @@ def _answer_lines(options: Sequence[Option], limits: Limits) -> list[str]:
         cost = "" if option.usd is None else f", {format_usd(option.usd)}"
         lines.append(
             f"{answer.objective}{condition}: {option.case.gpus:,} × {option.case.hardware}, "
-            f"{_days(option)} days{cost}; {answer.reason}"
+            f"{_days(option)} days{cost}; {answer.reason}{_tight(option)}"
         )
     return lines
+
+
+def _tight(option: Option) -> str:
+    """A warning where a small error of the predicted memory would be too much."""
+    from parsim.search.capacity import ENOUGH_HEADROOM
+
+    if option.headroom >= ENOUGH_HEADROOM:
+        return ""
+    return f"; BEWARE: only {option.headroom:.0%} of the memory stays free".replace("%", " %")
 
 
 def _sensitivity_lines(name: str, effects: Sequence[Sensitivity]) -> list[str]:
