@@ -38,6 +38,8 @@ class Task(NamedTuple):
     for all at once where they are not alike."""
     num_bytes: float = 0.0
     """What each device sends in this transfer."""
+    gathers: bool = False
+    """Brings parameters that other replicas hold, where other data-parallel transfers sum gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -206,6 +206,7 @@ class ReplicaSync:
             micro_batch,
             joins_replicas=True,
             num_bytes=sync.gather_bytes / pieces,
+            gathers=True,
         )
 
     def _gather(self, rank: int, action: Action, after: tuple[int, ...]) -> int:
@@ -251,8 +252,17 @@ class ReplicaSync:
         after: tuple[int, ...] = (chain[one][-1], chain[other][-1])
         if other in self.reduced:
             after += (self.reduced[other],)
-        task = Task(one, DP, name, "dp", traffic.seconds, after, receiver=(other, DP))
-        self.reduced[one] = self.work.add(task._replace(num_bytes=traffic.num_bytes))
+        task = Task(
+            one,
+            DP,
+            name,
+            "dp",
+            traffic.seconds,
+            after,
+            receiver=(other, DP),
+            num_bytes=traffic.num_bytes,
+        )
+        self.reduced[one] = self.work.add(task)
 
     def _update(self, rank: int, ready: tuple[int, ...]) -> None:
         syncs = [self.cost.syncs[s] for s, r in self.rank_of.items() if r == rank]
@@ -262,7 +272,17 @@ class ReplicaSync:
         gather_s = sum(sync.gather_s for sync in syncs)
         if gather_s > 0 and self.plan.zero in (1, 2) and not self._gathers_after_update():
             sent = sum(sync.gather_bytes for sync in syncs)
-            gather = Task(rank, DP, "parameters", "dp", gather_s, (end,))
-            end = self.work.add(gather._replace(joins_replicas=True, num_bytes=sent))
+            gather = Task(
+                rank,
+                DP,
+                "parameters",
+                "dp",
+                gather_s,
+                (end,),
+                joins_replicas=True,
+                num_bytes=sent,
+                gathers=True,
+            )
+            end = self.work.add(gather)
         if self.stack.step_overhead_s > 0:
             self.work.add(Task(rank, HOST, "host", "host", self.stack.step_overhead_s, (end,)))

@@ -129,16 +129,17 @@ def _by_algorithm(task: Task, pp: int, patterns: Patterns) -> Task:
     return task._replace(duration_s=task.duration_s * chosen_s / usual_s) if usual_s else task
 
 
-_Key: TypeAlias = tuple[int, str, int, int, str, float]
-"""What transfers with the same load have in common: rank, stream, other rank, stage, name, bytes."""
+_Key: TypeAlias = tuple[int, str, int, int, bool, float]
+"""What transfers with the same load have in common: rank, stream, other rank, stage, whether parameters
+are gathered, bytes."""
 
 
 def _key(task: Task) -> _Key:
     there = task.receiver[0] if task.receiver is not None else -1
     if task.stream != DP:
-        return task.rank, task.stream, there, -1, "", 0.0
+        return task.rank, task.stream, there, -1, False, 0.0
     # Whether a tree or a ring sums them depends on their size.
-    return task.rank, task.stream, there, task.stage, task.name, task.num_bytes
+    return task.rank, task.stream, there, task.stage, task.gathers, task.num_bytes
 
 
 def _merged(

@@ -105,7 +105,7 @@ class Patterns:
         ):
             ranks, size = group_size(axes), shard_ranks(axes, self.plan)
             shards, between = part_of(axes, size=size), part_of(axes, size=ranks // size, skip=size)
-            if task.name.startswith("parameters"):
+            if task.gathers:
                 parts.append(SyncPart("all_gather", parameters, shards))
             elif self.plan.zero == 0:
                 kind = parse_compression(self.plan.compression).kind

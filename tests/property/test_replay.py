@@ -118,7 +118,7 @@ def test_no_step_is_shorter_than_the_work_of_a_stream(case: Case) -> None:
 
 
 @given(CASES, st.sampled_from(["intra_node", "inter_node"]))
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_more_bandwidth_never_makes_a_step_longer(case: Case, which: str) -> None:
     job, plan, costs = case
     times = []
@@ -151,7 +151,7 @@ def programs(draw: st.DrawFn) -> Program:
 
 
 @given(programs())
-@settings(max_examples=100)
+@settings(max_examples=200)
 def test_any_program_runs_as_its_longest_path_says(program: Program) -> None:
     assert replayed_times(program) == task_times(program)
     assert replay(program).end_s == pytest.approx(longest_path_s(program), rel=1e-9)

@@ -49,6 +49,19 @@ def contended(text: str, plan: ParallelPlan, tasks: tuple[Task, ...], domain: in
     return replay_over(network_load_of(Program(tasks=tasks), job, plan, costs, fabric), fabric)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parameters_come_from_their_shard_group_while_gradients_are_summed_by_all(overlap: bool) -> None:
+    plan = ParallelPlan(dp=4, zero=1, zero_group=2)  # two replicas in each of two domains
+    job, costs = setting(plan, domain=2)
+    costs = replace(costs, stack=plain_stack(dp_overlap=overlap))
+    fabric = fabric_of("switch", costs.cluster, plan.gpus)
+    load = network_load_of(program_of(job, plan, costs)[0], job, plan, costs, fabric)
+    tasks = [task for task in load.program.tasks if task.kind == "dp"]
+    assert {task.gathers for task in tasks} == {False, True}
+    on_the_network = [load.program.tasks[index] for index in load.carried]
+    assert on_the_network == [task for task in tasks if not task.gathers]
+
+
 def sent(source: int, target: int, num_bytes: float, duration_s: float) -> Task:
     return Task(source, "pp_send_next", "x", "pp", duration_s, (), receiver=(target, "pp_recv_prev"),
                 num_bytes=num_bytes)  # fmt: skip
