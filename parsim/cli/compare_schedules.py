@@ -11,7 +11,10 @@ from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
     HardwareOption,
+    InterNodeOption,
+    IntraNodeOption,
     JsonOption,
+    MemoryOption,
     ModelOption,
     PrecisionOption,
     SeqLenOption,
@@ -36,6 +39,9 @@ def compare_schedules(
     seq_len: SeqLenOption = None,
     stack: StackOption = None,
     precision: PrecisionOption = None,
+    inter_node: InterNodeOption = None,
+    intra_node: IntraNodeOption = None,
+    memory: MemoryOption = None,
     schedules: Annotated[
         str | None, typer.Option("--schedule", help="Only these, such as 1f1b,zbv [default: all].")
     ] = None,
@@ -66,6 +72,9 @@ def compare_schedules(
         seq_len=seq_len,
         stack=stack,
         precision=precision,
+        inter_node=inter_node,
+        intra_node=intra_node,
+        memory=memory,
     )
     setup, parallel_plan = load_plan(plan, flags)
     names = _names(schedules)

@@ -50,5 +50,7 @@ def test_where_nothing_fits_the_answer_is_no(capsys: pytest.CaptureFixture[str])
     command = "compare-schedules --model gpt3-175b --hardware a100-sxm-80gb --plan dp=1,pp=2".split()
     assert run_command([*command, "--schedule", "1f1b,gpipe"]) == 1
     assert "NO" in capsys.readouterr().out
+    assert run_command([*COMMAND, "--schedule", "1f1b,zbv", "--memory", "10GB"]) == 1
+    assert "yes" not in capsys.readouterr().out
     assert run_command([*command, "--schedule", "1f1"]) == 2
     assert "did you mean '1f1b'" in capsys.readouterr().err
