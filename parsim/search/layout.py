@@ -49,8 +49,6 @@ class Layout:
     """(pp, n / pp): the stages of every rank in order."""
     holdings: tuple[Holding, ...]
     """One for each way to hold stages; where later ranks may be fuller, one a rank."""
-    holding_of: Ints
-    """(pp,): which of them a rank has."""
     _moments: dict[int, Floats] = field(default_factory=dict)
 
     @cached_property
@@ -97,7 +95,6 @@ def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
     own: list[list[int]] = [[] for _ in range(plan.pp)]
     for s in range(plan.num_stages):
         own[plan.stage_rank(s)].append(s)
-    holdings, holding_of = _holdings(plan, [tuple(kind[s] for s in mine) for mine in own])
     return Layout(
         plan=plan,
         parts=parts,
@@ -105,24 +102,17 @@ def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
         kind=np.array(kind),
         counts=np.array([[stage.count(part) for part in parts] for stage in stages], float),
         own=np.array(own),
-        holdings=holdings,
-        holding_of=np.array(holding_of),
+        holdings=_holdings(plan, [tuple(kind[s] for s in mine) for mine in own]),
     )
 
 
-def _holdings(
-    plan: ParallelPlan, held: Sequence[tuple[int, ...]]
-) -> tuple[tuple[Holding, ...], list[int]]:
+def _holdings(plan: ParallelPlan, held: Sequence[tuple[int, ...]]) -> tuple[Holding, ...]:
     """Of ranks with the same stages only the first is looked at, where no later one keeps more."""
     found: dict[tuple[int, tuple[int, ...]], Holding] = {}
     for rank, stages in enumerate(held):
         key = rank if plan.schedule in FULLER_LATER else 0, stages
         found.setdefault(key, Holding(rank, stages))
-    order = list(found)
-    later = plan.schedule in FULLER_LATER
-    return tuple(found.values()), [
-        order.index((rank if later else 0, stages)) for rank, stages in enumerate(held)
-    ]
+    return tuple(found.values())
 
 
 def stage_sums(layout: Layout, parts: Floats) -> Floats:

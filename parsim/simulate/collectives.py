@@ -77,7 +77,7 @@ class Collective:
 class _Way(NamedTuple):
     links: tuple[Link, ...]
     latency_s: float
-    cap: float
+    cap_bytes_per_s: float
 
 
 def messages_of(collective: Collective, fabric: Fabric) -> list[Message]:
@@ -172,8 +172,8 @@ def _run(
     all_done = env.event()
 
     def send(index: int) -> None:
-        links, latency_s, cap = ways[index]
-        done = network.transfer(links, messages[index].num_bytes, latency_s, cap)
+        links, latency_s, cap_bytes_per_s = ways[index]
+        done = network.transfer(links, messages[index].num_bytes, latency_s, cap_bytes_per_s)
         done.callbacks.append(lambda _: arrived(index))
 
     def arrived(index: int) -> None:
@@ -320,18 +320,21 @@ def _ways(collective: Collective, messages: Sequence[Message], fabric: Fabric) -
         (kind, source), (other, target) = message.source, message.target
         direct = ((message.source, message.target),)
         links = fabric.route(source, target) if kind == other == "gpu" else direct
-        latency_s, cap = _latency_s(links, fabric), math.inf
+        latency_s, cap_bytes_per_s = _latency_s(links, fabric), math.inf
         if (whole or levels) and _is_inside(message, fabric):
             # A reduce-scatter comes in the first half of the messages, an all-gather in the second.
             part = collective.kind if whole else _INSIDE[2 * number >= len(messages)]
             algorithm = collective.algorithm if whole else "ring"
             pace_s = _fitted_s(fabric, part, algorithm, local, collective.num_bytes, chunks)
-            latency_s, cap = 0.0, message.num_bytes * _steps(part, algorithm, local, chunks) / pace_s
+            latency_s, cap_bytes_per_s = (
+                0.0,
+                message.num_bytes * _steps(part, algorithm, local, chunks) / pace_s,
+            )
         elif collective.algorithm == "ring" and local > 1 and _is_inside(message, fabric):
             # Rings through all domains share what the library gets out of a domain's links.
             fit = collective_fit(fabric.cluster, "all_gather", local)
-            cap = fit.long.bus_efficiency * fabric.bytes_per_s(links) / local
+            cap_bytes_per_s = fit.long.bus_efficiency * fabric.bytes_per_s(links) / local
         if message.width > 1:
-            cap = fabric.bytes_per_s(links) / message.width
-        ways.append(_Way(links, latency_s, cap))
+            cap_bytes_per_s = fabric.bytes_per_s(links) / message.width
+        ways.append(_Way(links, latency_s, cap_bytes_per_s))
     return ways

@@ -123,7 +123,10 @@ def replay_over(sent: NetworkLoad, fabric: Fabric) -> Contention:
     network = FlowNetwork(env, capacities, record=True)
     begin: dict[int, Callable[[], simpy.Event]] = {
         index: partial(
-            network.transfer, way.crossings, way.num_bytes, cap=way.num_bytes / tasks[index].duration_s
+            network.transfer,
+            way.crossings,
+            way.num_bytes,
+            cap_bytes_per_s=way.num_bytes / tasks[index].duration_s,
         )
         for index, way in sent.carried.items()
     }

@@ -127,18 +127,18 @@ class FlowNetwork:
         links: Iterable[Hashable] | Mapping[Any, float],
         num_bytes: float,
         latency_s: float = 0.0,
-        cap: float = math.inf,
+        cap_bytes_per_s: float = math.inf,
     ) -> simpy.Event:
         """An event that fires when `num_bytes` are through, `latency_s` after which they start to flow.
 
-        `links` are crossed once each time they are named, or as often as a mapping says. `cap` is the
-        greatest rate of this transfer, in bytes per second.
+        `links` are crossed once each time they are named, or as often as a mapping says.
+        `cap_bytes_per_s` is the greatest rate of this transfer.
 
         Raises ParsimError for a link that the network has not, a negative size or latency, and a
         transfer that nothing limits.
         """
         crossings = {link: times for link, times in Counter(links).items() if times}
-        own = cap
+        own = cap_bytes_per_s
         for link, times in crossings.items():
             if link not in self.capacities:
                 raise ParsimError("the network has no such link", got=link)

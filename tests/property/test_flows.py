@@ -82,7 +82,7 @@ def run(load: Load) -> tuple[list[float], FlowNetwork]:
     def sender(i: int) -> Any:
         yield env.timeout(load.starts_s[i])
         demand = load.demands[i]
-        yield network.transfer(demand.crossings, load.sizes[i], cap=demand.cap_bytes_per_s)
+        yield network.transfer(demand.crossings, load.sizes[i], cap_bytes_per_s=demand.cap_bytes_per_s)
         ends[i] = env.now
 
     for i in range(len(load.demands)):
