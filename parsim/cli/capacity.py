@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from parsim.cli.capacity_inputs import (
 )
 from parsim.cli.capacity_report import print_report, report_data, write_csv
 from parsim.cli.capacity_run import Found, Wanted, find
+from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
     Flags,
     InterNodeOption,
@@ -32,16 +33,12 @@ from parsim.cli.options import (
     StackOption,
 )
 from parsim.cli.output import document, print_json, print_lines, say
-from parsim.cli.plan import read_constraints
 
 if TYPE_CHECKING:
     from parsim.search.capacity import Limits
 
 
-def _allow(flag: str, what: str) -> Any:
-    return typer.Option(f"--{flag}", help=f"Allow only these {what}, separated by commas.")
-
-
+@with_constraints
 def capacity(
     model: Annotated[str, typer.Option("--model", help="Shipped names or files, separated by commas.")],
     hardware: Annotated[
@@ -84,13 +81,8 @@ def capacity(
     pue: Annotated[
         float | None, typer.Option("--pue", help="Also energy of a facility of this effectiveness.")
     ] = None,
-    tp: Annotated[str, _allow("tp", "tensor-parallel sizes")] = "",
-    pp: Annotated[str, _allow("pp", "pipeline sizes")] = "",
-    cp: Annotated[str, typer.Option("--cp", help="Also cut sequences among so many ranks: 1,2.")] = "",
-    ep: Annotated[str, _allow("ep", "expert-parallel sizes")] = "",
-    zero: Annotated[str, _allow("zero", "ZeRO stages (0 to 3)")] = "",
-    recompute: Annotated[str, _allow("recompute", "recompute modes")] = "",
-    schedule: Annotated[str, _allow("schedule", "schedules")] = "",
+    *,
+    allowed: Allowed,
     top: Annotated[int, typer.Option("--top", min=1, help="Plans for each cluster.")] = 1,
     budget_s: Annotated[
         float, typer.Option("--budget-s", min=0, help="Stop proving a plan after so many seconds.")
@@ -130,8 +122,6 @@ def capacity(
         hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision,
         inter_node=inter_node, intra_node=intra_node, memory=memory,
     )  # fmt: skip
-    given = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "zero": zero, "recompute": recompute,
-             "schedule": schedule}  # fmt: skip
     for path in (chart, scaling_chart, tornado_chart):
         check_chart(path)
     limits = Limits(deadline_s=deadline_s(deadline), budget_usd=budget_usd(budget))
@@ -141,7 +131,7 @@ def capacity(
     long_run, assumed = read_long_run(mtbf)
     wanted = Wanted(
         limits=limits,
-        constraints=read_constraints({key: text for key, text in given.items() if text}),
+        constraints=allowed.constraints(),
         long_run=long_run,
         top=top,
         budget_s=budget_s,
@@ -158,7 +148,7 @@ def capacity(
         inputs = flags.given() | {
             "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
             "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
-            "constraints": {key: text for key, text in given.items() if text},
+            "constraints": allowed.given(),
         }  # fmt: skip
         print_json(document("capacity", inputs, report_data(found, limits, pue, origins, assumed)))
     else:

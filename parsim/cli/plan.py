@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
@@ -24,25 +25,11 @@ from parsim.cli.options import (
 from parsim.cli.output import document, print_json, print_lines, print_table, progress
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from parsim.search.search import SearchResult
-    from parsim.search.space import Constraints
     from parsim.simulate.prediction import Prediction
 
 
-def _choice(flag: str, what: str) -> Any:
-    return typer.Option(f"--{flag}", help=f"Allow only these {what}, separated by commas.")
-
-
-def _switch(flag: str, default: str) -> Any:
-    return typer.Option(f"--{flag}", help=f"true, false, or both as true,false [default: {default}].")
-
-
-def _most(flag: str, what: str) -> Any:
-    return typer.Option(f"--max-{flag}", min=1, help=f"Largest {what}.")
-
-
+@with_constraints
 def plan(
     gpus: Annotated[int, typer.Option("--gpus", help="GPUs to use, all of them.")],
     model: ModelOption = None,
@@ -55,29 +42,8 @@ def plan(
     intra_node: IntraNodeOption = None,
     memory: MemoryOption = None,
     top: Annotated[int, typer.Option("--top", min=1, help="Plans to print.")] = 10,
-    dp: Annotated[str, _choice("dp", "data-parallel sizes")] = "",
-    tp: Annotated[str, _choice("tp", "tensor-parallel sizes")] = "",
-    pp: Annotated[str, _choice("pp", "pipeline sizes")] = "",
-    cp: Annotated[
-        str, typer.Option("--cp", help="Also cut sequences among so many ranks, e.g. 1,2 [default: 1].")
-    ] = "",
-    ep: Annotated[str, _choice("ep", "expert-parallel sizes")] = "",
-    vpp: Annotated[str, _choice("vpp", "numbers of chunks a rank")] = "",
-    micro_batch: Annotated[str, _choice("micro-batch", "micro-batch sizes")] = "",
-    zero: Annotated[str, _choice("zero", "ZeRO stages (0 to 3)")] = "",
-    recompute: Annotated[str, _choice("recompute", "recompute modes")] = "",
-    schedule: Annotated[
-        str, _choice("schedule", "schedules [default: all that end a step with a flush]")
-    ] = "",
-    sequence_parallel: Annotated[str, _switch("sequence-parallel", "true,false")] = "",
-    tp_overlap: Annotated[str, _switch("tp-overlap", "as the stack does")] = "",
-    max_dp: Annotated[int | None, _most("dp", "data-parallel size")] = None,
-    max_tp: Annotated[int | None, _most("tp", "tensor-parallel size")] = None,
-    max_pp: Annotated[int | None, _most("pp", "pipeline size")] = None,
-    max_cp: Annotated[int | None, _most("cp", "context-parallel size; allows all up to it")] = None,
-    max_ep: Annotated[int | None, _most("ep", "expert-parallel size")] = None,
-    max_vpp: Annotated[int | None, _most("vpp", "number of chunks a rank")] = None,
-    max_micro_batch: Annotated[int | None, _most("micro-batch", "micro-batch")] = None,
+    *,
+    allowed: Allowed,
     explain: Annotated[
         str, typer.Option("--explain", help="Why is this plan not the best? In short form: dp=8,tp=4,…")
     ] = "",
@@ -109,16 +75,9 @@ def plan(
         memory=memory,
     )
     setup = load_setup(flags)
-    given = {"dp": dp, "tp": tp, "pp": pp, "cp": cp, "ep": ep, "vpp": vpp, "micro_batch": micro_batch,
-             "zero": zero, "recompute": recompute, "schedule": schedule,
-             "sequence_parallel": sequence_parallel, "tp_overlap": tp_overlap}  # fmt: skip
-    bounds = {"dp": max_dp, "tp": max_tp, "pp": max_pp, "cp": max_cp, "ep": max_ep, "vpp": max_vpp,
-              "micro_batch": max_micro_batch}  # fmt: skip
-    most = {key: size for key, size in bounds.items() if size is not None}
-    constraints = read_constraints({key: text for key, text in given.items() if text}, most)
+    constraints = allowed.constraints()
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
-    inputs = flags.given() | chosen | {"constraints": {k: v for k, v in given.items() if v}}
-    inputs["constraints"] |= {f"max_{key}": size for key, size in most.items()}
+    inputs = flags.given() | chosen | {"constraints": allowed.given()}
 
     def found(count: int) -> SearchResult:
         with progress() as report:
@@ -149,54 +108,6 @@ def plan(
         print_json(document("plan", inputs, to_data(result, setup.origin)))
     else:
         print_result(result, setup.job.model.name, setup.origin["hardware"], gpus)
-
-
-def read_constraints(given: dict[str, str], most: dict[str, int] | None = None) -> Constraints:
-    """Constraints from comma-separated lists, and the most that is allowed of some sizes; raises
-    ParsimError for a value that cannot be, and for a list whose every value is beyond the most.
-    """
-    from parsim.errors import ParsimError, did_you_mean
-    from parsim.plan import RECOMPUTE_MODES
-    from parsim.schedule import SCHEDULES
-    from parsim.search.space import Constraints
-
-    most = most or {}
-    switch = {"true": True, "false": False}
-    words: dict[str, Collection[str]] = {
-        "recompute": RECOMPUTE_MODES,
-        "schedule": SCHEDULES,
-        "sequence_parallel": switch,
-        "tp_overlap": switch,
-    }
-    values: dict[str, Any] = {}
-    for key, text in given.items():
-        parts = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
-        flag = f"--{key.replace('_', '-')}"
-        if key in words:
-            for part in parts:
-                if part not in words[key]:
-                    raise ParsimError(
-                        f"unknown {key} {part!r}",
-                        where=flag,
-                        expected=", ".join(words[key]),
-                        hint=did_you_mean(part, words[key]),
-                    )
-            values[key] = tuple(switch.get(part, part) for part in parts)
-            continue
-        if not all(part.isdigit() and len(part) < 10 for part in parts):
-            raise ParsimError("this is a list of whole numbers", where=flag, got=text, expected="4,8")
-        least, largest = (0, 3) if key == "zero" else (1, 10**9)
-        numbers = tuple(int(part) for part in parts)
-        if not all(least <= number <= largest for number in numbers):
-            raise ParsimError("out of range", where=flag, got=text, expected=f"{least} to {largest}")
-        if key in most and min(numbers) > most[key]:
-            raise ParsimError(
-                f"{flag} and --max-{flag[2:]} contradict each other",
-                where=flag,
-                got=f"{text}, at most {most[key]}",
-            )
-        values[key] = numbers
-    return Constraints(**values, max_sizes=most)
 
 
 def to_data(result: SearchResult, origin: dict[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def test_failures_of_the_gpus_are_an_input(capsys: pytest.CaptureFixture[str]) -
         (["--gpus", "4", "--chart", "chart.gif"], "unknown type of picture"),
         (["--gpus", "4", "--hardware", "h100"], "h100"),
         (["--gpus", "4", "--hardware", "local-cpu", "--budget", "1M"], "a budget needs prices"),
+        (["--gpus", "4", "--vpp", "4", "--max-vpp", "2"], "--vpp and --max-vpp contradict each other"),
     ],
 )
 def test_bad_input(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
@@ -155,3 +156,16 @@ def test_an_interrupt_keeps_what_is_done(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run_command([*SMALL, "--gpus", "8,16"]) == 130
     assert capsys.readouterr().out == ""
+
+
+def test_plans_are_narrowed_by_the_flags_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--gpus 8 --top 12 --schedule 1f1b --micro-batch 1,2 --max-pp 2 --sequence-parallel true --dp 2,4"
+    found = answer(capsys, *flags.split())
+    plans = [row["plan"] for row in found["rows"]]
+    assert {plan["dp"] for plan in plans} <= {2, 4}
+    assert {plan["pp"] for plan in plans} == {1, 2}
+    assert {plan["micro_batch"] for plan in plans} == {1, 2}
+    assert all(plan["sequence_parallel"] == (plan["tp"] > 1) for plan in plans)
+    assert found["inputs"]["constraints"] == {
+        "schedule": "1f1b", "micro_batch": "1,2", "max_pp": 2, "sequence_parallel": "true", "dp": "2,4",
+    }  # fmt: skip
