@@ -159,13 +159,14 @@ def test_an_interrupt_keeps_what_is_done(
 
 
 def test_plans_are_narrowed_by_the_flags_of_plan(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--gpus 8 --top 12 --schedule 1f1b --micro-batch 1,2 --max-pp 2 --sequence-parallel true --dp 2,4"
-    found = answer(capsys, *flags.split())
+    flags = "--schedule 1f1b --micro-batch 1,2 --pp 2,4 --max-pp 2 --sequence-parallel true --dp 2,4"
+    found = answer(capsys, "--gpus", "8", "--top", "12", *flags.split())
     plans = [row["plan"] for row in found["rows"]]
     assert {plan["dp"] for plan in plans} <= {2, 4}
-    assert {plan["pp"] for plan in plans} == {1, 2}
+    assert {plan["pp"] for plan in plans} == {2}
     assert {plan["micro_batch"] for plan in plans} == {1, 2}
     assert all(plan["sequence_parallel"] == (plan["tp"] > 1) for plan in plans)
     assert found["inputs"]["constraints"] == {
-        "schedule": "1f1b", "micro_batch": "1,2", "max_pp": 2, "sequence_parallel": "true", "dp": "2,4",
+        "schedule": "1f1b", "micro_batch": "1,2", "pp": "2,4", "max_pp": 2,
+        "sequence_parallel": "true", "dp": "2,4",
     }  # fmt: skip
