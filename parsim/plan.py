@@ -26,6 +26,9 @@ ASYNCHRONOUS_SCHEDULES = ("pipedream", "pipedream-2bw")
 """Schedules without a flush: gradients are computed with weights of the past."""
 
 
+STAGE_LISTS = ("stage_split", "recompute_layers")
+"""Fields of a plan with a number for each stage of the model."""
+
 Aggregation = Literal["bucket", "layer", "tensor"]
 AGGREGATIONS: tuple[Aggregation, ...] = ("bucket", "layer", "tensor")
 COMPRESSIONS = "none, fp16, bf16, int8, topk-<percent>, powersgd-<rank>"
@@ -103,6 +106,9 @@ class ParallelPlan:
     """Mesh dimensions from the fastest to the slowest: ranks next to each other differ in the first."""
     stage_split: tuple[int, ...] = ()
     """Layers of every stage in order; empty: as even as can be, embedding and head counted."""
+    recompute_layers: tuple[int, ...] = ()
+    """How many layers of every stage, its first ones, are recomputed in the way that `recompute` says;
+    empty: all of them. A multi-token prediction module counts as the last layer of its stage."""
 
     def __post_init__(self) -> None:
         for key in ("dp", "tp", "pp", "cp", "ep", "expert_tp", "vpp", "micro_batch"):
@@ -139,12 +145,32 @@ class ParallelPlan:
             )
         if self.compression != "none":
             parse_compression(self.compression)
-        if self.stage_split and len(self.stage_split) != self.model_stages:
+        for key in STAGE_LISTS:
+            numbers = getattr(self, key)
+            if numbers and len(numbers) != self.model_stages:
+                raise ParsimError(
+                    f"{key} needs one number a stage",
+                    where=key,
+                    got=len(numbers),
+                    expected=f"{self.model_stages} numbers, one for each stage of the model",
+                )
+        if self.recompute_layers:
+            self._check_recompute_layers()
+
+    def _check_recompute_layers(self) -> None:
+        if self.recompute == "none":
             raise ParsimError(
-                "stage_split needs one number a stage",
-                where="stage_split",
-                got=len(self.stage_split),
-                expected=f"{self.model_stages} numbers, one for each stage of the model",
+                "recompute_layers counts what recompute=none leaves out",
+                where="recompute_layers",
+                got=f"recompute={self.recompute}",
+                expected="recompute of selective or full beside it",
+                hint="leave recompute_layers out where nothing is recomputed",
+            )
+        if min(self.recompute_layers) < 0:
+            raise ParsimError(
+                "a stage recomputes no layer or some",
+                where="recompute_layers",
+                got=min(self.recompute_layers),
             )
 
     @property
@@ -235,7 +261,7 @@ class ParallelPlan:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name in always or value != default.get(f.name, f.default):
-                text = "-".join(map(str, value)) if f.name == "stage_split" else str(value).lower()
+                text = "-".join(map(str, value)) if f.name in STAGE_LISTS else str(value).lower()
                 parts.append(f"{f.name}={text}")
         return ",".join(parts)
 
@@ -282,7 +308,7 @@ def parse_plan(text: str) -> ParallelPlan:
     """A plan from its short form, e.g. "dp=8,tp=8,pp=8,micro_batch=1,schedule=1f1b".
 
     Fields left out: every size 1, schedule 1f1b, vpp 1 (2 for V-shaped schedules), zero 0, recompute
-    none, sequence_parallel where tp > 1. stage_split is written with dashes: stage_split=8-9-9-6.
+    none, sequence_parallel where tp > 1. Lists of numbers by stage have dashes: stage_split=8-9-9-6.
 
     Raises ParsimError for an unknown field, a field given twice, or a value of the wrong type.
     """
@@ -321,11 +347,31 @@ def _parse_value(key: str, value: str) -> object:
             raise ParsimError("this field is yes or no", where=key, got=value, expected="true, false")
         return words[value.lower()]
     try:
-        if key == "stage_split":
+        if key in STAGE_LISTS:
             return tuple(int(part) for part in value.split("-"))
         return int(value)
     except ValueError:
-        raise ParsimError("this field is a whole number", where=key, got=value) from None
+        what = (
+            "has whole numbers with dashes between them" if key in STAGE_LISTS else "is a whole number"
+        )
+        raise ParsimError(f"this field {what}", where=key, got=value) from None
+
+
+def recomputed_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
+    """How many layers of every stage of the model, its first ones, are recomputed in any way.
+
+    >>> from parsim.model import ModelSpec
+    >>> spec = ModelSpec(name="x", layers=8, hidden=8, heads=1, ffn_hidden=8, gated_mlp=True, vocab=8,
+    ...                  max_seq_len=8)
+    >>> recomputed_layers(spec, ParallelPlan(pp=2)), recomputed_layers(
+    ...     spec, ParallelPlan(pp=2, recompute="full"))
+    ((0, 0), (4, 4))
+    """
+    split = stage_layers(model, plan)
+    if plan.recompute == "none":
+        return (0,) * len(split)
+    *others, last = split
+    return plan.recompute_layers or (*others, last + model.mtp_layers)
 
 
 def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:

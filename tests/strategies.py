@@ -6,7 +6,14 @@ from hypothesis import strategies as st
 
 from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec, MoeSpec
-from parsim.plan import AGGREGATIONS, V_SHAPED_SCHEDULES, Job, ParallelPlan, Recompute
+from parsim.plan import (
+    AGGREGATIONS,
+    V_SHAPED_SCHEDULES,
+    Job,
+    ParallelPlan,
+    Recompute,
+    stage_layers,
+)
 from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES, SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import plan_problems
 from parsim.simulate.uneven import Straggler
@@ -75,6 +82,12 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
     zero = draw(st.integers(0, 3))
     groups = [g for g in range(1, dp * cp + 1) if dp * cp % g == 0]
     eps = [ep for ep in (1, 2, 4) if model.moe and dp * cp * tp % ep == 0]
+    split = draw(stage_splits(model.layers, stages)) if draw(st.booleans()) else ()
+    recompute = draw(st.sampled_from(RECOMPUTE))
+    counts: tuple[int, ...] = ()
+    if recompute != "none" and draw(st.booleans()):
+        each = stage_layers(model, ParallelPlan(pp=stages, stage_split=split))
+        counts = tuple(draw(st.integers(0, max(0, layers))) for layers in each)
     return ParallelPlan(
         dp=dp,
         tp=tp,
@@ -87,12 +100,13 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
         zero=zero,
         zero_group=draw(st.sampled_from([0, *groups])) if zero else 0,
         sequence_parallel=tp > 1 and (model.moe is not None or draw(st.booleans())),
-        recompute=draw(st.sampled_from(RECOMPUTE)),
+        recompute=recompute,
+        recompute_layers=counts,
         aggregation=draw(st.sampled_from(AGGREGATIONS)) if dp * cp > 1 and not zero else "bucket",
         weighted=dp * cp > 1 and draw(st.booleans()),
         compression=draw(st.sampled_from(COMPRESSED)) if dp * cp > 1 and not zero else "none",
         tp_overlap=tp > 1 and draw(st.booleans()),
-        stage_split=draw(stage_splits(model.layers, stages)) if draw(st.booleans()) else (),
+        stage_split=split,
     )
 
 

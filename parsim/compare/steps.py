@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from parsim.errors import ParsimError
+from parsim.plan import STAGE_LISTS
+
+SAME = (
+    *("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch", "schedule", "zero", "recompute"),
+    *STAGE_LISTS,
+)
+"""Fields of a plan in which a prediction and a measurement that are compared must agree."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,9 +101,9 @@ def compare_documents(prediction: Any, measurement: Any, *, where: tuple[str, st
     times = [_number(data, "step_time_s", place) for data, place in zip(documents, where, strict=True)]
     parts = [_breakdown(data, place) for data, place in zip(documents, where, strict=True)]
     plans = [data.get("plan") for data in documents]
-    same = ("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch", "schedule", "zero", "recompute")
-    for key in same:
-        if plans[0] and plans[1] and plans[0].get(key) != plans[1].get(key):
+    for key in SAME:
+        # Documents of earlier versions lack what was left out then.
+        if plans[0] and plans[1] and (plans[0].get(key) or None) != (plans[1].get(key) or None):
             raise ParsimError(
                 "these are two different plans",
                 where=f"plan.{key}",

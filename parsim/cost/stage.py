@@ -32,6 +32,25 @@ from parsim.model import (
 from parsim.stack import Stack
 
 EMBEDDING, MTP, HEAD = "embedding", "multi-token prediction", "head"
+_KEPT = ", kept"
+
+
+def kept(kind: str) -> str:
+    """The kind of a part that keeps its activations where the plan has others of it recomputed.
+
+    >>> kept("dense layer")
+    'dense layer, kept'
+    """
+    return kind + _KEPT
+
+
+def bare(kind: str) -> str:
+    """What a kind of part is, recomputed or kept.
+
+    >>> bare(kept("dense layer")), bare("head")
+    ('dense layer', 'head')
+    """
+    return kind.removesuffix(_KEPT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +106,8 @@ class CostModel:
         return f"{'moe' if moe else 'dense'} layer{' with window' if window else ''}"
 
     def part(self, cell: Cell, kind: str) -> PartCost:
-        """A part of the model: one of those in `kinds`."""
+        """A part of the model: one of those in `kinds`, or what `kept` makes of one."""
+        cell, kind = _as_priced(cell, kind)
         if (cell, kind) not in self._parts:
             if kind == EMBEDDING:
                 replicated = replicated_embedding_parameters(self.model)
@@ -125,6 +145,7 @@ class CostModel:
 
     def passes(self, cell: Cell, kind: str) -> PartPasses:
         """What a part of the model (one of those in `kinds`) does in each pass."""
+        cell, kind = _as_priced(cell, kind)
         operations = self._operations(cell, kind)
         if kind not in (EMBEDDING, HEAD):
             host = self._layer_host(self._layer_of(kind), cell)
@@ -180,20 +201,33 @@ class CostModel:
             expert_parameters=0,
         )
 
-    def stages(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageCost, ...]:
+    def stages(
+        self, cell: Cell, split: tuple[int, ...], recompute_layers: tuple[int, ...] = ()
+    ) -> tuple[StageCost, ...]:
         """Every stage of a split (layers of each stage in order); embedding first, head last."""
-        return tuple(self.stage(cell, kinds) for kinds in self.kinds(split))
+        return tuple(self.stage(cell, kinds) for kinds in self.kinds(split, recompute_layers))
 
-    def kinds(self, split: tuple[int, ...]) -> Iterator[tuple[str, ...]]:
-        """The parts of every stage of a split, in order."""
+    def kinds(
+        self, split: tuple[int, ...], recompute_layers: tuple[int, ...] = ()
+    ) -> Iterator[tuple[str, ...]]:
+        """The parts of every stage of a split, in order; recompute_layers as in a plan.
+
+        Of the layers (and multi-token prediction modules) of each stage the first so many are recomputed
+        as the cell says, and the others are of `kept` kinds; without counts none is.
+        """
         first = 0
         for index, num_layers in enumerate(split):
             kinds = [self._kind(layer) for layer in range(first, first + num_layers)]
             first += num_layers
+            if index == len(split) - 1:
+                kinds += [MTP] * self.model.mtp_layers
+            if recompute_layers:
+                again = recompute_layers[index]
+                kinds[again:] = map(kept, kinds[again:])
             if index == 0:
                 kinds.insert(0, EMBEDDING)
             if index == len(split) - 1:
-                kinds.extend([MTP] * self.model.mtp_layers + [HEAD])
+                kinds.append(HEAD)
             yield tuple(kinds)
 
     def stage_weights(self, cell: Cell, split: tuple[int, ...]) -> tuple[StageWeights, ...]:
@@ -226,10 +260,15 @@ class CostModel:
             # The last stage of a pipeline holds its own copy of tied embeddings.
             tied = self.model.tied_embeddings and HEAD in kinds and EMBEDDING not in kinds
             copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0
-            once = dict(zip(kinds, parts, strict=True))
+            once = dict(zip(map(bare, kinds), parts, strict=True))
             distinct = sum(p.dense_parameters for kind, p in once.items() if kind != EMBEDDING)
             self._stages[key] = _sum(parts, copy, distinct)
         return self._stages[key]
+
+
+def _as_priced(cell: Cell, kind: str) -> tuple[Cell, str]:
+    """A kept part is the same part where nothing is recomputed."""
+    return (cell, kind) if bare(kind) == kind else (cell._replace(recompute="none"), bare(kind))
 
 
 def _on_rank(parameters: int, replicated: int, tp: int) -> int:

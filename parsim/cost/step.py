@@ -47,7 +47,7 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     """The costs of a plan's step."""
     cell = cell_of(job, plan)
     split = stage_layers(job.model, plan)
-    model_stages = costs.stages(cell, split)
+    model_stages = costs.stages(cell, split, plan.recompute_layers)
     stages = model_stages * plan.chains
     weights = (NO_WEIGHTS,) * len(stages)
     if plan.aggregation == "tensor" or plan.compression != "none":

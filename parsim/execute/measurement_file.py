@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from parsim.execute.measurement import Measurement, Verification
+from parsim.plan import STAGE_LISTS
 from parsim.timeline import breakdown_s
 
 
@@ -18,7 +19,7 @@ def measurement_data(
     data = {
         "model": {k: v for k, v in job.pop("model").items() if v is not None},
         "job": job,
-        "plan": plan | {"stage_split": list(plan["stage_split"])},
+        "plan": plan | {key: list(plan[key]) for key in STAGE_LISTS},
         "world_size": measurement.world_size,
         "step_time_s": measurement.step_time_s,
         "steps_s": list(measurement.steps_s),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan
+from parsim.plan import STAGE_LISTS, Job, ParallelPlan
 from parsim.schedule.action import Schedule, parse_action
 
 
@@ -48,7 +48,7 @@ def decode_case(data: dict[str, Any]) -> Case:
     assert job["model"]["moe"] is None
     assert job["model"]["mla"] is None
     job["model"] = ModelSpec(**job["model"])
-    plan["stage_split"] = tuple(plan["stage_split"])
+    plan |= {key: tuple(plan[key]) for key in STAGE_LISTS}
     ranks = tuple(tuple(map(parse_action, rank)) for rank in schedule["ranks"])
     nouns = {
         "job": Job(**job),

@@ -11,7 +11,7 @@ from parsim.errors import ParsimError
 from parsim.model import ModelSpec
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
 from parsim.schedule.action import INPUT_GRAD, Schedule
-from parsim.schedule.check import divisors
+from parsim.schedule.check import divisors, recompute_problems
 from parsim.schedule.check_actions import check_schedule
 
 DTYPES = ("fp64", "fp32", "bf16")
@@ -141,6 +141,8 @@ def _check_schedule(job: Job, plan: ParallelPlan, schedule: Schedule) -> None:
             got=f"{len(layers)} stages with {sum(layers)} layers",
             expected=f"{job.model.layers} layers",
         )
+    for problem in recompute_problems(job, plan):
+        raise problem
     micro_batches = plan.num_micro_batches(job)
     for key, got, expected in (
         ("pipeline ranks", schedule.pp, plan.pp),
@@ -168,7 +170,7 @@ def shrunken(job: Job, plan: ParallelPlan) -> Job:
     heads = kv_heads * min(model.heads // model.kv_heads, 2)
     head_dim = min(model.head_dim, 8)
     layers = model.layers
-    if not plan.stage_split:
+    if not (plan.stage_split or plan.recompute_layers):
         layers = min(layers, plan.num_stages + layers % plan.num_stages)
     seq_len = min(job.seq_len, 16 * plan.tp)
     small = dataclasses.replace(

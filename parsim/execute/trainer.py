@@ -21,7 +21,7 @@ from parsim.execute.replicas import Replicas
 from parsim.execute.request import Case
 from parsim.execute.shards import Shards
 from parsim.execute.transformer import Part, Transformer, build
-from parsim.plan import stage_layers
+from parsim.plan import recomputed_layers, stage_layers
 from parsim.schedule.action import FORWARD
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -61,6 +61,7 @@ class Trainer:
         mine = self.mesh["pp"].get_local_rank()
         ranks = case.schedule.stage_ranks()
         split = stage_layers(case.job.model, plan)
+        again = recomputed_layers(case.job.model, plan)
         stages: dict[int, nn.Module] = {}
         for stage in range(plan.num_stages):
             if ranks[stage] != mine:
@@ -70,6 +71,7 @@ class Trainer:
                 layers=range(start, start + split[stage]),
                 first=stage == 0,
                 last=stage == plan.num_stages - 1,
+                recomputed=again[stage],
             )
             stages[stage] = self._split(part)
         return stages

@@ -31,11 +31,13 @@ class Part:
     """With the embedding."""
     last: bool
     """With the final norm and the head."""
+    recomputed: int
+    """How many of its layers, the first ones, the backward runs again."""
 
 
 def whole(spec: ModelSpec) -> Part:
-    """All of a model."""
-    return Part(layers=range(spec.layers), first=True, last=True)
+    """All of a model, every layer recomputed if any is."""
+    return Part(layers=range(spec.layers), first=True, last=True, recomputed=spec.layers)
 
 
 def make_norm(spec: ModelSpec, width: int) -> nn.Module:
@@ -161,7 +163,10 @@ class Transformer(nn.Module):  # type: ignore[misc]
     def __init__(self, spec: ModelSpec, part: Part, seq_len: int, recompute: Recompute) -> None:
         super().__init__()
         self.embedding = Embedding(spec) if part.first else None
-        self.layers = nn.ModuleDict({str(i): Block(spec, recompute) for i in part.layers})
+        again = part.layers[: part.recomputed]
+        self.layers = nn.ModuleDict(
+            {str(i): Block(spec, recompute if i in again else "none") for i in part.layers}
+        )
         self.norm = make_norm(spec, spec.hidden) if part.last and spec.final_norm else None
         self.head = nn.Linear(spec.hidden, spec.vocab, bias=False) if part.last else None
         self.tied = spec.tied_embeddings

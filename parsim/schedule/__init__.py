@@ -77,8 +77,8 @@ def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
 def with_schedule(plan: ParallelPlan, name: str, vpp: int | None = None) -> ParallelPlan:
     """The plan with another schedule, with the chunks that this has.
 
-    A schedule of any number of chunks gets `vpp` of them, or as many as the plan has, at least two. A
-    stage split that was made for other chunks is dropped.
+    A schedule of any number of chunks gets `vpp` of them, or as many as the plan has, at least two. What
+    the plan says of each stage is dropped where the model is cut into another number of stages.
     """
     if name in ONE_CHUNK_SCHEDULES:
         chunks = 1
@@ -86,8 +86,10 @@ def with_schedule(plan: ParallelPlan, name: str, vpp: int | None = None) -> Para
         chunks = 2
     else:
         chunks = vpp or max(2, plan.vpp)
-    kept = plan.stage_split if chunks == plan.vpp else ()
-    return replace(plan, schedule=name, vpp=chunks, stage_split=kept)
+    other = replace(plan, schedule=name, vpp=chunks, stage_split=(), recompute_layers=())
+    if other.model_stages != plan.model_stages:
+        return other
+    return replace(other, stage_split=plan.stage_split, recompute_layers=plan.recompute_layers)
 
 
 def check_micro_batches(plan: ParallelPlan, num_micro_batches: int) -> None:

@@ -175,6 +175,23 @@ def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
             got=plan.model_stages,
             expected=f"at most {layers}, or {layers + 2} with embedding and head alone at the ends",
         )
+    else:
+        yield from recompute_problems(job, plan)
+
+
+def recompute_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
+    """No stage recomputes more layers than it has."""
+    *others, last = stage_layers(job.model, plan)
+    whole = *others, last + job.model.mtp_layers
+    for stage, (again, layers) in enumerate(zip(plan.recompute_layers, whole, strict=False)):
+        if again > layers:
+            yield ParsimError(
+                "a stage recomputes more layers than it has",
+                where="recompute_layers",
+                got=f"{again} on stage {stage}",
+                expected=f"at most {'-'.join(map(str, whole))}",
+            )
+            return
 
 
 def group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from parsim.cost.cell import Cell
 from parsim.cost.price import PartPasses, PassTime, TimedOperation
-from parsim.cost.stage import EMBEDDING, HEAD, MTP, CostModel
+from parsim.cost.stage import EMBEDDING, HEAD, MTP, CostModel, bare
 from parsim.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD
 
 Part = tuple[str, PartPasses]
@@ -37,13 +37,19 @@ class LaidOut(NamedTuple):
     end_s: float
 
 
-def stage_parts(costs: CostModel, cell: Cell, split: tuple[int, ...], stage: int) -> tuple[Part, ...]:
-    """The parts of a stage in the order of the forward."""
+def stage_parts(
+    costs: CostModel,
+    cell: Cell,
+    split: tuple[int, ...],
+    stage: int,
+    recompute_layers: tuple[int, ...] = (),
+) -> tuple[Part, ...]:
+    """The parts of a stage of the model in the order of the forward."""
     layer = sum(split[:stage])
     parts = []
-    for kind in list(costs.kinds(split))[stage]:
-        name = kind
-        if kind not in (EMBEDDING, MTP, HEAD):
+    for kind in list(costs.kinds(split, recompute_layers))[stage]:
+        name = bare(kind)
+        if name not in (EMBEDDING, MTP, HEAD):
             name, layer = f"layer {layer}", layer + 1
         parts.append((name, costs.passes(cell, kind)))
     return tuple(parts)

@@ -125,7 +125,8 @@ class Examiner:
         for z, zero in enumerate(family.zero if stale else family.zero[:1]):
             for i, size in enumerate(family.micro_batch):
                 m = self.job.global_batch // (base.dp * size)
-                depends = base.schedule, base.pp, base.vpp, base.stage_split, m, zero
+                stages = base.stage_split, base.recompute_layers
+                depends = base.schedule, base.pp, base.vpp, stages, m, zero
                 what = self._reason(pipeline_problems, depends, base, micro_batch=size, zero=zero)
                 mark(what, z if stale else every, i, every)
         for s, parallel in enumerate(family.sequence_parallel):
@@ -209,7 +210,7 @@ class Examiner:
         return [bound_s + self.costs.stack.step_overhead_s for bound_s in bounds_s]
 
     def _layout(self, plan: ParallelPlan) -> Layout:
-        key = plan.schedule, plan.pp, plan.vpp, plan.stage_split
+        key = plan.schedule, plan.pp, plan.vpp, plan.stage_split, plan.recompute_layers
         if key not in self._layouts:
             self._layouts[key] = layout_of(plan, self.costs)
         return self._layouts[key]

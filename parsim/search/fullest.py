@@ -18,7 +18,8 @@ def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
 
     Of ranks with the same stages only the first is looked at, where no later one keeps more in flight.
     """
-    stages = costs.stages(cell_of(job, plan), stage_layers(job.model, plan)) * plan.chains
+    split = stage_layers(job.model, plan)
+    stages = costs.stages(cell_of(job, plan), split, plan.recompute_layers) * plan.chains
     num_micro_batches = plan.num_micro_batches(job)
     own: list[list[StageCost]] = [[] for _ in range(plan.pp)]
     for s, stage in enumerate(stages):

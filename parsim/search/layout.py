@@ -1,6 +1,7 @@
 """Layout: which parts of the model lie on which stage and pipeline rank.
 
-It depends on schedule, pp, vpp and stage split alone, so that one layout serves thousands of plans.
+It depends on schedule, pp, vpp, stage split and counts of recomputed layers alone, so that one layout
+serves thousands of plans.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def _undominated(rows: Floats) -> Floats:
 
 def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
     """The layout of a plan."""
-    kinds = tuple(costs.kinds(stage_layers(costs.model, plan))) * plan.chains
+    split = stage_layers(costs.model, plan)
+    kinds = tuple(costs.kinds(split, plan.recompute_layers)) * plan.chains
     stages = tuple(dict.fromkeys(kinds))
     parts = tuple(dict.fromkeys(part for stage in stages for part in stage))
     kind = [stages.index(stage) for stage in kinds]

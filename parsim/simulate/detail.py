@@ -72,7 +72,8 @@ class StepOperations:
             rank = self.schedule.stage_ranks()[stage]
             costs = self.costs_by_rank[rank] if self.costs_by_rank else self.costs
             split = stage_layers(self.job.model, self.plan)
-            parts = stage_parts(costs, cell_of(self.job, self.plan), split, stage % len(split))
+            again, at = self.plan.recompute_layers, stage % len(split)
+            parts = stage_parts(costs, cell_of(self.job, self.plan), split, at, again)
             host = action_host(self._cost, costs.stack, pp=self.plan.pp)
             self._shapes[stage, kind] = laid_out(action_steps(parts, kind, host))
         return self._shapes[stage, kind]

@@ -65,7 +65,8 @@ def test_no_plan_beats_the_walk_through_its_schedule(case: Case) -> None:
 def test_without_replicas_the_walk_is_the_replay(case: Case) -> None:
     # Nothing is left out then, but what overlapped pairs do not hide, and embeddings on two ranks.
     job, plan, costs = case
-    alone = replace(plan, dp=1, zero=0, cp=1, ep=1)
+    # Experts are whole on every tensor-parallel rank unless these share them.
+    alone = replace(plan, dp=1, zero=0, cp=1, ep=plan.tp if job.model.moe else 1)
     model = replace(job.model, tied_embeddings=False)
     job = replace(job, model=model, global_batch=job.global_batch // plan.dp)
     if alone.schedule in OVERLAPPED_SCHEDULES:

@@ -30,9 +30,11 @@ def family_of(plan: ParallelPlan, data: st.DataObject) -> Family:
 
     if plan.vpp == 1 and data.draw(st.booleans()):
         plan = replace(plan, schedule=data.draw(st.sampled_from(ASYNCHRONOUS_SCHEDULES)))
+    counted = bool(plan.recompute_layers)  # they count nothing where nothing is recomputed
     base = replace(
         plan, zero=0, zero_group=0, micro_batch=1, sequence_parallel=False, tp_overlap=False,
-        recompute="none", aggregation="bucket", compression="none", weighted=False,
+        recompute=plan.recompute if counted else "none", aggregation="bucket", compression="none",
+        weighted=False,
     )  # fmt: skip
     return Family(
         base=base,
@@ -40,7 +42,7 @@ def family_of(plan: ParallelPlan, data: st.DataObject) -> Family:
         micro_batch=some([1, 2, 3, 4]),
         sequence_parallel=some([False, True]),
         tp_overlap=some([False, True]) if plan.tp > 1 else (False,),
-        recompute=some(RECOMPUTE),
+        recompute=some(RECOMPUTE[1:] if counted else RECOMPUTE),
     )
 
 

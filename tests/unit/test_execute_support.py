@@ -82,6 +82,7 @@ def test_parts_that_torch_has_no_code_for_here_are_refused(model: dict[str, obje
         ("dp=3", "must divide the global batch"),
         ("dp=2,micro_batch=16", "must divide the global batch"),
         ("pp=2,stage_split=4-3", "hold every layer once"),
+        ("pp=2,stage_split=4-4,recompute=full,recompute_layers=4-5", "more layers than it has"),
     ],
 )
 def test_plans_that_cannot_run_are_refused(plan: str, said: str) -> None:
@@ -182,7 +183,7 @@ def test_a_shrunken_job_keeps_what_the_plan_divides(text: str) -> None:
 
 
 def test_a_request_survives_json() -> None:
-    plan = parse_plan("pp=2,dp=2,zero=2,stage_split=3-5")
+    plan = parse_plan("pp=2,dp=2,zero=2,stage_split=3-5,recompute=full,recompute_layers=1-5")
     case = Case(
         job=JOB, plan=plan, schedule=make_schedule(plan, plan.num_micro_batches(JOB)), steps=3, seed=7,
         dtype="fp64", verify=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,8 +48,8 @@ def test_stages_one_after_another_are_the_whole_model(spec: ModelSpec) -> None:
     if spec.tied_embeddings:
         spec = dataclasses.replace(spec, tied_embeddings=False)
     tokens, _ = synthetic_tokens(spec.vocab, 16, 2, seed=0, step=0)
-    first = made(spec, Part(layers=range(1), first=True, last=False))
-    last = made(spec, Part(layers=range(1, 3), first=False, last=True))
+    first = made(spec, Part(layers=range(1), first=True, last=False, recomputed=0))
+    last = made(spec, Part(layers=range(1, 3), first=False, last=True, recomputed=1), recompute="full")
     model = made(spec)
     assert torch.equal(last(first(tokens)), model(tokens))
     parts = dict(first.named_parameters()) | dict(last.named_parameters())
@@ -66,6 +67,29 @@ def test_recomputing_changes_no_gradient(spec: ModelSpec, recompute: str) -> Non
         gradients.append({n: p.grad for n, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_only_the_first_layers_give_their_activations_up() -> None:
+    """Each keeps its input alone, and all save alike: what autograd keeps falls on a straight line."""
+    tokens, _ = synthetic_tokens(LLAMA.vocab, 16, 2, seed=0, step=0)
+    model = made(LLAMA, dataclasses.replace(whole(LLAMA), recomputed=2), recompute="full")
+    assert [block.recompute for block in model.layers.values()] == [True, True, False]
+    kept_bytes = []
+    for recomputed in range(4):
+        model = made(LLAMA, dataclasses.replace(whole(LLAMA), recomputed=recomputed), recompute="full")
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens)
+        kept_bytes.append(sum(kept.values()))
+    saved = [more - less for more, less in pairwise(kept_bytes)]
+    assert saved[0] > 0
+    assert saved == [saved[0]] * 3
 
 
 @MODELS

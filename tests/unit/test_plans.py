@@ -46,6 +46,9 @@ def test_defaults_of_the_short_form() -> None:
     assert not parse_plan("tp=2,sequence_parallel=false").sequence_parallel
     assert parse_plan("pp=4,schedule=zbv").vpp == 2
     assert parse_plan("pp=2,stage_split=5-3").stage_split == (5, 3)
+    counted = parse_plan("pp=2,recompute=full,recompute_layers=3-0")
+    assert counted.recompute_layers == (3, 0)
+    assert parse_plan(counted.short()) == counted
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,10 @@ def test_defaults_of_the_short_form() -> None:
         ("recompute=some", "none, selective, full"),
         ("sequence_parallel=perhaps", "yes or no"),
         ("pp=4,stage_split=4-4", "4 numbers"),
+        ("pp=4,stage_split=4-four", "numbers with dashes"),
+        ("pp=4,recompute=full,recompute_layers=4-4", "4 numbers"),
+        ("pp=2,recompute=full,recompute_layers=4--4", "numbers with dashes"),
+        ("pp=2,recompute_layers=1-1", "selective or full beside it"),
     ],
 )
 def test_bad_short_forms(text: str, message: str) -> None:
@@ -91,6 +98,8 @@ def test_llama_405b_counts_embedding_and_head_as_layers() -> None:
         ("micro_batch=64", "does not divide the global batch"),
         ("pp=16", "more stages than layers"),
         ("pp=2,stage_split=5-5", "does not add up"),
+        ("pp=2,recompute=full,recompute_layers=5-0", "more layers than it has"),
+        ("pp=2,stage_split=7-1,recompute=selective,recompute_layers=7-2", "at most 7-1"),
         ("pp=2,vpp=2", "one chunk a rank"),
         ("pp=2,schedule=interleaved", "more than one chunk"),
         ("vpp=2,schedule=interleaved", "chunks need a pipeline"),
@@ -157,6 +166,17 @@ def test_bad_plan_files(tmp_path: Path, change: dict, message: str) -> None:  # 
     with pytest.raises(ParsimError) as caught:
         read_plan(str(path))
     assert message in str(caught.value)
+
+
+def test_a_plan_file_counts_recomputed_layers(tmp_path: Path) -> None:
+    path, data = item(tmp_path)
+    counts = {"recompute": "full", "recompute_layers": [3, 1]}
+    path.write_text(json.dumps(data | {"plan": data["plan"] | counts}))
+    assert read_plan(str(path)).plan.recompute_layers == (3, 1)
+    counts = {"recompute": "full", "recompute_layers": [-1, 1]}
+    path.write_text(json.dumps(data | {"plan": data["plan"] | counts}))
+    with pytest.raises(ParsimError, match="no layer or some"):
+        read_plan(str(path))
 
 
 def test_a_truncated_plan_file(tmp_path: Path) -> None:
