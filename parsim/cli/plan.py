@@ -50,6 +50,9 @@ def plan(
     budget_s: Annotated[
         float, typer.Option("--budget-s", min=0, help="Stop proving after so many seconds.")
     ] = 60.0,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Of a large search [default: one a core].")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank all splits of N GPUs over dp, tp, pp and cp for a model.
@@ -89,6 +92,7 @@ def plan(
                 top=count,
                 budget_s=budget_s,
                 progress=report,
+                processes=processes,
             )
 
     if explain:

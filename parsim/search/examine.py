@@ -179,35 +179,21 @@ class Examiner:
 
     def tighter_bounds_s(self, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
         """Tighter lower bounds of the step times of some legal plans of each of these families, by a
-        walk through their schedules.
+        walk through the schedule: all have the same, with as many micro-batches.
         """
-        bounds_s = [np.zeros(len(index)) for _, index in chosen]
-        groups: dict[tuple[Layout, int], list[tuple[int, Ints, Passes]]] = {}
-        for place, (family, index) in enumerate(chosen):
-            if family.base.schedule in ASYNCHRONOUS_SCHEDULES:
-                continue
+        layout = self._layout(chosen[0][0].base)
+        if layout.plan.schedule in ASYNCHRONOUS_SCHEDULES:
+            return [np.zeros(len(index)) for _, index in chosen]
+        found = []
+        for family, index in chosen:
             legal = np.zeros(family.shape, bool)
             legal.flat[index] = True
-            layout = self._layout(family.base)
             priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
             stages = self._stages(family, layout, legal)
-            passes = self._passes(family, layout, priced, stages, index)
-            for m in np.unique(passes.num_micro_batches):
-                which = np.flatnonzero(passes.num_micro_batches == m)
-                group = groups.setdefault((layout, int(m)), [])
-                group.append((place, which, passes.columns(which)))
-        for (layout, _), group in groups.items():
-            walked = walked_bounds_s(
-                layout.plan,
-                layout,
-                joined([passes for _, _, passes in group]),
-                self.costs.stack,
-            )
-            first = 0
-            for place, which, _ in group:
-                bounds_s[place][which] = walked[first : first + len(which)]
-                first += len(which)
-        return [bound_s + self.costs.stack.step_overhead_s for bound_s in bounds_s]
+            found.append(self._passes(family, layout, priced, stages, index))
+        walked = walked_bounds_s(layout.plan, layout, joined(found), self.costs.stack)
+        ends = np.cumsum([len(index) for _, index in chosen])[:-1]
+        return np.split(walked + self.costs.stack.step_overhead_s, ends)
 
     def _layout(self, plan: ParallelPlan) -> Layout:
         key = plan.schedule, plan.pp, plan.vpp, plan.stage_split, plan.recompute_layers

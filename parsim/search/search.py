@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from operator import itemgetter
-
-import numpy as np
 
 from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits
 from parsim.plan import Job, ParallelPlan
+from parsim.search.candidates import Candidates, candidates_of
 from parsim.search.examine import Examined, Examiner
-from parsim.search.layout import Floats, Ints
 from parsim.search.space import Constraints, Family, check_constraints, families
+from parsim.search.workers import Workers, cores
 from parsim.simulate.prediction import Prediction, estimate
 from parsim.simulate.replay import no_garbage_collection
 from parsim.units import format_bytes
 
-BATCH = 16
-"""Plans whose bounds are made tighter at once, and then twice as many each time."""
-REPORT_EVERY = 2000
-"""Plans between two reports of progress."""
+LARGE_SPACE = 100_000
+"""Plans that take longer than other processes take to start."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how far it is, and how far it will go (0: not known)."""
@@ -71,11 +69,13 @@ def search(
     top: int = 10,
     budget_s: float = 60.0,
     progress: Progress | None = None,
+    processes: int | None = 1,
 ) -> SearchResult:
     """The `top` fastest plans that fit.
 
     Plans are replayed in order of their lower bound until none that is left can be among the best; a
     search that runs out of `budget_s` (or is interrupted) returns what it has, with optimal false.
+    A large space is shared among so many `processes` (None: one a core), with the same answer.
 
     Raises NoPlan, with the least memory that any plan needs, where none fits, and ParsimError where the
     constraints leave no plan at all.
@@ -84,19 +84,20 @@ def search(
     constraints = constraints or Constraints()
     check_constraints(gpus, constraints)
     report = progress or (lambda what, done, total: None)
-    examiner = Examiner(job, costs)
-    candidates, space = _bounded(job, gpus, examiner, constraints, report)
+    listed = list(families(job, gpus, constraints, tp_overlap=costs.stack.default_tp_overlap))
+    is_large = sum(prod(family.shape) for family in listed) >= LARGE_SPACE
+    workers = Workers(job=job, costs=costs, processes=(processes or cores()) if is_large else 1)
+    candidates, space = _bounded(workers, listed, report)
     best: list[tuple[float, int, Prediction]] = []  # a heap, the slowest kept plan on top
     optimal, replayed = True, 0
     try:
-        for bound_s, number, plan in candidates.in_order(examiner):
+        for bound_s, number, replay in _replays(candidates, workers):
             if len(best) == top and bound_s >= -best[0][0]:
                 break
             if time.monotonic() - started > budget_s and len(best) >= min(top, space.fits):
                 optimal = False
                 break
-            with no_garbage_collection():
-                prediction = estimate(job, plan, costs)
+            prediction = replay()
             entry = (-prediction.step_time_s, -number, prediction)
             replayed += 1
             heapq.heappush(best, entry) if len(best) < top else heapq.heappushpop(best, entry)
@@ -114,84 +115,70 @@ def search(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """Plans that are legal and fit."""
-
-    families: tuple[Family, ...]
-    family: Ints
-    """(N,): the family of each plan."""
-    index: Ints
-    """(N,): its place in that."""
-    bound_s: Floats
-    """(N,): no step of it is shorter."""
-
-    def in_order(self, examiner: Examiner) -> Iterator[tuple[float, int, ParallelPlan]]:
-        """Bound, number and plan, the least bound first; of equal ones the first in the space.
-
-        Bounds are made tighter batch by batch, as plans come near the front.
-        """
-        rough = np.argsort(self.bound_s, kind="stable")
-        tight: list[tuple[float, int]] = []
-        taken, size = 0, BATCH
-        while tight or taken < len(rough):
-            if taken == len(rough) or (tight and tight[0][0] < self.bound_s[rough[taken]]):
-                bound_s, i = heapq.heappop(tight)
-                yield bound_s, i, self.families[self.family[i]].plan(int(self.index[i]))
-                continue
-            batch = np.sort(rough[taken : taken + size])
-            taken, size = taken + len(batch), 2 * size
-            families, first = np.unique(self.family[batch], return_index=True)
-            parts = np.split(batch, first[1:])
-            chosen = [(self.families[f], self.index[p]) for f, p in zip(families, parts, strict=True)]
-            walked = np.concatenate(examiner.tighter_bounds_s(chosen))
-            for i, bound_s in zip(batch, np.maximum(walked, self.bound_s[batch]), strict=True):
-                heapq.heappush(tight, (float(bound_s), int(i)))
-
-
 def _bounded(
-    job: Job, gpus: int, examiner: Examiner, constraints: Constraints, report: Progress
+    workers: Workers, listed: Sequence[Family], report: Progress
 ) -> tuple[Candidates, SpaceCount]:
-    """Plans that are legal and fit, in order of their lower bound, and the count of the others."""
+    """Plans that are legal and fit, with their lower bounds, and the count of the others."""
+    examined = _examined(workers, listed, report)
     rejected: Counter[str] = Counter()
-    costs = examiner.costs
-    found: list[tuple[Family, Examined]] = []
-    legal = enumerated = reported = 0
+    legal = fits = 0
     least: tuple[float, ParallelPlan] | None = None
-    overlap = costs.stack.default_tp_overlap
-    for family in families(job, gpus, constraints, tp_overlap=overlap):
-        enumerated += prod(family.shape)
-        if enumerated - reported >= REPORT_EVERY:
-            reported = enumerated
-            report("examining plans", enumerated, 0)
-        examined = examiner.examine(family)
-        rejected.update(examined.rejected)
-        legal += examined.legal
-        if (least is None and examined.legal) or (least is not None and examined.least_bytes < least[0]):
-            least = examined.least_bytes, family.plan(examined.least)
-        if len(examined.index):
-            found.append((family, examined))
-    fits = sum(len(examined.index) for _, examined in found)
+    for family, of in zip(listed, examined, strict=True):
+        rejected.update(of.rejected)
+        legal += of.legal
+        fits += len(of.index)
+        if of.legal and (least is None or of.least_bytes < least[0]):
+            least = of.least_bytes, family.plan(of.least)
     if legal > fits:
         rejected[OUT_OF_MEMORY] = legal - fits
     space = SpaceCount(
-        enumerated=enumerated,
+        enumerated=sum(prod(family.shape) for family in listed),
         legal=legal,
         fits=fits,
         rejected=dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),
     )
-    if not found:
-        error = _no_plan(space, least, costs)
+    if not fits:
+        error = _no_plan(space, least, workers.costs)
         error.space = space
         raise error
-    sizes = [len(examined.index) for _, examined in found]
-    candidates = Candidates(
-        families=tuple(family for family, _ in found),
-        family=np.repeat(np.arange(len(found)), sizes),
-        index=np.concatenate([examined.index for _, examined in found]),
-        bound_s=np.concatenate([examined.bound_s for _, examined in found]),
-    )
-    return candidates, space
+    return candidates_of(listed, examined), space
+
+
+def _examined(workers: Workers, listed: Sequence[Family], report: Progress) -> list[Examined]:
+    """What became of the plans of every family. Those with cells in common are examined together."""
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for number, family in enumerate(listed):
+        alike[family.base.tp, family.base.cp, family.base.ep].append(number)
+    total = sum(prod(family.shape) for family in listed)
+    groups = [[listed[number] for number in numbers] for numbers in alike.values()]
+    found: dict[int, Examined] = {}
+    done = 0
+    for numbers, of in zip(alike.values(), workers.answers(_examine, groups), strict=True):
+        found.update(zip(numbers, of, strict=True))
+        done += sum(prod(listed[number].shape) for number in numbers)
+        report("examining plans", done, total)
+    return [found[number] for number in range(len(listed))]
+
+
+def _examine(examiner: Examiner, group: Sequence[Family]) -> list[Examined]:
+    return [examiner.examine(family) for family in group]
+
+
+def _replays(
+    candidates: Candidates, workers: Workers
+) -> Iterator[tuple[float, int, Callable[[], Prediction]]]:
+    """Bound, number and replay of the plans in order of bound. Several processes replay the next few at
+    once, of which the last ones may turn out not to be needed.
+    """
+    for ready in candidates.in_order(workers):
+        predictions = workers.answers(_replay, [plan for _, _, plan in ready])
+        for bound_s, number, _ in ready:
+            yield bound_s, number, partial(next, predictions)
+
+
+def _replay(examiner: Examiner, plan: ParallelPlan) -> Prediction:
+    with no_garbage_collection():
+        return estimate(examiner.job, plan, examiner.costs)
 
 
 def _no_plan(space: SpaceCount, least: tuple[float, ParallelPlan] | None, costs: CostModel) -> NoPlan:

@@ -97,6 +97,11 @@ class Family:
             values[key] = choices[place]
         return replace(self.base, **values)
 
+    def num_micro_batches(self, job: Job, index: int) -> int:
+        """Micro-batches in a step of the plan at a place in their order."""
+        _, sizes, others = self.shape
+        return job.global_batch // (self.base.dp * self.micro_batch[index // others % sizes])
+
     def plans(self) -> Iterator[ParallelPlan]:
         """All of them, one by one."""
         zero, micro_batch, others = self.shape

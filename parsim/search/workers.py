@@ -1,0 +1,86 @@
+"""The search's work on several cores: families examined, schedules walked, plans replayed.
+
+Every piece of work depends on nothing but the job, its costs and itself, so that the answer is the same
+to the last byte on any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from parsim.cost.stage import CostModel
+from parsim.plan import Job
+from parsim.search.examine import Examiner
+
+MOST_PROCESSES = 8
+"""Each takes up to 200 MB, and what a search leaves to do after its largest pieces is short."""
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+Work = Callable[[Examiner, Item], Answer]
+"""A function of a module, so that another process finds it by its name."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Workers:
+    """This process, or several that joblib starts and keeps; each remembers what it has priced."""
+
+    job: Job
+    costs: CostModel
+    processes: int = 1
+    _own: Examiner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._own = Examiner(self.job, self.costs)
+
+    def answers(self, work: Work[Item, Answer], items: Sequence[Item]) -> Iterator[Answer]:
+        """What the work makes of every item, in their order. Whoever stops asking stops the work."""
+        if self.processes == 1 or len(items) < 2:
+            return (work(self._own, item) for item in items)
+        return self._spread(work, items)
+
+    def _spread(self, work: Work[Item, Answer], items: Sequence[Item]) -> Iterator[Answer]:
+        from joblib import Parallel, delayed
+
+        # Bytes, so that a process knows by comparing them that it has seen this job before.
+        costs = CostModel(self.costs.model, self.costs.cluster, self.costs.stack)  # nothing priced yet
+        setup = pickle.dumps((self.job, costs, os.getpid()))
+        parallel = Parallel(
+            n_jobs=self.processes, backend="loky", return_as="generator", batch_size=1, max_nbytes=None
+        )
+        answers = parallel(delayed(_answer)(setup, work, item) for item in items)
+        try:
+            for answer in answers:  # noqa: UP028 - closing it is up to what follows
+                yield answer
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # it warns of work that nobody waited for
+                answers.close()
+
+
+def cores(most: int = MOST_PROCESSES) -> int:
+    """Cores that this process may use, and one search makes use of."""
+    from joblib import cpu_count
+
+    return max(1, min(most, int(cpu_count())))
+
+
+def _answer(setup: bytes, work: Work[Any, Any], item: Any) -> Any:
+    return work(_examiner(setup), item)
+
+
+@lru_cache(maxsize=1)
+def _examiner(setup: bytes) -> Examiner:
+    """This process's examiner of a job, which keeps what it has priced for the next piece of work."""
+    job, costs, asker = pickle.loads(setup)  # noqa: S301 - written above, by the process that asks
+    if os.getpid() != asker:
+        # A Ctrl-C reaches all processes at once: the one that the user sees stops the others.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Examiner(job, costs)
