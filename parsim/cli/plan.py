@@ -64,6 +64,7 @@ def plan(
       parsim plan --model gpt3-175b --hardware a100-sxm-80gb --gpus 512 --global-batch 1536 \\
           --explain dp=8,tp=8,pp=8
     """
+    from parsim.search.relax import Question, explained
     from parsim.search.search import NoPlan, search
 
     flags = Flags(
@@ -104,10 +105,13 @@ def plan(
     try:
         result = found(top)
     except NoPlan as no:
-        if as_json:
-            answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(no)}
+        asked = Question(job=setup.job, gpus=gpus, costs=setup.costs(), constraints=constraints)
+        with progress() as report:
+            error = explained(asked, no, report)
+        if as_json and isinstance(error, NoPlan):
+            answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(error)}
             print_json(document("plan", inputs, answer))
-        raise
+        raise error from no
     if as_json:
         print_json(document("plan", inputs, to_data(result, setup.origin)))
     else:

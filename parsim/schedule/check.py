@@ -160,15 +160,17 @@ def _chunk_problems(plan: ParallelPlan) -> Iterator[ParsimError]:
 def _split_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
     """Every stage has work: a layer, the embedding or the head."""
     layers = job.model.layers
-    split = stage_layers(job.model, plan)
-    if sum(split) != layers:
+    # A million stages are not written down to see that there are too many.
+    too_many = not plan.stage_split and plan.model_stages > layers + 2
+    split = () if too_many else stage_layers(job.model, plan)
+    if sum(split) != layers and not too_many:
         yield ParsimError(
             "stage_split does not add up to the layers of the model",
             where="stage_split",
             got=sum(split),
             expected=f"{layers}, the layers of {job.model.name}",
         )
-    elif min(split) < 0 or (len(split) > 2 and min(split[1:-1]) < 1):
+    elif too_many or min(split) < 0 or (len(split) > 2 and min(split[1:-1]) < 1):
         yield ParsimError(
             "there are more stages than layers",
             where="pp·vpp",

@@ -16,6 +16,7 @@ from parsim.hardware import Price
 from parsim.model import ModelSpec, num_parameters
 from parsim.plan import Job
 from parsim.search.pareto import Objectives, pareto_front
+from parsim.search.relax import Question, explained
 from parsim.search.search import OUT_OF_MEMORY, NoPlan, Progress, search
 from parsim.search.sensitivity import CHANGE, sensitivity, speed_gains, what_binds
 from parsim.search.space import Constraints, check_constraints
@@ -176,7 +177,7 @@ def options_of(
             progress=progress,
         )
     except NoPlan as no:
-        return NoOption(case=case, why=_why(no, case))
+        return NoOption(case=case, why=_why(no, case, constraints or Constraints()))
     options = [_option(case, plan, result.optimal, long_run) for plan in result.plans]
     memory = 0.0
     if result.space.rejected.get(OUT_OF_MEMORY):
@@ -207,13 +208,14 @@ def _option(case: Case, prediction: Prediction, proven: bool, long_run: LongRunO
     )
 
 
-def _why(no: NoPlan, case: Case) -> str:
-    """Why no plan serves, and of a batch that cannot be cut, which could."""
-    reason = f"{no.what}" + (f" ({no.got})" if no.got else "")
-    odd = case.gpus // (case.gpus & -case.gpus)
-    if odd > 1 and case.job.global_batch % odd and no.space.fits == 0:
-        reason += f"; a global batch that {odd} divides would let the replicas share it"
-    return reason
+def _why(no: NoPlan, case: Case, constraints: Constraints) -> str:
+    """Why no plan serves, in a line."""
+    if no.space.legal:
+        return no.what
+    asked = Question(job=case.job, gpus=case.gpus, costs=case.costs, constraints=constraints)
+    error = explained(asked, no)
+    reasons = (error.what, error.got and f"({error.got})", error.expected, error.hint)
+    return "; ".join(str(reason) for reason in reasons if reason).replace("; (", " (")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

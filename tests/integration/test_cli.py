@@ -141,6 +141,11 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
         (f"simulate {EIGHT_B} --plan dp=8 --chart x.bmp", "bmp"),
         ("models no/such.toml", "no such model file"),
         (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --schedule 1f1", "1f1b"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --dp 4 --tp 4", "--tp and --dp contradict"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --vpp 2 --schedule 1f1b", "--schedule contradict"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --zero 3 --schedule pipedream", "--schedule contra"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --tp 1 --sequence-parallel true", "--tp contradict"),
+        (f"plan {EIGHT_B} --gpus 1000001 --global-batch 8", "1 to 1000000"),
         ("validate", "compares one thing"),
         ("frobnicate", "No such command"),
     ],
@@ -150,8 +155,10 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], command: str, words: str)
 
 
 def test_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
-    command = "plan --model llama-3.1-405b --hardware h100-sxm-80gb --gpus 8 --global-batch 8"
-    assert "the least that one of them needs is" in refusal(capsys, command, status=1)
+    command = f"plan {EIGHT_B} --gpus 1 --global-batch 8"
+    words = refusal(capsys, command, status=1)
+    assert "the least that one of them needs is" in words
+    assert "on 2 GPUs: " in words
 
 
 def test_misspelt_key_and_negative_bandwidth(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -226,6 +233,15 @@ def test_no_legal_plan_says_what_rules_them_out(capsys: pytest.CaptureFixture[st
     assert document["plans"] == []
     command = "plan --model tiny-llama-8l --hardware h100-sxm-80gb --gpus 8 --global-batch 8 --tp 8"
     assert "tp does not divide the KV heads" in refusal(capsys, command, status=1)
+
+
+def test_gpus_and_batches_that_nothing_divides(capsys: pytest.CaptureFixture[str]) -> None:
+    prime = refusal(capsys, f"plan {EIGHT_B} --gpus 997 --global-batch 512", status=1)
+    assert "--global-batch 997" in prime
+    assert "more stages than layers" in prime
+    batch = refusal(capsys, f"plan {EIGHT_B} --gpus 64 --pp 1 --global-batch 127", status=1)
+    assert "--pp 1 leaves no legal plan" in batch
+    assert "--global-batch 128" in batch
 
 
 def test_a_batch_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
