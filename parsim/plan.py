@@ -374,6 +374,21 @@ def recomputed_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
     return plan.recompute_layers or (*others, last + model.mtp_layers)
 
 
+def recompute_text(model: ModelSpec, plan: ParallelPlan) -> str:
+    """How a plan recomputes, for reading: none, selective or full, and how many layers if not all.
+
+    >>> from parsim.model import ModelSpec
+    >>> spec = ModelSpec(name="x", layers=8, hidden=8, heads=1, ffn_hidden=8, gated_mlp=True, vocab=8,
+    ...                  max_seq_len=8)
+    >>> recompute_text(spec, ParallelPlan(pp=2, recompute="full", recompute_layers=(3, 0)))
+    'full 3/8'
+    """
+    again, layers = sum(recomputed_layers(model, plan)), model.layers + model.mtp_layers
+    if again == 0:
+        return "none"
+    return plan.recompute if again == layers else f"{plan.recompute} {again}/{layers}"
+
+
 def stage_layers(model: ModelSpec, plan: ParallelPlan) -> tuple[int, ...]:
     """Layers of every stage of the model, in order of stage.
 

@@ -26,6 +26,7 @@ from parsim.cli.output import document, print_json, print_lines, print_table, pr
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from parsim.plan import ParallelPlan
     from parsim.simulate.schedules import Refused, Simulated
 
 
@@ -103,7 +104,7 @@ def compare_schedules(
         inputs = flags.given() | {"plan": plan, "schedule": schedules, "vpp": vpp}
         print_json(document("compare-schedules", inputs, answer))
     else:
-        _print(steps, refused)
+        _print(steps, refused, parallel_plan)
     if chart is not None:
         say(f"wrote {chart}")
     if not any(step.prediction.fits for step in steps):
@@ -141,7 +142,8 @@ def _reason(refused: Refused) -> str:
     return problem.what + (f" (expected {problem.expected})" if problem.expected else "")
 
 
-def _print(steps: Sequence[Simulated], refused: Sequence[Refused]) -> None:
+def _print(steps: Sequence[Simulated], refused: Sequence[Refused], given: ParallelPlan) -> None:
+    from parsim.plan import STAGE_LISTS
     from parsim.units import format_bytes, format_duration
 
     rows = []
@@ -160,4 +162,10 @@ def _print(steps: Sequence[Simulated], refused: Sequence[Refused]) -> None:
         )
     headers = ("schedule", "vpp", "step", "× first", "bubble", "peak memory", "fits", "MFU")
     print_table(headers, rows, title=_title(steps))
-    print_lines([f"{r.schedule} cannot run this plan: {_reason(r)}" for r in refused])
+    lines = []
+    for key in STAGE_LISTS:
+        without = [p.plan.schedule for p, _ in steps if getattr(p.plan, key) != getattr(given, key)]
+        if without:
+            stages = f"{given.model_stages} stages of the model"
+            lines.append(f"{key} is for {stages}: left out of {', '.join(without)}")
+    print_lines([*lines, *(f"{r.schedule} cannot run this plan: {_reason(r)}" for r in refused)])

@@ -133,6 +133,7 @@ def print_result(
     result: SearchResult, model: str, hardware: str, gpus: int, *, show: int | None = None
 ) -> None:
     """The ranking as a table (its first `show` plans), and what became of the other plans."""
+    from parsim.plan import recompute_text
     from parsim.units import format_bytes, format_duration
 
     rows = []
@@ -143,7 +144,7 @@ def print_result(
         sizes = (rank, plan.dp, plan.tp, plan.pp, plan.cp, plan.ep, plan.vpp, plan.micro_batch)
         rows.append([
             *map(str, sizes), plan.schedule, str(plan.zero), "yes" if plan.sequence_parallel else "no",
-            plan.recompute,
+            recompute_text(p.job.model, plan),
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
             format_bytes(p.memory.peak), _why_slower(p, result.plans[0]),
         ])  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from parsim.plan import recompute_text
 from parsim.simulate.prediction import Prediction
 
 TERMS = {
@@ -93,5 +94,5 @@ def gpu_seconds_per_token(prediction: Prediction) -> dict[str, float]:
 
 def _recompute_switch(before: Prediction, after: Prediction) -> str:
     """Why compute may have grown: activations that are recomputed now and were not."""
-    old, new = before.plan.recompute, after.plan.recompute
+    old, new = (recompute_text(p.job.model, p.plan) for p in (before, after))
     return "" if old == new else f"recompute {new} instead of {old}"

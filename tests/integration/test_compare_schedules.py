@@ -46,6 +46,23 @@ def test_what_cannot_run_is_told_with_its_reason(
     assert chart.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_said_of_each_stage_goes_where_the_stages_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plan = f"{COMMAND[-1]},recompute_layers=8-8-4-0"
+    schedules = ["--schedule", "1f1b,zb-h1,zbv,dualpipe"]
+    assert run_command([*COMMAND[:-1], plan, *schedules]) == 0
+    said = "recompute_layers is for 4 stages of the model: left out of zbv"
+    assert said in capsys.readouterr().out.splitlines()
+    assert run_command([*COMMAND[:-1], plan, *schedules, "--json"]) == 0
+    items = json.loads(capsys.readouterr().out)["schedules"]
+    counts = {item["plan"]["schedule"]: item["plan"]["recompute_layers"] for item in items}
+    given = [8, 8, 4, 0]
+    assert counts == {"1f1b": given, "zb-h1": given, "dualpipe": given, "zbv": []}
+    assert run_command([*COMMAND, *schedules]) == 0
+    assert "recompute_layers" not in capsys.readouterr().out
+
+
 def test_where_nothing_fits_the_answer_is_no(capsys: pytest.CaptureFixture[str]) -> None:
     command = "compare-schedules --model gpt3-175b --hardware a100-sxm-80gb --plan dp=1,pp=2".split()
     assert run_command([*command, "--schedule", "1f1b,gpipe"]) == 1

@@ -37,6 +37,18 @@ def test_operations_add_up_to_actions(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "0F0" in names
 
 
+def test_recomputation_stands_in_the_layers_that_are_counted(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    plan = PLAN.replace("pp=2", "pp=2,recompute=full,recompute_layers=2-0")
+    assert run_command([*plan.split(), "--detail", "operations", "--trace", str(trace)]) == 0
+    assert "recompute_layers=2-0" in capsys.readouterr().out.splitlines()[0]
+    events = json.loads(trace.read_text())["traceEvents"]
+    again = {event["name"].partition(":")[0] for event in events if event.get("cat") == "recompute"}
+    assert again == {"layer 0", "layer 1"}
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [

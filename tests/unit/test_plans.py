@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from parsim.config import load_model
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
+from parsim.plan import Job, ParallelPlan, parse_plan, recompute_text, stage_layers
 from parsim.plan_file import read_plan
 from parsim.schedule.check import plan_problems
 from parsim.simulate.prediction import predict
@@ -73,6 +73,20 @@ def test_bad_short_forms(text: str, message: str) -> None:
     with pytest.raises(ParsimError) as caught:
         parse_plan(text)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("short", "text"),
+    [
+        ("pp=2", "none"),
+        ("pp=2,recompute=selective", "selective"),
+        ("pp=2,recompute=full,recompute_layers=4-4", "full"),
+        ("pp=2,recompute=full,recompute_layers=3-0", "full 3/8"),
+        ("pp=2,recompute=full,recompute_layers=0-0", "none"),
+    ],
+)
+def test_tables_say_how_many_layers_are_recomputed(short: str, text: str) -> None:
+    assert recompute_text(small_model(), parse_plan(short)) == text
 
 
 @given(layers=st.integers(1, 200), stages=st.integers(1, 64))
