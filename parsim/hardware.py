@@ -168,6 +168,10 @@ class Cluster:
                 expected=f"a multiple of gpus_per_node = {self.gpus_per_node}",
             )
 
+    def __hash__(self) -> int:
+        """Quick, for functions that remember what they found of a cluster; equality tells them apart."""
+        return hash(self.name)
+
     def same_domain(self, rank: int, other: int) -> bool:
         """Whether two global ranks, which fill domain after domain, meet over `intra_node`."""
         return rank // self.scale_up_domain == other // self.scale_up_domain

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from parsim.cost.interpolation import among_points, residual_factor
@@ -71,6 +72,22 @@ def gemm_s(
     """
     if layout not in LAYOUTS:
         raise ParsimError("unknown layout", got=layout, expected=", ".join(LAYOUTS))
+    return _gemm_s(cluster, m, n, k, dtype, layout, batch, stream_k, training)
+
+
+@lru_cache(maxsize=1 << 16)
+def _gemm_s(
+    cluster: Cluster,
+    m: int,
+    n: int,
+    k: int,
+    dtype: str,
+    layout: str,
+    batch: int,
+    stream_k: bool,
+    training: bool,
+) -> float:
+    """One shape: plans by the million have the same few thousand."""
     flops = 2.0 * batch * m * n * k
     if flops == 0:
         return 0.0
