@@ -267,8 +267,10 @@ class CostModel:
 
 
 def _as_priced(cell: Cell, kind: str) -> tuple[Cell, str]:
-    """A kept part is the same part where nothing is recomputed."""
-    return (cell, kind) if bare(kind) == kind else (cell._replace(recompute="none"), bare(kind))
+    """A kept part is the same part where nothing is recomputed, as embedding and head always are."""
+    if bare(kind) == kind and kind not in (EMBEDDING, HEAD):
+        return cell, kind
+    return cell._replace(recompute="none"), bare(kind)
 
 
 def _on_rank(parameters: int, replicated: int, tp: int) -> int:
