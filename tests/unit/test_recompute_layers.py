@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from parsim.compare.steps import compare_documents
 from parsim.cost.cell import cell_of
 from parsim.cost.stage import HEAD, CostModel, kept
+from parsim.errors import ParsimError
 from parsim.model import MoeSpec
 from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
 from parsim.schedule import make_schedule, with_schedule
@@ -122,6 +124,20 @@ def test_counts_follow_a_plan_to_schedules_with_the_same_stages() -> None:
     assert (same.recompute_layers, same.stage_split) == ((2, 2, 1, 0), (2, 2, 2, 2))
     other = with_schedule(plan, "zbv")
     assert (other.recompute_layers, other.stage_split, other.recompute) == ((), (), "full")
+
+
+def test_steps_of_other_counts_are_not_compared() -> None:
+    where = "prediction", "measurement"
+    some, usual = (
+        predicted(parse_plan(f"pp=2,recompute=full{counts}")).to_item()
+        for counts in (",recompute_layers=1-1", "")
+    )
+    with pytest.raises(ParsimError, match="two different plans"):
+        compare_documents(some, usual, where=where)
+    older = usual | {"plan": {k: v for k, v in usual["plan"].items() if k != "recompute_layers"}}
+    assert compare_documents(usual, older, where=where).error == 0
+    with pytest.raises(ParsimError, match="recompute_layers"):
+        compare_documents(some, older, where=where)
 
 
 def test_one_examiner_tells_counts_apart() -> None:
