@@ -13,7 +13,7 @@ from typing import Any, Literal
 from parsim.config import is_file, parse_json, read_text, validate
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan, parse_plan
+from parsim.plan import STAGE_LISTS, Job, ParallelPlan, parse_plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,16 +28,19 @@ class PlanFile:
     stack: str | None = None
     rank_hardware: tuple[str, ...] = ()
     """Other devices of some pipeline ranks, such as "4-7=a100-sxm-80gb"."""
+    auto: tuple[str, ...] = ()
+    """Fields of the plan with a number a stage that are to be chosen: those given as "auto"."""
 
 
 def read_plan(text: str) -> PlanFile:
-    """A plan from a JSON file, or from the short form "dp=2,tp=4,pp=2".
+    """A plan from a JSON file, or from the short form "dp=2,tp=4,pp=2", where stage_split=auto and
+    recompute_layers=auto leave the choice to parsim.
 
     Raises ParsimError for a missing or truncated file, unknown keys and values of the wrong type.
     """
     path = Path(text)
     if "=" in text and not is_file(path):
-        return PlanFile(plan=parse_plan(text))
+        return _short_form(text)
     if not is_file(path):
         raise ParsimError(
             "no such plan file",
@@ -45,6 +48,29 @@ def read_plan(text: str) -> PlanFile:
             hint="a plan is a JSON file, or key=value pairs such as dp=2,tp=4,pp=2,micro_batch=1",
         )
     return plan_from_data(parse_json(read_text(path), where=text), where=text)
+
+
+def _short_form(text: str) -> PlanFile:
+    """A short form, in which stage_split and recompute_layers may be "auto"."""
+    parts = [part.strip() for part in text.split(",")]
+    asked = {part: key for key in STAGE_LISTS for part in parts if _is_auto(part, key)}
+    plan = parse_plan(",".join(part for part in parts if part not in asked))
+    for key in asked.values():
+        if parts.count(f"{key}=auto") > 1 or getattr(plan, key):
+            raise ParsimError(f"field {key!r} is given twice", where=text)
+    auto = tuple(dict.fromkeys(asked.values()))
+    if "recompute_layers" in auto and plan.recompute == "none":
+        raise ParsimError(
+            "recompute_layers=auto needs a way to recompute them",
+            where=text,
+            expected="recompute=full or recompute=selective beside it",
+        )
+    return PlanFile(plan=plan, auto=auto)
+
+
+def _is_auto(part: str, key: str) -> bool:
+    name, _, value = part.partition("=")
+    return name.strip() == key and value.strip().lower() == "auto"
 
 
 def plan_from_data(data: Any, *, where: str) -> PlanFile:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from parsim.cli.auto_stages import stage_lines
 from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
@@ -57,6 +58,8 @@ def export(
         model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack
     )
     setup, parallel_plan = load_plan(plan, flags)
+    for line in stage_lines(setup.partitioned):
+        say(line.strip())
     require_flush(parallel_plan, "--to schedule-csv")
     schedule = make_schedule(parallel_plan, parallel_plan.num_micro_batches(setup.job))
     if schedule.chains > 1:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parsim.cost.stage import CostModel
     from parsim.hardware import Cluster
     from parsim.plan import Job, ParallelPlan
+    from parsim.search.partitioned import Partitioned
     from parsim.stack import Stack
 
 ModelOption = Annotated[
@@ -64,7 +67,9 @@ class Setup:
     origin: dict[str, Any]
     """Names or paths of hardware and stack as given, and what the user knew better than the profile."""
     rank_hardware: tuple[str, ...] = ()
-    """Other devices of some pipeline ranks, as the plan file has them."""
+    """Other devices of some pipeline ranks."""
+    partitioned: Partitioned | None = None
+    """The plan's stages, where they were chosen."""
 
     def costs(self) -> CostModel:
         """The cost model of this model, cluster and stack."""
@@ -136,10 +141,17 @@ def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
     return cluster, load_stack(flags.stack or cluster.default_stack)
 
 
-def load_plan(text: str, flags: Flags, *, schedule: str | None = None) -> tuple[Setup, ParallelPlan]:
+def load_plan(
+    text: str,
+    flags: Flags,
+    *,
+    schedule: str | None = None,
+    rank_hardware: Sequence[str] | None = None,
+) -> tuple[Setup, ParallelPlan]:
     """A plan with the job it is for: flags win over what the plan file says.
 
-    `schedule` is another one than the plan's.
+    `schedule` is another one than the plan's, rank_hardware other devices of some pipeline ranks. What a
+    short form leaves to parsim is chosen.
 
     Without a global batch in either, each pipeline runs 2·pp micro-batches. A short form that does not
     name tp_overlap has the stack's usual one. The plan is legal.
@@ -148,7 +160,7 @@ def load_plan(text: str, flags: Flags, *, schedule: str | None = None) -> tuple[
     from parsim.schedule import with_schedule
     from parsim.schedule.check import check_plan
 
-    file = read_plan(text)
+    file, given = read_plan(text), flags
     plan = file.plan if schedule is None else with_schedule(file.plan, schedule)
     if flags.hardware is None and file.hardware is not None:
         known = {**file.hardware_overrides, **flags.overrides()}
@@ -170,7 +182,20 @@ def load_plan(text: str, flags: Flags, *, schedule: str | None = None) -> tuple[
             plan = replace(plan, tp_overlap=plan.tp > 1 and setup.stack.default_tp_overlap)
     check_plan(setup.job, plan, setup.cluster)
     _check_size(setup.job, plan)
-    return replace(setup, rank_hardware=file.rank_hardware), plan
+    setup = replace(setup, rank_hardware=tuple(rank_hardware or file.rank_hardware))
+    if file.auto:
+        from parsim.cli.simulate_uneven import rank_costs
+        from parsim.search.partitioned import partitioned
+
+        chosen = partitioned(
+            setup.job,
+            plan,
+            rank_costs(setup.rank_hardware, setup, given, plan) or (setup.costs(),) * plan.pp,
+            split="stage_split" in file.auto,
+            counts="recompute_layers" in file.auto,
+        )
+        return replace(setup, partitioned=chosen), chosen.plan
+    return setup, plan
 
 
 def require_flush(plan: ParallelPlan, *flags: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.cli.auto_stages import stage_lines
 from parsim.cli.calibrate import DeviceKind, DeviceOption
 from parsim.cli.options import (
     Flags,
@@ -82,6 +83,8 @@ def run(
         precision=precision,
     )
     setup, parallel_plan = load_plan(plan, flags)
+    for line in stage_lines(setup.partitioned):
+        say(line.strip())
     schedule = make_schedule(parallel_plan, parallel_plan.num_micro_batches(setup.job))
     prediction, predicted = _predict(setup, parallel_plan, schedule)
     measurement = measure(

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from parsim.cli.auto_stages import stages_section
 from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
@@ -128,23 +129,25 @@ def simulate(
         memory=memory,
     )
     ps_settings = read_ps(ps)
-    setup, parallel_plan = load_plan(plan_of_workers(plan, ps_settings), flags, schedule=schedule)
+    setup, parallel_plan = load_plan(
+        plan_of_workers(plan, ps_settings), flags, schedule=schedule, rank_hardware=rank_hardware
+    )
     of_one_step = {"--fabric": fabric, "--ps": ps, "--straggler": straggler, "--jitter": jitter}
     require_flush(parallel_plan, *(flag for flag, value in of_one_step.items() if value))
-    others = rank_hardware or setup.rank_hardware
     request = StepRequest(
         setup=setup,
         plan=parallel_plan,
         schedule=read_schedule(schedule_csv, parallel_plan, setup.job),
         costs=setup.costs(),
-        rank_hardware=others,
-        costs_by_rank=rank_costs(others, setup, flags, parallel_plan),
+        rank_hardware=setup.rank_hardware,
+        costs_by_rank=rank_costs(setup.rank_hardware, setup, flags, parallel_plan),
         uneven=read_unevenness(straggler, jitter, seed, parallel_plan),
         seed=seed,
     )
     step = simulate_step(request, fabric)
     closer, timeline = detail_section(wanted, step)
     sections = (
+        stages_section(setup.partitioned),
         closer,
         network_section(fabric_chart, step),
         unevenness_section(step),

@@ -1,0 +1,206 @@
+"""The stage split and the recomputed layers that make a plan fastest within its ranks' memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from parsim.cost.cell import cell_of
+from parsim.cost.stage import CostModel
+from parsim.cost.step import step_cost
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, recomputed_layers, stage_layers
+from parsim.schedule import ONE_CHUNK_SCHEDULES, SPLIT_SCHEDULES
+from parsim.search.bound import lower_bound_s
+from parsim.search.partition import EVENNESS, Floats, Split, best_split, least_slowest, split_of
+from parsim.search.partition_chunks import counts_of_chunks
+from parsim.search.partition_table import Counts, Rows, StageTable, TableMaker, table_of
+from parsim.search.partition_walk import Stages, Walker, improved
+
+AHEAD_SHARE = {"1f1b": 0.5, "zb-h1": 0.25, "zb-h2": 0.25}
+"""How much of the forwards that a rank runs ahead of its first backward counts as gained, in the choice
+of a split: between none, as on equal stages, and all, as in the bound of 1F1B. Of steps of a quarter
+those with the least mean regret, on short and long pipelines, against the best split found
+(docs/partition.md)."""
+
+
+@dataclass(slots=True)
+class Partitioner:
+    """Partitions the plans of one job; remembers what they have in common."""
+
+    job: Job
+    _makers: dict[int, TableMaker] = field(default_factory=dict)
+
+    def partition(
+        self,
+        plan: ParallelPlan,
+        costs_by_rank: Sequence[CostModel],
+        *,
+        split: bool,
+        counts: bool,
+        walk: bool = False,
+    ) -> ParallelPlan:
+        """The plan with the fastest stage split (where `split`) and the fewest recomputed layers that
+        fit (where `counts`); costs_by_rank: of every pipeline rank.
+
+        Exact for (m − 1)·max + Σ of a micro-batch's times on the stages, where each rank has one chunk;
+        `walk` changes that split further, for as long as a walk through the schedule gets shorter. With
+        several chunks a rank the split stays as it is. Where nothing fits, the stages whose fullest rank
+        lacks least.
+        """
+        if plan.schedule not in ONE_CHUNK_SCHEDULES and plan.vpp > 1:
+            if not counts or plan.recompute == "none":
+                return plan
+            makers = [self._maker(costs) for costs in costs_by_rank]
+            own = stage_layers(self.job.model, plan)
+            found = Stages(own, counts_of_chunks(self.job, plan, makers))
+            return self._with(plan, found, counts=True)
+        stages = self._stages(plan, costs_by_rank, split, counts, walk)
+        return self._with(plan, stages, counts=counts)
+
+    def least_step_s(
+        self, plan: ParallelPlan, costs_by_rank: Sequence[CostModel], *, counts: bool
+    ) -> float:
+        """No step of this plan is shorter, whatever its stage split and (with `counts`) its counts of
+        recomputed layers; infinite where none fits.
+
+        A rank begins when the first micro-batch has come through the stages before its own, and after
+        its last backward a gradient goes back through them (unless backwards are split). All splits are
+        compared at once: what lies before a stage depends on its first layer alone, so this too is a
+        smallest maximum.
+        """
+        stack = costs_by_rank[0].stack
+        if plan.schedule not in ONE_CHUNK_SCHEDULES and plan.vpp > 1:
+            least = replace(plan, recompute="none", recompute_layers=()) if counts else plan
+            bounds = [
+                lower_bound_s(step_cost(self.job, least, costs), self.job, least, stack)
+                for costs in {id(costs): costs for costs in costs_by_rank}.values()
+            ]
+            return min(bounds)
+        makers = [self._maker(costs) for costs in costs_by_rank]
+        table = table_of(plan, makers, self.job.model.layers, _counts(plan, counts))
+        if plan.schedule in ("gpipe", "1f1b"):
+            # Gathers and reductions that run beside compute are not in the way of the first micro-batch.
+            rows = table.rows._replace(stream_s=np.zeros_like(table.rows.stream_s))
+            share = float(plan.schedule == "1f1b")
+            best = best_split(*map(table.spread, self._objective(plan, rows, share)))
+            least_s = best.value * (1 - 2 * EVENNESS) if best else math.inf
+        else:
+            busy_s = plan.num_micro_batches(self.job) * table.spread(table.rows.seconds)
+            if plan.schedule not in ASYNCHRONOUS_SCHEDULES:
+                busy_s[1:] += self._before_s(plan, makers)[:, None]
+            slowest = least_slowest(busy_s)
+            least_s = slowest.slowest if slowest else math.inf
+        return least_s + stack.step_overhead_s
+
+    def _objective(self, plan: ParallelPlan, rows: Rows, ahead_share: float) -> tuple[Floats, Floats]:
+        """(S, G) each: of a split the largest of the first and the sum of the second shall be small.
+
+        A rank's first backward comes when the first micro-batch has passed the stages behind it, and the
+        last one ends before that micro-batch has passed those before it: Σ T. In between are m − 1 more
+        backwards, and the forwards but those that ran ahead of the first backward, of which ahead_share
+        counts: (m − 1)·max T + Σ T where none does. Without a flush: max T.
+        """
+        fits, m = np.isfinite(rows.seconds), plan.num_micro_batches(self.job)
+        seconds = np.where(fits, rows.seconds, 0.0)
+        if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+            others_s = np.maximum(seconds, rows.stream_s)
+            added_s = np.zeros_like(seconds)
+        else:
+            ahead = np.array([min(m, plan.pp - rank) - 1 for rank in range(plan.pp)])
+            forward_s = np.where(fits, rows.forward_s, 0.0)
+            others_s = (m - 1) * seconds - ahead_share * ahead[:, None] * forward_s
+            others_s, added_s = np.maximum(others_s, (m - 1) * rows.stream_s), seconds
+        return np.where(fits, others_s, np.inf), np.where(fits, added_s, np.inf)
+
+    def _before_s(self, plan: ParallelPlan, makers: Sequence[TableMaker]) -> Floats:
+        """(L + 1,): the least that a micro-batch takes before the stage that begins with a layer."""
+        passes = ("forward",) if plan.schedule in SPLIT_SCHEDULES else ("forward", "backward")
+        cell = cell_of(self.job, plan)._replace(recompute="none")
+        found = []
+        for maker in {id(maker): maker for maker in makers}.values():
+            (kinds,) = maker.costs.kinds((self.job.model.layers,))
+            parts = [maker.costs.part(cell, kind).time for kind in kinds[: self.job.model.layers + 1]]
+            seconds = [sum(getattr(part, name).total_s for name in passes) for part in parts]
+            found.append(np.cumsum(seconds))
+        return np.asarray(np.min(found, axis=0))
+
+    def _stages(
+        self,
+        plan: ParallelPlan,
+        costs_by_rank: Sequence[CostModel],
+        split: bool,
+        counts: bool,
+        walk: bool,
+    ) -> Stages:
+        """Of one chunk a rank."""
+        makers = [self._maker(costs) for costs in costs_by_rank]
+        own, asked = stage_layers(self.job.model, plan), _counts(plan, counts)
+        if not split:
+            return _stages(table_of(plan, makers, max(own), asked), own)
+        table, best = self._best(plan, makers, asked)
+        if best is None:
+            table = table_of(plan, makers, self.job.model.layers, asked)
+            lacking = least_slowest(table.spread(table.rows.num_bytes - table.limits[:, None]))
+            return _stages(table, lacking.layers if lacking else own)
+        found = _stages(table, best.layers)
+        if not walk or plan.pp == 1 or plan.schedule in ASYNCHRONOUS_SCHEDULES:
+            return found
+        begin = [stages for layers in (own, best.layers) if (stages := _fitting(table, layers))]
+        walker = Walker(self.job, plan, costs_by_rank)
+        return improved(begin, lambda layers: _fitting(table, layers), walker.steps_s)
+
+    def _best(
+        self, plan: ParallelPlan, makers: Sequence[TableMaker], counts: Counts
+    ) -> tuple[StageTable, Split | None]:
+        """The fastest split, the plan's own where none is faster; and the table that has it."""
+        layers, own = self.job.model.layers, stage_layers(self.job.model, plan)
+        least_s, share = float(self._before_s(plan, makers)[-1]), AHEAD_SHARE.get(plan.schedule, 0.0)
+        longest = min(layers, max(2 * math.ceil(layers / plan.pp) + 2, *own, *counts.fixed))
+        while True:
+            table = table_of(plan, makers, longest, counts)
+            slowest, added = map(table.spread, self._objective(plan, table.rows, share))
+            best = best_split(slowest, added)
+            # A stage takes no less, and needs no less, with more layers than the table has.
+            longer_s = float(slowest[:, :, -1].min())
+            if longest == layers or longer_s + least_s >= (best.value if best else np.inf):
+                break
+            longest = min(layers, 2 * longest)
+        if best is None:
+            return table, None
+        usual = split_of(slowest, added, own)
+        return table, usual if usual.value <= best.value * (1 + 2 * EVENNESS) else best
+
+    def _with(self, plan: ParallelPlan, stages: Stages, *, counts: bool) -> ParallelPlan:
+        """The plan with these stages, and without counts where they say what `recompute` does alone."""
+        plan = replace(plan, stage_split=stages.layers)
+        if not counts or plan.recompute == "none":
+            return plan
+        if not any(stages.recomputed):
+            return replace(plan, recompute="none", recompute_layers=())
+        whole = recomputed_layers(self.job.model, replace(plan, recompute_layers=()))
+        return replace(plan, recompute_layers=() if stages.recomputed == whole else stages.recomputed)
+
+    def _maker(self, costs: CostModel) -> TableMaker:
+        if id(costs) not in self._makers:
+            self._makers[id(costs)] = TableMaker(self.job, costs)
+        return self._makers[id(costs)]
+
+
+def _counts(plan: ParallelPlan, auto: bool) -> Counts:
+    return Counts(auto=auto, fixed=() if auto else plan.recompute_layers)
+
+
+def _stages(table: StageTable, layers: tuple[int, ...]) -> Stages:
+    return Stages(layers, tuple(map(int, table.along(table.rows.recomputed, layers))))
+
+
+def _fitting(table: StageTable, layers: tuple[int, ...]) -> Stages | None:
+    """The stages of a split that the table has, if all fit."""
+    if max(layers) >= table.index.shape[1] or not all(
+        map(math.isfinite, table.along(table.rows.seconds, layers))
+    ):
+        return None
+    return _stages(table, layers)
