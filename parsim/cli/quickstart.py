@@ -143,22 +143,23 @@ def _tried(
     """Simulate and run one plan, with its charts and traces."""
     from parsim.charts.comparison import draw_comparison
     from parsim.charts.gantt import draw_gantt
-    from parsim.cli.run import measure
+    from parsim.cli.run_launch import measure, show_step, timed_case
     from parsim.config import dump_json, write_file
+    from parsim.execute.attempts import Launch
     from parsim.execute.measurement_file import measurement_data
     from parsim.export.chrome_trace import write_chrome_trace
-    from parsim.schedule import make_schedule
     from parsim.simulate.fold import unfolded
     from parsim.simulate.prediction import predict
 
     plan = prediction.plan
     name = f"{number}-dp{plan.dp}-tp{plan.tp}-pp{plan.pp}"
     say(f"3/4  plan {number}: {plan.short()}: simulating, then running on {plan.gpus} ranks …")
-    schedule = make_schedule(plan, plan.num_micro_batches(setup.job))
-    prediction, timeline = predict(setup.job, plan, setup.costs(), schedule)
+    case = timed_case(setup, plan, steps=steps, warmup=2, seed=0)
+    prediction, timeline = predict(setup.job, plan, setup.costs(), case.schedule)
     draw_gantt(timeline, folder / f"{name}-schedule.png")
     write_file(folder / f"{name}-plan.json", dump_json(prediction.to_item() | setup.origin))
-    measurement = measure(setup, plan, schedule, prediction, device, steps=steps, warmup=2, seed=0)
+    measurement = measure(case, Launch(device=device, on_step=show_step, on_note=say), prediction)
+    assert measurement is not None  # on one machine there is one
     predicted = unfolded(timeline, plan)
     data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=None)
     write_file(folder / f"{name}-measurement.json", dump_json(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,11 +24,19 @@ from parsim.cli.options import (
     load_plan,
 )
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.run_launch import (
+    measure,
+    print_dry_run,
+    show_step,
+    timed_case,
+    with_checkpoints,
+    with_tokens,
+)
 
 if TYPE_CHECKING:
-    from parsim.execute.measurement import Measurement, Verification
-    from parsim.plan import ParallelPlan
-    from parsim.schedule.action import Schedule
+    from parsim.execute.attempts import Launch
+    from parsim.execute.measurement import Verification
+    from parsim.execute.request import Case
     from parsim.simulate.prediction import Prediction
 
 
@@ -56,24 +65,56 @@ def run(
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Both timelines as one Chrome trace.")
     ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Write checkpoints into this folder.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option("--checkpoint-every", min=1, help="Steps from one checkpoint to the next.")
+    ] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
+    ] = False,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", min=0, help="Start again so often after losing a rank.")
+    ] = 0,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout-s", min=1, help="Silence after which a rank counts as hung.")
+    ] = 300.0,
+    tokens: Annotated[
+        Path | None, typer.Option("--tokens", help="Train on this .npy or .bin [default: synthetic].")
+    ] = None,
+    tokens_dtype: Annotated[
+        str | None, typer.Option("--tokens-dtype", help="Of a .bin file: uint16, uint32 or int32.")
+    ] = None,
+    nnodes: Annotated[int, typer.Option("--nnodes", min=1, help="Machines that take part.")] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", min=0, help="Which of them this is, from 0.")
+    ] = 0,
+    rdzv_endpoint: Annotated[
+        str, typer.Option("--rdzv-endpoint", help="host:port of machine 0, where all meet.")
+    ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a plan with torch.distributed on this machine: one process a rank, gloo or NCCL.
 
-    Exit status 1 where --verify finds a difference from single-process training.
+    On several machines start the same command on each, with its own --node-rank. Exit status 1 where
+    --verify finds a difference from single-process training.
 
     \b
     Examples:
       parsim run dp=2,tp=1,pp=1,micro_batch=4 --model tiny-llama-8l --steps 20
       parsim run best.json --verify --chart comparison.png -o measurement.json
+      parsim run best.json --steps 1000 --checkpoint ckpt --max-restarts 3 --tokens train.npy
+      parsim run best.json --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500 --dry-run
     """
-    from parsim.config import dump_json, write_file
+    from parsim.execute.attempts import Launch
     from parsim.execute.devices import available_gpus
-    from parsim.execute.measurement_file import measurement_data
-    from parsim.schedule import make_schedule
+    from parsim.execute.torchrun import Nodes
 
     use_gpus = device is DeviceKind.CUDA or (device is DeviceKind.AUTO and available_gpus() > 0)
-    kind = "cuda" if use_gpus else "cpu"
     flags = Flags(
         model=model,
         hardware=hardware or (None if use_gpus else _cpu_profile(plan)),
@@ -82,31 +123,74 @@ def run(
         stack=stack or "parsim-executor",
         precision=precision,
     )
+    how = Launch(
+        device="cuda" if use_gpus else "cpu",
+        nodes=Nodes(count=nnodes, index=node_rank, endpoint=rdzv_endpoint),
+        max_restarts=max_restarts,
+        timeout_s=timeout_s,
+        on_step=show_step,
+        on_note=say,
+    )
     setup, parallel_plan = load_plan(plan, flags)
     for line in stage_lines(setup.partitioned):
         say(line.strip())
-    schedule = make_schedule(parallel_plan, parallel_plan.num_micro_batches(setup.job))
-    prediction, predicted = _predict(setup, parallel_plan, schedule)
-    measurement = measure(
-        setup, parallel_plan, schedule, prediction, kind, steps=steps, warmup=warmup, seed=seed
-    )
-    verification = _verify(setup, parallel_plan, schedule, kind, seed) if verify else None
+    case = timed_case(setup, parallel_plan, steps=steps, warmup=warmup, seed=seed)
+    case = with_tokens(case, tokens, tokens_dtype)
+    case = with_checkpoints(case, how, checkpoint, checkpoint_every, resume=resume, look_only=dry_run)
+    inputs = flags.given() | {"plan": plan, "steps": steps, "device": how.device}
+    if dry_run:
+        print_dry_run(case, how, inputs, as_json=as_json)
+        return
+    files = _Files(measurement=output, chart=chart, trace=trace)
+    _run(setup, case, how, inputs, files, verify=verify, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """What to write."""
+
+    measurement: Path | None
+    chart: Path | None
+    trace: Path | None
+
+
+def _run(
+    setup: Setup,
+    case: Case,
+    how: Launch,
+    inputs: dict[str, Any],
+    files: _Files,
+    *,
+    verify: bool,
+    as_json: bool,
+) -> None:
+    """Predict, run, verify if asked, and answer."""
+    from parsim.config import dump_json, write_file
+    from parsim.execute.measurement_file import measurement_data
+
+    prediction, predicted = _predict(setup, case)
+    measurement = measure(case, how, prediction)
+    verification = _verify(case, how) if verify else None
+    if measurement is None:
+        say(f"machine {how.nodes.index} is done; machine 0 has the measurement")
+        if as_json:
+            print_json(document("run", inputs, {"node_rank": how.nodes.index}, seed=case.seed))
+        return
     data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=verification)
-    inputs = flags.given() | {"plan": plan, "steps": steps, "device": kind}
-    whole = document("run", inputs, data, seed=seed)
-    if output is not None:
-        write_file(output, dump_json(whole))
-        say(f"wrote {output}")
-    if chart is not None:
+    whole = document("run", inputs, data, seed=case.seed)
+    if files.measurement is not None:
+        write_file(files.measurement, dump_json(whole))
+        say(f"wrote {files.measurement}")
+    if files.chart is not None:
         from parsim.charts.comparison import draw_comparison
 
-        draw_comparison(predicted, measurement.timeline, chart)
-        say(f"wrote {chart}")
-    if trace is not None:
+        draw_comparison(predicted, measurement.timeline, files.chart)
+        say(f"wrote {files.chart}")
+    if files.trace is not None:
         from parsim.export.chrome_trace import write_chrome_trace
 
-        write_chrome_trace(trace, [predicted, measurement.timeline])
-        say(f"wrote {trace}")
+        write_chrome_trace(files.trace, [predicted, measurement.timeline])
+        say(f"wrote {files.trace}")
     if as_json:
         print_json(whole)
     else:
@@ -124,72 +208,33 @@ def _cpu_profile(plan: str) -> str:
     return named if named and load_cluster(named).device.is_host else "local-cpu"
 
 
-def _predict(setup: Setup, plan: ParallelPlan, schedule: Schedule) -> tuple[Prediction, Any]:
+def _predict(setup: Setup, case: Case) -> tuple[Prediction, Any]:
     """The prediction, and its timeline with a row for every real rank."""
     from parsim.simulate.fold import unfolded
     from parsim.simulate.prediction import predict
 
-    prediction, timeline = predict(setup.job, plan, setup.costs(), schedule)
-    return prediction, unfolded(timeline, plan)
+    prediction, timeline = predict(setup.job, case.plan, setup.costs(), case.schedule)
+    return prediction, unfolded(timeline, case.plan)
 
 
-def measure(
-    setup: Setup,
-    plan: ParallelPlan,
-    schedule: Schedule,
-    prediction: Prediction,
-    device: str,
-    *,
-    steps: int,
-    warmup: int,
-    seed: int,
-) -> Measurement:
-    """Execute with progress on stderr, unless the ranks cannot fit into this machine's memory."""
-    from parsim.errors import ParsimError
-    from parsim.execute.devices import available_memory_bytes
-    from parsim.execute.launch import Progress, execute
-    from parsim.units import format_bytes, format_duration
-
-    needed, there = prediction.memory.peak * plan.gpus, available_memory_bytes()
-    if device == "cpu" and needed > there:
-        raise ParsimError(
-            "the ranks of this plan do not fit into this machine's memory",
-            got=f"{plan.gpus} ranks of about {format_bytes(prediction.memory.peak)}",
-            expected=f"at most {format_bytes(there)} in all",
-            hint="a smaller model: `parsim models` lists some whose name contains 'tiny'",
-        )
-
-    def show(step: Progress) -> None:
-        name = f"step {step.step}" if step.step >= 0 else "warm-up"
-        say(f"{name}: {format_duration(step.time_s)}, loss {step.loss:.6f}")
-
-    return execute(
-        setup.job,
-        plan,
-        schedule,
-        steps=steps,
-        warmup=warmup,
-        seed=seed,
-        device=device,
-        dtype=setup.job.precision,
-        on_step=show,
-    )
-
-
-def _verify(
-    setup: Setup, plan: ParallelPlan, schedule: Schedule, device: str, seed: int
-) -> Verification:
+def _verify(case: Case, how: Launch) -> Verification | None:
     """Compare with single-process training, on a shrunken model where the full one is large."""
-    from parsim.execute.launch import verify
+    from parsim.execute.launch import run_cases, verification_case
+    from parsim.execute.measurement import Verification
     from parsim.execute.support import shrunken
     from parsim.model import num_parameters
     from parsim.units import format_count
 
-    job = setup.job
+    job, tokens = case.job, case.tokens
     if num_parameters(job.model) * job.tokens > VERIFIED_WHOLE:
-        job = shrunken(job, plan)
+        job, tokens = shrunken(job, case.plan), None  # its vocabulary is too small for a file's tokens
         say(f"verifying on a shrunken model of {format_count(num_parameters(job.model))} parameters")
-    return verify(job, plan, schedule, seed=seed, device=device)
+    checked = verification_case(job, case.plan, case.schedule, seed=case.seed, tokens=tokens)
+    found = run_cases([checked], how)
+    if not found:
+        return None
+    assert isinstance(found[0], Verification)
+    return found[0]
 
 
 VERIFIED_WHOLE = 2e10
@@ -206,6 +251,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"predicted  {format_duration(data['predicted_s'])}   error {data['error']:+.1%}",
         f"loss       {data['loss'][0]:.6f} to {data['loss'][-1]:.6f}",
     ]
+    lines += [f"restarted  {what}" for what in data["restarts"]]
     if "verify" in data:
         found = data["verify"]
         lines.append(

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from parsim.errors import ParsimError
+from parsim.execute.batches import whole_batch
 from parsim.execute.parallelize import token_loss
 from parsim.execute.request import Case
 from parsim.execute.trainer import DTYPES, Trainer, make_optimizer
-from parsim.execute.transformer import build, synthetic_tokens, whole
+from parsim.execute.transformer import build, whole
 
 NEGLIGIBLE = 1e-6
 """Share of a step's largest gradient below which a parameter's gradients count as rounding.
@@ -72,17 +73,13 @@ class Reference:
 def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
     """Largest relative errors of gradients and loss over all steps, on this rank."""
     reference = Reference(case, trainer.device)
-    job = case.job
     worst, worst_name, loss_error = 0.0, "", 0.0
     for step in range(case.steps):
-        tokens, targets = synthetic_tokens(
-            job.model.vocab, job.seq_len, job.global_batch, seed=case.seed, step=step
-        )
         trainer.recorder.begin_step(step)
         trainer.recorder.say("single-process reference")
-        expected_loss = reference.forward_backward(tokens, targets)
+        expected_loss = reference.forward_backward(*whole_batch(case, step))
         trainer.recorder.say("starting")
-        loss = trainer.forward_backward(trainer.share(tokens), trainer.share(targets))
+        loss = trainer.forward_backward(*trainer.batch(step))
         loss_error = max(loss_error, abs(mean_loss(trainer, loss) - expected_loss) / expected_loss)
         trainer.recorder.say("comparing gradients")
         error, name = gradient_error(reference, dict(trainer.data_parallel.gradients()))

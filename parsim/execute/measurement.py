@@ -47,6 +47,10 @@ class Measurement:
     """cpu or cuda."""
     machine: str
     torch_version: str
+    resumed_at: int
+    """Steps, warm-up counted, of the checkpoint that the run began at; 0: none."""
+    failures: tuple[str, ...]
+    """Why ranks were started again, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +71,9 @@ class Verification:
         return max(self.max_gradient_error, self.max_loss_error) <= TOLERANCE
 
 
-def measurement_of(case: Case, ranks: Sequence[dict[str, Any]], device: str) -> Measurement:
+def measurement_of(
+    case: Case, ranks: Sequence[dict[str, Any]], device: str, failures: tuple[str, ...]
+) -> Measurement:
     """The Measurement of a case, from what each rank left."""
     first = ranks[0]
     steps = [StepRecord(**step) for step in first["steps"]]
@@ -91,6 +97,8 @@ def measurement_of(case: Case, ranks: Sequence[dict[str, Any]], device: str) -> 
         device=device,
         machine=f"{first['device']}, {os.cpu_count()} cores",
         torch_version=first["torch"],
+        resumed_at=case.checkpoint.start if case.checkpoint is not None else 0,
+        failures=failures,
     )
 
 

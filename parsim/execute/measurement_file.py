@@ -35,6 +35,8 @@ def measurement_data(
         "dtype": measurement.dtype,
         "machine": measurement.machine,
         "torch": measurement.torch_version,
+        "resumed_at": measurement.resumed_at,
+        "restarts": list(measurement.failures),
     }
     if verification is not None:
         data["verify"] = {

@@ -12,17 +12,21 @@ import torch
 import torch.distributed as dist
 
 from parsim.execute.checking import verify_case
+from parsim.execute.clocks import ranks_per_node
 from parsim.execute.heartbeat import Heartbeats
 from parsim.execute.recorder import Recorder
 from parsim.execute.request import decode_case
 from parsim.execute.timing import time_case
 from parsim.execute.trainer import Trainer
 
+Results = list[dict[str, Any]]
+"""What a rank found for each case, as plain data."""
 
-def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> list[dict[str, Any]]:
-    """The results of all cases on this rank, as plain data."""
+
+def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> dict[int, Results]:
+    """The results of all cases on this rank; on rank 0 also those from other machines, by rank."""
     rank = int(os.environ["RANK"])
-    device = _own_device(request["device"], rank)
+    device = _own_device(request["device"], int(os.environ["LOCAL_RANK"]))
     recorder = Recorder(rank, heartbeats, device)
     recorder.say("joining the other ranks")
     dist.init_process_group(
@@ -30,7 +34,7 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> l
         timeout=timedelta(seconds=request["library_timeout_s"]),
     )
     control = dist.new_group(backend="gloo")
-    results = []
+    results: Results = []
     for index, data in enumerate(request["cases"]):
         case = decode_case(data)
         recorder.say("building the model")
@@ -42,14 +46,25 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> l
                 results.append(time_case(case, trainer, progress, index))
         del trainer  # before the next one takes its memory
         gc.collect()
-    recorder.say("leaving")
+    recorder.say("waiting: end")
     dist.barrier(group=control)
+    found = {rank: results} | _from_elsewhere(results, control)
     dist.destroy_process_group()
-    return results
+    return found
+
+
+def _from_elsewhere(mine: Results, control: dist.ProcessGroup) -> dict[int, Results]:
+    """On rank 0 what the ranks of other machines found, whose files it cannot see; collective."""
+    size, here = dist.get_world_size(), ranks_per_node()
+    if size == here:
+        return {}
+    everyone: list[Any] | None = [None] * size if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0, group=control)
+    return {} if everyone is None else dict(enumerate(everyone[here:], start=here))
 
 
 def _own_device(kind: str, rank: int) -> torch.device:
-    """The GPU of a rank, or the one CPU core that it is bound to."""
+    """The GPU of the machine's rank of this number, or the one CPU core that it is bound to."""
     if kind == "cuda":
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)

@@ -9,6 +9,7 @@ distributed optimizer).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -51,8 +52,10 @@ class Bucket:
         """Parameters to be used in place of those given: their values lie in `flat`."""
         for (name, tensor), part in zip(mine.items(), self.pieces(self.flat), strict=True):
             part.copy_(tensor.reshape(-1))
-            self.parameters[name] = _like(parameters[name], part.view(tensor.shape))
+            self.parameters[name] = like(parameters[name], part.view(tensor.shape))
         self.shard = self.flat if ranks == 1 else self.flat.chunk(ranks)[index]
+        self.owned = range(index * self.shard_size, (index + 1) * self.shard_size)
+        """Where the shard lies in `flat`."""
         # 16-bit weights are rounded copies of fp32 ones that only the optimizer sees.
         master = master_dtype(self.flat.dtype)
         self.master = self.shard if master == self.flat.dtype else self.shard.to(master)
@@ -60,6 +63,11 @@ class Bucket:
     def pieces(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A flat tensor cut by parameters."""
         return tuple(flat.split([*self.sizes, self._padding])[:-1])
+
+    def extents(self) -> dict[str, tuple[int, int]]:
+        """Where each parameter begins and ends in `flat`."""
+        stops = list(accumulate(self.sizes))
+        return dict(zip(self.parameters, zip([0, *stops], stops, strict=False), strict=True))
 
     @property
     def _padding(self) -> int:
@@ -165,11 +173,22 @@ class Replicas:
             for bucket in self.buckets:
                 bucket.rounded()
                 bucket.master.grad = None
-        if self.sharded:
-            for bucket in self.buckets:
-                with self.recorder.span(Label(DP, "parameters", DP, bucket.stage), waits=True):
-                    # The input is a copy: not every backend takes a part of the output as input.
-                    _all_gather(bucket.flat, bucket.shard.clone(), group=self.dp_group)
+        self._gather_parameters()
+
+    def spread(self) -> None:
+        """Let all parameters follow the masters, after these were given other values."""
+        for bucket in self.buckets:
+            bucket.rounded()
+        self._gather_parameters()
+
+    def _gather_parameters(self) -> None:
+        """With sharded states, what every dp rank made of its share."""
+        if not self.sharded:
+            return
+        for bucket in self.buckets:
+            with self.recorder.span(Label(DP, "parameters", DP, bucket.stage), waits=True):
+                # The input is a copy: not every backend takes a part of the output as input.
+                _all_gather(bucket.flat, bucket.shard.clone(), group=self.dp_group)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole gradient) of every parameter, between reduce() and update(); collective."""
@@ -177,16 +196,22 @@ class Replicas:
             flat = bucket.master.grad
             assert flat is not None
             if self.sharded:
-                shard, flat = flat, flat.new_empty(bucket.flat.numel())
-                _all_gather(flat, shard, group=self.dp_group)
+                flat = gathered(flat, self.dp_group)
             for (name, parameter), piece in zip(
                 bucket.parameters.items(), bucket.pieces(flat), strict=True
             ):
-                whole = _like(parameter, piece.view(local(parameter).shape)).detach()
+                whole = like(parameter, piece.view(local(parameter).shape)).detach()
                 yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
-def _like(parameter: nn.Parameter, mine: torch.Tensor) -> nn.Parameter:
+def gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The shards of all ranks of a group, one after another."""
+    whole = shard.new_empty(shard.numel() * group.size())
+    _all_gather(whole, shard, group=group)
+    return whole
+
+
+def like(parameter: nn.Parameter, mine: torch.Tensor) -> nn.Parameter:
     """A parameter split like another, of which this rank has `mine`."""
     if isinstance(parameter, DTensor):
         mine = DTensor.from_local(

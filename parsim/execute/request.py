@@ -6,9 +6,22 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from parsim.execute.token_file import TokenFile
 from parsim.model import ModelSpec
 from parsim.plan import STAGE_LISTS, Job, ParallelPlan
 from parsim.schedule.action import Schedule, parse_action
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where and how often a run writes checkpoints, and where it begins."""
+
+    folder: str
+    """Absolute; on a disk that all machines share."""
+    every: int
+    """Steps from one to the next; there is always one after the last step."""
+    start: int = 0
+    """Steps of the checkpoint that the run goes on from; 0: from the beginning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +41,14 @@ class Case:
     """What the ranks compute in: fp64, fp32 or bf16 (with fp32 optimizer states)."""
     verify: bool = False
     """Compare gradients and loss with single-process training instead of timing."""
+    tokens: TokenFile | None = None
+    """What is trained on; None: synthetic tokens by seed."""
+    checkpoint: Checkpoints | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """Warm-up and steps that count."""
+        return self.warmup + self.steps
 
 
 def encode_case(case: Case) -> dict[str, Any]:
@@ -39,6 +60,8 @@ def encode_case(case: Case) -> dict[str, Any]:
         "name": case.schedule.name,
         "ranks": [[str(action) for action in rank] for rank in case.schedule.ranks],
     }
+    for key in ("tokens", "checkpoint"):
+        data[key] = data[key] and dataclasses.asdict(data[key])
     return data
 
 
@@ -51,6 +74,8 @@ def decode_case(data: dict[str, Any]) -> Case:
     plan |= {key: tuple(plan[key]) for key in STAGE_LISTS}
     ranks = tuple(tuple(map(parse_action, rank)) for rank in schedule["ranks"])
     nouns = {
+        "tokens": data["tokens"] and TokenFile(**data["tokens"]),
+        "checkpoint": data["checkpoint"] and Checkpoints(**data["checkpoint"]),
         "job": Job(**job),
         "plan": ParallelPlan(**plan),
         "schedule": Schedule(name=schedule["name"], ranks=ranks),

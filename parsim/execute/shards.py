@@ -31,12 +31,13 @@ class Shards:
         self.recorder = recorder
         # The fused loops of an optimizer take one device mesh at a time: norms may have no tp dimension.
         groups: dict[object, list[torch.Tensor]] = defaultdict(list)
-        for parameter in self._parameters().values():
+        for parameter in self.parameters().values():
             assert isinstance(parameter, DTensor)
             groups[parameter.device_mesh].append(parameter)
         self.optimizer = make_optimizer([{"params": group} for group in groups.values()])
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """This rank's shards by the names of the parameters, which are unique over all stages."""
         return {n: p for module in self.stages.values() for n, p in module.named_parameters()}
 
     def before_backward(self, *, last: bool) -> None:
@@ -58,6 +59,6 @@ class Shards:
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole gradient) of every parameter, between reduce() and update(); collective."""
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.parameters().items():
             assert isinstance(parameter.grad, DTensor)
             yield name, parameter.grad.full_tensor()

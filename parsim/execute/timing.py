@@ -5,51 +5,75 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
+from collections import deque
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
 
 from parsim.errors import ParsimError
+from parsim.execute.checkpoint import load_checkpoint, save_checkpoint
+from parsim.execute.clocks import clock_offset_ns, ranks_per_node
+from parsim.execute.finite import FiniteWatch, Origin
 from parsim.execute.recorder import Row
 from parsim.execute.request import Case
-from parsim.execute.steps import StepRecord, median_step
+from parsim.execute.steps import Speeds, StepRecord, median_step
 from parsim.execute.trainer import Trainer
-from parsim.execute.transformer import synthetic_tokens
+from parsim.timeline import COMPUTE, HOST
 
+SPANS_KEPT = 200
+"""Last steps of which one may be shown: a long run would fill the memory with spans."""
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dict[str, Any]:
     """Step times, losses, the median step's spans and the memory peak of this rank.
 
-    All ranks know all step times, so all give the spans of the same step.
+    All ranks know all step times, so all give the spans of the same step. A run that begins at a
+    checkpoint has its steps before it from there.
     """
-    steps: list[StepRecord] = []
-    spans: list[list[list[Any]]] = []
-    for step in range(-case.warmup, case.steps):
-        if step == 0 and trainer.device.type == "cuda":
+    steps = load_checkpoint(trainer)
+    begin = len(steps)
+    watch = FiniteWatch(trainer.stages)
+    speeds = Speeds(case.plan.gpus // case.plan.pp)
+    spans: deque[list[list[Any]]] = deque(maxlen=SPANS_KEPT)
+    for step in range(begin, case.total_steps):
+        settling = step - begin < case.warmup
+        if step - begin == case.warmup and trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        record, zero_ns = _run_step(case, trainer, step)
-        if step >= 0:
-            steps.append(record)
-            spans.append(_relative(trainer.recorder.rows(), zero_ns))
+        done = _run_step(trainer, step, watch)
+        steps.append(done.record._replace(settling=settling))
+        spans.append(done.spans)
         if dist.get_rank() == 0:
-            line = {"case": index, "step": step, "time_s": record.time_s, "loss": record.loss}
-            progress.write(json.dumps(line) + "\n")
-            progress.flush()
-    median = median_step(steps)
-    peak = torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None
+            slow = {} if settling else speeds.slow(done.working_s)
+            _tell(progress, {
+                "case": index, "step": step - case.warmup, "time_s": done.record.time_s,
+                "loss": done.record.loss, "slow": slow,
+            })  # fmt: skip
+        if _checkpoint_is_due(case, step + 1):
+            save_checkpoint(trainer, steps)
+    counted = steps[case.warmup :]
+    median = median_step(counted, among=len(spans))
     return {
-        "steps": [record._asdict() for record in steps],
-        "median": median,
-        "spans": spans[median],
-        "peak_bytes": peak,
+        "steps": [record._asdict() for record in counted],
+        "spans": spans[median - len(counted)],
+        "peak_bytes": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
         "device": _device_name(trainer.device),
         "torch": torch.__version__,
     }
+
+
+def _tell(progress: TextIO, line: dict[str, Any]) -> None:
+    progress.write(json.dumps(line) + "\n")
+    progress.flush()
+
+
+def _checkpoint_is_due(case: Case, done: int) -> bool:
+    policy = case.checkpoint
+    return policy is not None and (done % policy.every == 0 or done == case.total_steps)
 
 
 class _Reading(NamedTuple):
@@ -59,46 +83,79 @@ class _Reading(NamedTuple):
     machine_busy_s: float
 
 
-def _run_step(case: Case, trainer: Trainer, step: int) -> tuple[StepRecord, float]:
-    """One step of training, and the clock's reading at its start in ns."""
-    job = case.job
-    number = step + case.warmup
-    tokens, targets = (
-        trainer.share(batch)
-        for batch in synthetic_tokens(
-            job.model.vocab, job.seq_len, job.global_batch, seed=case.seed, step=number
-        )
-    )
+class _Done(NamedTuple):
+    """What is known of a step after it."""
+
+    record: StepRecord
+    spans: list[list[Any]]
+    """This rank's, in seconds from the start of the step."""
+    working_s: list[float]
+    """How long each rank computed, without what it waited for."""
+
+
+def _run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> _Done:
+    """One step of training; `step` counts from the very first one."""
+    tokens, targets = trainer.batch(step)
     recorder = trainer.recorder
     recorder.say("waiting: start of a step")
+    to_shared_ns = clock_offset_ns(trainer.control)
+    watch.clear()
     dist.barrier(group=trainer.control)
     before = _reading()
-    start_ns = recorder.begin_step(number)
+    start_ns = recorder.begin_step(step)
     loss = trainer.forward_backward(tokens, targets)
     trainer.update()
     end_ns = recorder.end_step()
     after = _reading()
+    rows = recorder.rows()
     recorder.say("waiting: end of a step")
     everyone = _gathered(
         trainer,
         [
-            start_ns,
-            end_ns,
+            start_ns + to_shared_ns,
+            end_ns + to_shared_ns,
             after.cpu_s - before.cpu_s,
             after.machine_busy_s - before.machine_busy_s,
             0.0 if loss is None else loss.item(),
             loss is not None,
+            sum(row.end_ns - row.begin_ns for row in rows if row.label.stream in (COMPUTE, HOST)) * 1e-9,
         ],
     )
     zero_ns = min(row[0] for row in everyone)
     losses = [row[4] for row in everyone if row[5]]
     if not all(map(math.isfinite, losses)):
-        raise ParsimError("the loss is no longer finite", where=f"step {number}", got=losses)
-    return StepRecord(
+        _blame_infinity(trainer, step, losses, watch.first())
+    record = StepRecord(
         time_s=(max(row[1] for row in everyone) - zero_ns) * 1e-9,
         loss=sum(losses) / len(losses),
-        foreign_cpu_s=max(0.0, max(row[3] for row in everyone) - sum(row[2] for row in everyone)),
-    ), zero_ns
+        foreign_cpu_s=_foreign_cpu_s(everyone),
+    )
+    return _Done(record, _relative(rows, zero_ns - to_shared_ns), [row[6] for row in everyone])
+
+
+def _foreign_cpu_s(everyone: list[list[float]]) -> float:
+    """CPU time that other processes used, on the machine where it was most."""
+    size = ranks_per_node()
+    nodes = [everyone[first : first + size] for first in range(0, len(everyone), size)]
+    return max(0.0, *(max(row[3] for row in node) - sum(row[2] for row in node) for node in nodes))
+
+
+def _blame_infinity(trainer: Trainer, step: int, losses: list[float], mine: Origin | None) -> NoReturn:
+    """Stop for a loss that is not finite, with the ranks and the layer where it came up."""
+    nowhere = Origin(sys.maxsize, 0)
+    found = _gathered(trainer, list(map(float, mine or nowhere)))
+    first = min(found)
+    ranks = [rank for rank, origin in enumerate(found) if origin == first]
+    if dist.get_rank() != ranks[0]:
+        dist.barrier(group=trainer.control)  # ends when that rank does: it has the word
+    known = first[0] < nowhere.stage
+    raise ParsimError(
+        "the loss is no longer finite",
+        where=f"step {step}"
+        + (f", rank {', '.join(map(str, ranks))}, {Origin(*map(int, first))}" if known else ""),
+        got=", ".join(f"{loss:g}" for loss in losses[:8]),
+        hint=None if known else "every layer's output was finite: it came up in the head or the loss",
+    )
 
 
 def _gathered(trainer: Trainer, mine: list[float]) -> list[list[float]]:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import loss_parallel
 
 from parsim.errors import ParsimError
+from parsim.execute.batches import Batch, replica_batch
 from parsim.execute.collective_spans import recorded_collectives
 from parsim.execute.parallelize import apply_fsdp, apply_tensor_parallel, master_dtype, token_loss
 from parsim.execute.pipeline_adapter import Pipeline
@@ -129,9 +130,10 @@ class Trainer:
         """A micro-batch's share of the mean over this replica's tokens."""
         return token_loss(logits, targets, self.tp_mesh) / self.num_micro_batches
 
-    def share(self, batch: torch.Tensor) -> torch.Tensor:
-        """This rank's sequences of the global batch."""
-        return batch.chunk(self.case.plan.dp)[self.mesh["dp"].get_local_rank()].to(self.device)
+    def batch(self, step: int) -> Batch:
+        """This rank's sequences of the global batch of a step, on its device."""
+        tokens, targets = replica_batch(self.case, step, self.mesh["dp"].get_local_rank())
+        return tokens.to(self.device), targets.to(self.device)
 
     def forward_backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
         """Gradients of the mean loss over the global batch; the replica's loss on the last stage."""

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -33,14 +34,25 @@ END_S = 10.0
 OnLine = Callable[[dict[str, Any]], None]
 
 
+class RankLost(ParsimError):  # noqa: N818 - as in "a rank was lost"
+    """A rank raised, died or hangs: it may go well when all are started again."""
+
+
 class Ranks:
-    """torchrun and its ranks, as a context: however it is left, none of them stays behind."""
+    """torchrun and this machine's ranks, as a context: however it is left, none of them stays behind."""
 
     def __init__(
-        self, command: list[str], environment: dict[str, str], folder: Path, world_size: int
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        folder: Path,
+        world_size: int,
+        ranks: range,
     ) -> None:
+        """`ranks` are those on this machine, of `world_size` on all."""
         self._folder = folder
-        self._world_size = world_size
+        self._ranks = ranks
+        self._elsewhere = world_size > len(ranks)
         self._heartbeats = Heartbeats(folder / "heartbeats", world_size)
         self._handles: dict[int, int] = {}
         """rank -> file descriptor of its process, readable once it has ended."""
@@ -87,11 +99,11 @@ class Ranks:
             elif time.monotonic() - last_change > (limit_s := _limit_s(beats, timeout_s)):
                 self._blame_hang(beats, limit_s)
         self._read_progress(on_line)
-        if not all(self._result(rank).exists() for rank in range(self._world_size)):
+        if not all(self._result(rank).exists() for rank in self._ranks):
             self._blame_failure()
 
-    def _beats(self) -> list[Beat]:
-        return [self._heartbeats.read(rank) for rank in range(self._world_size)]
+    def _beats(self) -> dict[int, Beat]:
+        return {rank: self._heartbeats.read(rank) for rank in self._ranks}
 
     def _result(self, rank: int) -> Path:
         return self._folder / f"rank-{rank}.json"
@@ -101,7 +113,7 @@ class Ranks:
 
     def _wait_a_moment(self) -> None:
         """Wait until a rank's process ends, or a little while; note which ended first."""
-        for rank, beat in enumerate(self._beats()):
+        for rank, beat in self._beats().items():
             if beat.pid and rank not in self._handles:
                 try:
                     self._handles[rank] = os.pidfd_open(beat.pid)
@@ -137,7 +149,7 @@ class Ranks:
         if died is not None and not self._error(died).exists():
             beat = self._heartbeats.read(died)
             raise self._with_log(
-                ParsimError(
+                RankLost(
                     f"rank {died} died without a word",
                     where=_place(beat),
                     got="its process was killed from outside, or crashed",
@@ -147,30 +159,38 @@ class Ranks:
         deadline = time.monotonic() + LAST_WORDS_S
         errors: dict[int, dict[str, Any]] = {}
         while not errors and time.monotonic() < deadline:
-            for rank in range(self._world_size):
+            for rank in self._ranks:
                 if self._error(rank).exists():
                     errors[rank] = json.loads(self._error(rank).read_text())
             time.sleep(0.01)
         if not errors:
-            raise self._with_log(
-                ParsimError("torchrun could not start the ranks", got=self._last_line())
-            )
+            raise self._with_log(RankLost("torchrun could not start the ranks", got=self._last_line()))
         rank = min(errors, key=lambda r: errors[r]["time_ns"])
-        raise self._with_log(_as_error(rank, errors[rank], self._heartbeats.read(rank)))
+        beat = self._heartbeats.read(rank)
+        if self._elsewhere and beat.waits and "parsim" not in errors[rank]:
+            raise self._with_log(
+                RankLost(
+                    f"rank {rank} lost the rank that it waited for",
+                    where=_place(beat),
+                    got=errors[rank]["message"].strip().split("\n")[0],
+                    hint="if it ran on another machine, parsim says there what happened to it",
+                )
+            )
+        raise self._with_log(_as_error(rank, errors[rank], beat))
 
-    def _blame_hang(self, beats: list[Beat], timeout_s: float) -> NoReturn:
+    def _blame_hang(self, beats: dict[int, Beat], timeout_s: float) -> NoReturn:
         """Raise for the ranks that are stopped, else those that do not wait for others, else all."""
-        unborn = [r for r, beat in enumerate(beats) if not beat.pid]
-        stopped = [r for r, beat in enumerate(beats) if beat.pid and _is_stopped(beat.pid)]
-        active = [r for r, b in enumerate(beats) if b.pid and not b.waits and b.doing != "done"]
-        blamed = stopped or unborn or active or list(range(self._world_size))
+        unborn = [r for r, beat in beats.items() if not beat.pid]
+        stopped = [r for r, beat in beats.items() if beat.pid and _is_stopped(beat.pid)]
+        active = [r for r, b in beats.items() if b.pid and not b.waits and b.doing != "done"]
+        blamed = stopped or unborn or active or list(self._ranks)
         names = ", ".join(map(str, blamed[:8]))
         doing = "; ".join(
             f"rank {r}: {_place(beat)}{' (stopped)' if r in stopped else ''}"
-            for r, beat in enumerate(beats[:16])
+            for r, beat in islice(beats.items(), 16)
         )
-        raise ParsimError(
-            f"rank {names} hangs" if blamed != list(range(self._world_size)) else "all ranks hang",
+        raise RankLost(
+            f"rank {names} hangs" if blamed != list(self._ranks) else "all ranks hang",
             where=doing,
             got=f"no sign of life for {timeout_s:g} s",
             hint="ranks that wait are victims; give a larger timeout if a single action takes that long",
@@ -192,7 +212,7 @@ class Ranks:
         self._torchrun.wait()
         # torchrun's end kills its ranks (die_with_parent); the rest is for ranks that came up just now.
         deadline = time.monotonic() + END_S
-        pids = [beat.pid for beat in self._beats() if beat.pid]
+        pids = [beat.pid for beat in self._beats().values() if beat.pid]
         while pids and time.monotonic() < deadline:
             pids = [pid for pid in pids if _is_our_rank(pid)]
             for pid in pids:
@@ -201,9 +221,9 @@ class Ranks:
             time.sleep(0.01)
 
 
-def _limit_s(beats: list[Beat], timeout_s: float) -> float:
+def _limit_s(beats: dict[int, Beat], timeout_s: float) -> float:
     """How long silence is no hang; before the first step, ranks import torch and join."""
-    begun = all(beat.step >= 0 for beat in beats)
+    begun = all(beat.step >= 0 for beat in beats.values())
     return timeout_s if begun else max(timeout_s, START_S)
 
 
@@ -213,7 +233,7 @@ def _as_error(rank: int, found: dict[str, Any], beat: Beat) -> ParsimError:
         error = ParsimError(**found["parsim"]).at(f"rank {rank}")
     else:
         message = found["message"].strip().split("\n")
-        error = ParsimError(
+        error = RankLost(
             f"rank {rank} failed: {found['type']}: {message[0]}",
             where=f"{_place(beat)}",
             got=None if len(message) == 1 else message[-1].strip(),

@@ -32,7 +32,8 @@ def main() -> None:
         _leave(folder / f"error-{rank}.json", _described(error, heartbeats.read(rank).doing))
         sys.stderr.flush()
         os._exit(1)  # without waiting for communication that will never end
-    _leave(folder / f"rank-{rank}.json", {"results": results})
+    for each, found in results.items():
+        _leave(folder / f"rank-{each}.json", {"results": found})
     heartbeats.write(rank, -1, "done")
 
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from parsim.execute.attempts import Launch
 from parsim.execute.launch import run_cases, verification_case
 from parsim.execute.measurement import Verification
 from parsim.execute.request import Case
@@ -120,7 +121,7 @@ EIGHT_RANKS = ("llama dp=2,tp=2,pp=2", "gpt dp=2,tp=2,pp=2,zero=3")
 
 def launched(texts: tuple[str, ...]) -> dict[str, Verification]:
     """All cases of equal world size, verified in one launch: ranks take seconds to import torch."""
-    results = run_cases([case(text) for text in texts], timeout_s=120)
+    results = run_cases([case(text) for text in texts], Launch(timeout_s=120))
     return {t: r for t, r in zip(texts, results, strict=True) if isinstance(r, Verification)}
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.launch import Progress, execute, run_cases
+from parsim.execute.attempts import Launch, Progress
+from parsim.execute.launch import execute, run_cases
 from parsim.execute.measurement import Measurement
 from parsim.execute.request import Case
 from parsim.model import ModelSpec
@@ -54,7 +55,7 @@ PLANS = (
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Measurement]:
-    results = run_cases([timed(text) for text in PLANS], timeout_s=120)
+    results = run_cases([timed(text) for text in PLANS], Launch(timeout_s=120))
     return {t: r for t, r in zip(PLANS, results, strict=True) if isinstance(r, Measurement)}
 
 
@@ -184,8 +185,8 @@ def run_until(after: int, act: Callable[[], None], timeout_s: float = 120.0) -> 
             act()
 
     execute(
-        JOB, parse_plan("pp=2"), schedule_of("pp=2"), steps=100_000, warmup=0, timeout_s=timeout_s,
-        on_step=on_step,
+        JOB, parse_plan("pp=2"), schedule_of("pp=2"), steps=100_000, warmup=0,
+        how=Launch(timeout_s=timeout_s, on_step=on_step),
     )  # fmt: skip
 
 

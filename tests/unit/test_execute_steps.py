@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parsim.execute.measurement import Verification
-from parsim.execute.steps import StepRecord, clean_steps, median_step
+from parsim.execute.steps import Speeds, StepRecord, clean_steps, median_step
 
 
 def steps(*times: float, foreign: tuple[float, ...] = ()) -> list[StepRecord]:
@@ -38,3 +38,36 @@ def test_equal_means_gradients_and_loss() -> None:
     assert Verification(max_gradient_error=1e-13, max_loss_error=1e-16, **found).equal  # type: ignore[arg-type]
     assert not Verification(max_gradient_error=1e-9, max_loss_error=0.0, **found).equal  # type: ignore[arg-type]
     assert not Verification(max_gradient_error=0.0, max_loss_error=1e-9, **found).equal  # type: ignore[arg-type]
+
+
+def test_the_first_steps_after_a_start_count_only_where_there_are_few_others() -> None:
+    timed = [StepRecord(t, 1.0, 0.0, settling=t > 5) for t in (9.0, 1.0, 1.2, 1.4, 8.0)]
+    assert clean_steps(timed) == [1, 2, 3]
+    assert clean_steps(timed[:2] + timed[4:]) == [0, 1, 2]
+
+
+def test_the_step_shown_is_one_of_those_that_are_still_there() -> None:
+    assert median_step(steps(3.0, 1.0, 2.0, 9.0), among=2) == 2
+    assert median_step(steps(3.0, 2.0, 1.0, 9.0), among=1) == 3
+    restarted = [*steps(1.0, 1.1, 1.2), StepRecord(9.0, 1.0, 0.0, settling=True)]
+    assert median_step(restarted, among=1) == 3
+
+
+def test_a_rank_is_slow_beside_those_with_the_same_work() -> None:
+    speeds = Speeds(4)
+    assert speeds.slow([1.0, 1.1, 0.9, 1.0, 4.0, 4.1, 4.2, 4.0]) == {}
+    assert speeds.slow([1.0, 1.0, 10.0, 1.0, 4.0, 4.0, 4.0, 4.0]) == {2: 10.0}
+
+
+def test_a_rank_alone_on_its_stage_is_slow_beside_what_it_was() -> None:
+    speeds = Speeds(1)
+    assert speeds.slow([1.0, 9.0]) == {}
+    assert speeds.slow([1.1, 9.0]) == {}
+    assert speeds.slow([1.05, 90.0]) == {1: 10.0}
+    for _ in range(40):
+        speeds.slow([1.05, 90.0])
+    assert speeds.slow([1.05, 90.0]) == {}  # it is its usual speed by now
+
+
+def test_milliseconds_are_nothing_to_speak_of() -> None:
+    assert Speeds(2).slow([0.001, 0.015]) == {}
