@@ -265,6 +265,46 @@ def dump_json(document: object) -> str:
     return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def to_toml(table: dict[str, Any], name: str = "") -> str:
+    """Nested tables as TOML: values first, then sub-tables; lists of points one point a line.
+
+    >>> print(to_toml({"a": 1.5, "b": {"c": "x"}, "d": ({"e": ((1, 2.0), (3, 4.0))},)}), end="")
+    a = 1.5
+    <BLANKLINE>
+    [b]
+    c = "x"
+    <BLANKLINE>
+    [[d]]
+    e = [
+      [1, 2.0],
+      [3, 4.0],
+    ]
+    """
+    lines: list[str] = []
+    below: list[str] = []
+    for key, value in table.items():
+        place = f"{name}.{key}" if name else key
+        if isinstance(value, dict):
+            below.append(f"\n[{place}]\n{to_toml(value, place)}")
+        elif isinstance(value, tuple | list) and value and isinstance(value[0], dict):
+            below += [f"\n[[{place}]]\n{to_toml(item, place)}" for item in value]
+        elif value is not None:
+            lines.append(f"{key} = {_toml_value(value)}\n")
+    return "".join(lines + below)
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, tuple | list):
+        if value and isinstance(value[0], tuple | list):
+            return "[\n" + "".join(f"  {_toml_value(item)},\n" for item in value) + "]"
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        assert math.isfinite(value)
+        return repr(value)
+    # JSON's strings, whole numbers and booleans are also TOML's.
+    return json.dumps(value, ensure_ascii=False)
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a temporary name beside it, then rename."""
     data = content.encode() if isinstance(content, str) else content

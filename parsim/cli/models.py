@@ -1,44 +1,117 @@
-"""`parsim models`: the models that parsim ships."""
+"""`parsim models`: the models that parsim ships, and smaller ones by structured pruning."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_table
+from parsim.cli.output import document, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from parsim.model import ModelSpec
 
 
 def models(
     name: Annotated[str | None, typer.Argument(help="Show one: a name or a file.")] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            "--prune",
+            help="Make it smaller: what to keep of layers, heads, ffn and experts, as shares with a "
+            "point or as numbers; tp=8: what is left must still split so.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the one model here, as TOML.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the shipped models, or show one.
+    """List the shipped models, show one, or prune it.
 
     \b
     Examples:
       parsim models
       parsim models llama-3.1-405b --json
+      parsim models llama-3.1-8b --prune layers=0.75,heads=0.75,ffn=9216 -o small.toml
     """
-    from parsim.config import load_model, shipped, to_data
-    from parsim.model import ModelSpec, num_parameters
+    from parsim.config import load_model, shipped, to_data, to_toml, write_file
+    from parsim.errors import ParsimError
+
+    if name is None and (prune is not None or output is not None):
+        raise ParsimError(
+            "this is done to one model",
+            where="--prune" if prune is not None else "--output",
+            hint="parsim models llama-3.1-8b …",
+        )
+    specs = [load_model(each) for each in ([name] if name else shipped("models"))]
+    whole = specs[0] if prune is not None else None
+    if prune is not None:
+        specs = [_pruned(specs[0], prune)]
+    if output is not None:
+        write_file(output, to_toml(to_data(specs[0])))
+        say(f"wrote {output}")
+    if as_json:
+        answer: dict[str, Any] = {"models": [_data(spec) for spec in specs]}
+        if whole is not None:
+            answer["pruned_from"] = _data(whole)
+        print_json(document("models", {"name": name, "prune": prune}, answer))
+    elif whole is not None:
+        _print_pruned(whole, specs[0])
+    elif name:
+        print_table(["field", "value"], [[key, str(value)] for key, value in _data(specs[0]).items()])
+    else:
+        _print_list(specs)
+
+
+def _pruned(spec: ModelSpec, text: str) -> ModelSpec:
+    from parsim.pruning import Keep, pruned
+    from parsim.settings_text import parse_settings
+
+    def amount(value: str) -> float | int:
+        return float(value) if "." in value else int(value)
+
+    readers = {"layers": amount, "heads": amount, "ffn": amount, "experts": amount, "tp": int}
+    return pruned(spec, Keep(**parse_settings(text, readers, where="--prune").values))
+
+
+def _data(spec: ModelSpec) -> dict[str, Any]:
+    from parsim.config import to_data
+    from parsim.cost.flops import model_flops_per_token
+    from parsim.model import num_parameters
+
+    return to_data(spec) | {
+        "parameters": num_parameters(spec),
+        "active_parameters": num_parameters(spec, active=True),
+        "flops_per_token": model_flops_per_token(spec, spec.max_seq_len),
+    }
+
+
+def _print_pruned(whole: ModelSpec, small: ModelSpec) -> None:
+    """Before and after, with what is left of each."""
     from parsim.units import format_count
 
-    def data(spec: ModelSpec) -> dict[str, Any]:
-        counts = {
-            "parameters": num_parameters(spec),
-            "active_parameters": num_parameters(spec, active=True),
-        }
-        return to_data(spec) | counts
+    before, after = _data(whole), _data(small)
+    sizes = ("layers", "heads", "kv_heads", "head_dim", "ffn_hidden")
+    rows = [["name", whole.name, small.name, ""]]
+    rows += [[k, str(before[k]), str(after[k]), f"{after[k] / before[k]:.1%}"] for k in sizes]
+    if whole.moe is not None and small.moe is not None:
+        for key in ("experts", "ffn_hidden", "shared_ffn_hidden"):
+            old, new = getattr(whole.moe, key), getattr(small.moe, key)
+            if old:
+                rows.append([f"moe.{key}", str(old), str(new), f"{new / old:.1%}"])
+    for key in ("parameters", "active_parameters", "flops_per_token"):
+        share = after[key] / before[key]
+        rows.append([key, format_count(before[key]), format_count(after[key]), f"{share:.1%}"])
+    print_table(["", "before", "after", "kept"], rows)
 
-    specs = [load_model(each) for each in ([name] if name else shipped("models"))]
-    if as_json:
-        print_json(document("models", {"name": name}, {"models": [data(spec) for spec in specs]}))
-        return
-    if name:
-        print_table(["field", "value"], [[key, str(value)] for key, value in data(specs[0]).items()])
-        return
+
+def _print_list(specs: list[ModelSpec]) -> None:
+    from parsim.model import num_parameters
+    from parsim.units import format_count
+
     rows = [
         [
             spec.name,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 import platform
 import re
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parsim.config import to_data, write_file
+from parsim.config import to_data, to_toml, write_file
 from parsim.execute.calibrate_points import DTYPES, Point
 from parsim.hardware import Cluster, Device, Link
 from parsim.kernels import (
@@ -259,43 +257,3 @@ def _l2_bytes() -> float:
 def write_profile(cluster: Cluster, path: Path) -> None:
     """Write a profile as TOML that parsim.config.load_cluster reads back to an equal Cluster."""
     write_file(path, to_toml(to_data(cluster)))
-
-
-def to_toml(table: dict[str, Any], name: str = "") -> str:
-    """Nested tables as TOML: values first, then sub-tables; lists of points one point a line.
-
-    >>> print(to_toml({"a": 1.5, "b": {"c": "x"}, "d": ({"e": ((1, 2.0), (3, 4.0))},)}), end="")
-    a = 1.5
-    <BLANKLINE>
-    [b]
-    c = "x"
-    <BLANKLINE>
-    [[d]]
-    e = [
-      [1, 2.0],
-      [3, 4.0],
-    ]
-    """
-    lines: list[str] = []
-    below: list[str] = []
-    for key, value in table.items():
-        place = f"{name}.{key}" if name else key
-        if isinstance(value, dict):
-            below.append(f"\n[{place}]\n{to_toml(value, place)}")
-        elif isinstance(value, tuple | list) and value and isinstance(value[0], dict):
-            below += [f"\n[[{place}]]\n{to_toml(item, place)}" for item in value]
-        elif value is not None:
-            lines.append(f"{key} = {_value(value)}\n")
-    return "".join(lines + below)
-
-
-def _value(value: object) -> str:
-    if isinstance(value, tuple | list):
-        if value and isinstance(value[0], tuple | list):
-            return "[\n" + "".join(f"  {_value(item)},\n" for item in value) + "]"
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, float):
-        assert math.isfinite(value)
-        return repr(value)
-    # JSON's strings, whole numbers and booleans are also TOML's.
-    return json.dumps(value, ensure_ascii=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parsim.config import load_cluster
+from parsim.config import load_cluster, to_toml
 from parsim.cost.collective import Group, collective_s
 from parsim.cost.gemm import gemm_s
 from parsim.errors import ParsimError
@@ -22,7 +22,6 @@ from parsim.execute.calibrate_profile import (
     TimedPoint,
     cluster_of,
     cpu_facts,
-    to_toml,
     write_profile,
 )
 from parsim.execute.calibrate_ranks import usable_cores
