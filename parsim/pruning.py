@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec, MoeSpec
@@ -61,7 +62,7 @@ def pruned(model: ModelSpec, keep: Keep) -> ModelSpec:
     moe = _experts(model, keep)
     if moe != model.moe:
         changes["moe"] = moe
-    small = dataclasses.replace(model, **changes)  # type: ignore[arg-type]
+    small = dataclasses.replace(model, **changes)
     if small == model:
         raise ParsimError(
             "nothing is pruned", where="--prune", hint="such as layers=0.75,heads=0.75,ffn=0.5"
@@ -71,7 +72,7 @@ def pruned(model: ModelSpec, keep: Keep) -> ModelSpec:
     return dataclasses.replace(small, name=_name(model, small), source=source)
 
 
-def _attention(model: ModelSpec, keep: Keep) -> dict[str, object]:
+def _attention(model: ModelSpec, keep: Keep) -> dict[str, Any]:
     """Heads go by groups: with fewer query heads a group would share its key and value less."""
     if keep.heads is None:
         return {}
@@ -81,7 +82,7 @@ def _attention(model: ModelSpec, keep: Keep) -> dict[str, object]:
     return {"heads": heads, "kv_heads": heads // group}
 
 
-def _feed_forward(model: ModelSpec, keep: Keep) -> dict[str, object]:
+def _feed_forward(model: ModelSpec, keep: Keep) -> dict[str, Any]:
     if keep.ffn is None:
         return {}
     return {"ffn_hidden": _width("ffn", model.ffn_hidden, keep)}
@@ -93,7 +94,7 @@ def _experts(model: ModelSpec, keep: Keep) -> MoeSpec | None:
         if keep.experts is not None:
             raise ParsimError("this model has no experts", where="experts", got=model.name)
         return None
-    changes: dict[str, int] = {}
+    changes: dict[str, Any] = {}
     if keep.experts is not None:
         changes["experts"] = _kept("experts", moe.experts, keep.experts, 1)
         if changes["experts"] < moe.top_k:

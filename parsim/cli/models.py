@@ -11,6 +11,8 @@ from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from parsim.model import ModelSpec
 
 
@@ -73,8 +75,11 @@ def _pruned(spec: ModelSpec, text: str) -> ModelSpec:
     def amount(value: str) -> float | int:
         return float(value) if "." in value else int(value)
 
-    readers = {"layers": amount, "heads": amount, "ffn": amount, "experts": amount, "tp": int}
-    return pruned(spec, Keep(**parse_settings(text, readers, where="--prune").values))
+    readers: dict[str, Callable[[str], Any]] = dict.fromkeys(
+        ("layers", "heads", "ffn", "experts"), amount
+    )
+    given = parse_settings(text, readers | {"tp": int}, where="--prune").values
+    return pruned(spec, Keep(**given))
 
 
 def _data(spec: ModelSpec) -> dict[str, Any]:

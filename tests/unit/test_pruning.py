@@ -124,7 +124,7 @@ def test_the_command_writes_a_model_that_loads_and_simulates(
     assert loaded == replace(
         pruned(load_model("llama-3.1-8b"), Keep(layers=24, heads=24, ffn=7168)), name=loaded.name
     )
-    plan = ["simulate", "--hardware", "h100-sxm-80gb", "--plan", "tp=2", "--json"]
+    plan = ["simulate", "--hardware", "h100-sxm-80gb", "--plan", "tp=2,pp=4", "--json"]
     times = []
     for model in (str(file), "llama-3.1-8b"):
         assert run_command([*plan, "--model", model]) == 0
