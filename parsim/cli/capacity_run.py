@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from parsim.cli.output import progress, say
+from parsim.cli.output import noticing_interrupts, progress, say
 
 if TYPE_CHECKING:
     from parsim.search.capacity import Case, Limits, LongRunOf, NoOption, Option
@@ -49,7 +47,7 @@ class Found:
 def find(cases: Sequence[Case], wanted: Wanted) -> Found:
     """Every case in turn, then what else was asked; Ctrl-C keeps what is done."""
     found = Found()
-    with _noticing_interrupts() as interrupted, progress() as report:
+    with noticing_interrupts() as interrupted, progress() as report:
         try:
             for step in _steps(cases, wanted, _stopping(report, interrupted)):
                 found = step(found)
@@ -60,22 +58,6 @@ def find(cases: Sequence[Case], wanted: Wanted) -> Found:
                 raise
             found = replace(found, partial=True)
     return found
-
-
-@contextmanager
-def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C raises KeyboardInterrupt as ever, and is remembered where a search takes it as its end."""
-    hits: list[int] = []
-
-    def handler(number: int, frame: Any) -> None:
-        hits.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _steps(

@@ -28,6 +28,7 @@ from parsim.cli import (
     quickstart,
     run,
     simulate,
+    sweep,
     validate,
 )
 from parsim.errors import ParsimError
@@ -51,6 +52,7 @@ app = typer.Typer(
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.command("capacity")(capacity.capacity)
+app.command("sweep")(sweep.sweep)
 app.command("collective")(collective.collective)
 app.command("compare-schedules")(compare_schedules.compare_schedules)
 app.command("calibrate")(calibrate.calibrate)

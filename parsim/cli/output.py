@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -100,6 +101,22 @@ def _quiet_progress(every_s: float = 5.0) -> Callable[[str, int, int], None]:
             say(_progress_text(what, done, total))
 
     return show
+
+
+@contextmanager
+def noticing_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C raises KeyboardInterrupt as ever, and is remembered where a search takes it as its end."""
+    hits: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        hits.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def print_prediction(prediction: Prediction, more: Sequence[str] = ()) -> None:
