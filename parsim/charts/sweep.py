@@ -31,6 +31,8 @@ _PANELS = 12
 """Models of a chart; more would be a poster."""
 _LINES = ("-", "--", ":")
 """For series beyond the colours."""
+_LABEL = 0.065
+"""Least distance of two labels, as a share of a panel's height."""
 
 Curves = dict[str, list[Point]]
 """By series, fewest GPUs first."""
@@ -115,7 +117,7 @@ def _gap(curves: Curves) -> float:
 def _draw_panel(axes: Axes, curves: Curves, looks: Mapping[str, tuple[str, str]]) -> None:
     counts = sorted({point.gpus for curve in curves.values() for point in curve})
     axes.set_xscale("log", base=2)
-    for name, curve in curves.items():
+    for place, (name, curve) in enumerate(curves.items()):
         color, line = looks[name]
         axes.plot(
             [point.gpus for point in curve],
@@ -123,22 +125,16 @@ def _draw_panel(axes: Axes, curves: Curves, looks: Mapping[str, tuple[str, str]]
             color=color,
             linestyle=line,
             marker="o",
-            markersize=5,
-            linewidth=1.6,
+            # Later curves are narrower: of two that coincide both are seen.
+            markersize=max(3.0, 7.0 - 1.5 * place),
+            linewidth=max(0.8, 2.4 - 0.6 * place),
         )
-        ends = ((curve[0], -7, "right"), (curve[-1], 7, "left"))
-        for point, offset, side in ends if len(curve) > 1 else ends[1:]:
-            axes.annotate(
-                percent(point.mfu),
-                (point.gpus, point.tokens_per_s_per_gpu),
-                xytext=(offset, 0),
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                size=SMALL_PT - 1,
-                color=color,
-            )
-    axes.set_ylim(bottom=0, top=1.12 * max(axes.dataLim.y1, 1e-9))
+    # With room above for the labels of curves that all end in one place.
+    room = 1.05 / max(0.4, 1 - _LABEL * len(curves))
+    axes.set_ylim(bottom=0, top=room * max(axes.dataLim.y1, 1e-9))
+    longer = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    _label(axes, {name: curve[0] for name, curve in longer.items()}, looks, left=True)
+    _label(axes, {name: curve[-1] for name, curve in curves.items()}, looks, left=False)
     axes.set_xlim(counts[0] / 1.35, counts[-1] * 1.35)
     axes.grid(color="#EDEDED", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -148,3 +144,24 @@ def _draw_panel(axes: Axes, curves: Curves, looks: Mapping[str, tuple[str, str]]
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _label(
+    axes: Axes, ends: Mapping[str, Point], looks: Mapping[str, tuple[str, str]], *, left: bool
+) -> None:
+    """MFU beside the ends of curves; where those are close, one label above the other."""
+    gap = _LABEL * axes.get_ylim()[1]
+    lowest: dict[int, float] = {}
+    for name, point in sorted(ends.items(), key=lambda end: end[1].tokens_per_s_per_gpu):
+        y = max(point.tokens_per_s_per_gpu, lowest.get(point.gpus, 0.0))
+        lowest[point.gpus] = y + gap
+        axes.annotate(
+            percent(point.mfu),
+            (point.gpus, y),
+            xytext=(-7 if left else 7, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            size=SMALL_PT - 1,
+            color=looks[name][0],
+        )

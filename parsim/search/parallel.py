@@ -1,7 +1,7 @@
 """Many independent calls on the cores of this machine, or on a cluster of machines.
 
-joblib hands them out: to processes of its own (loky), or to a Dask or Ray cluster. (The work inside one
-search is spread by `workers`, which keeps what each process has priced.)
+joblib hands them out to processes of its own (loky) or to a Dask cluster, Ray to its own. What one
+search does on several cores is in `workers`, whose processes keep what they have priced.
 """
 
 from __future__ import annotations
@@ -65,10 +65,15 @@ def as_done(call: Callable[[T], R], tasks: Iterable[T], pool: Pool) -> Generator
 
     Raises ParsimError where a worker was killed, or a cluster does not answer.
     """
+    with _cluster(pool):
+        yield from _on_ray(call, tasks) if pool.backend == "ray" else _by_joblib(call, tasks, pool)
+
+
+def _by_joblib(call: Callable[[T], R], tasks: Iterable[T], pool: Pool) -> Generator[R, None, None]:
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    with _cluster(pool), parallel_config(**_backend(pool)):
+    with parallel_config(**_backend(pool)):
         done = Parallel(return_as="generator_unordered")(delayed(_apart)(call, task) for task in tasks)
         try:
             yield from done
@@ -84,6 +89,23 @@ def as_done(call: Callable[[T], R], tasks: Iterable[T], pool: Pool) -> Generator
                 done.close()
 
 
+def _on_ray(call: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+    """The same on Ray, whose backend for joblib returns results all at once (ray 2.60)."""
+    import ray
+
+    remote = ray.remote(_apart)
+    room = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    pending: list[object] = []
+    for task in tasks:
+        pending.append(remote.remote(call, task))
+        if len(pending) == room:
+            (done,), pending = ray.wait(pending)
+            yield ray.get(done)
+    while pending:
+        (done,), pending = ray.wait(pending)
+        yield ray.get(done)
+
+
 def _apart(call: Callable[[T], R], task: T) -> R:
     """The call; in a process of its own, Ctrl-C is left to the process that started it."""
     if parent_process() is not None:
@@ -93,13 +115,13 @@ def _apart(call: Callable[[T], R], task: T) -> R:
 
 
 def _backend(pool: Pool) -> dict[str, object]:
-    """The settings of joblib."""
+    """The settings of joblib's own."""
     if pool.backend == "processes":
         if pool.jobs == 1:
             return {"backend": "sequential"}
         # One thread of numpy's a process: a search has one core.
         return {"backend": "loky", "n_jobs": pool.jobs, "inner_max_num_threads": 1}
-    return {"backend": pool.backend, "n_jobs": -1}
+    return {"backend": "dask", "n_jobs": -1}
 
 
 @contextmanager
@@ -137,7 +159,6 @@ def _dask(pool: Pool) -> Iterator[None]:
 @contextmanager
 def _ray(pool: Pool) -> Iterator[None]:
     import ray
-    from ray.util.joblib import register_ray
 
     try:
         if pool.address is None:
@@ -146,7 +167,6 @@ def _ray(pool: Pool) -> Iterator[None]:
             ray.init(address=pool.address, log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         raise _no_answer(pool, error) from None
-    register_ray()
     try:
         yield
     finally:

@@ -279,6 +279,15 @@ def test_the_chart_draws_the_best_of_each_size_and_names_the_worst_curve(tmp_pat
     assert (tmp_path / "sweep.svg").stat().st_size > 1000
 
 
+def test_labels_of_curves_that_coincide_stand_one_above_the_other() -> None:
+    found = points(*(("a", name, gpus, 100.0) for name in "xyz" for gpus in (8, 16)))
+    figure = sweep_figure(found)
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 6
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_the_title_of_one_size_compares_hardware() -> None:
     found = points(("a", "x", 8, 500.0), ("a", "y", 8, 200.0), ("b", "x", 8, 10.0), ("b", "y", 8, 9.0))
     assert "a: a GPU of x trains 2.5 × what one of y does" in title(found)
