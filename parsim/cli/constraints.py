@@ -23,7 +23,8 @@ CHOICES = {
     "vpp": "Allow only these numbers of chunks a rank, separated by commas.",
     "micro_batch": "Allow only these micro-batch sizes, separated by commas.",
     "zero": "Allow only these ZeRO stages (0 to 3), separated by commas.",
-    "recompute": "Allow only these recompute modes, separated by commas.",
+    "recompute": "Allow only these: none, selective, full, partial (as few layers in full as fit).",
+    "stage_split": "auto: stages that suit the plan; even: as even as can be [default: auto].",
     "schedule": "Allow only these schedules [default: all that end a step with a flush].",
     "sequence_parallel": "true, false, or both as true,false [default: true,false].",
     "tp_overlap": "true, false, or both as true,false [default: as the stack does].",
@@ -118,11 +119,12 @@ def flag_of(key: str) -> str:
 def _values(key: str, text: str) -> tuple[Any, ...]:
     """The values of one dimension; raises ParsimError for one that it has not."""
     from parsim.errors import ParsimError, did_you_mean
-    from parsim.plan import RECOMPUTE_MODES
     from parsim.schedule import SCHEDULES
+    from parsim.search.space import RECOMPUTE_CHOICES, SPLIT_CHOICES
 
     words: dict[str, Collection[str]] = {
-        "recompute": RECOMPUTE_MODES,
+        "recompute": RECOMPUTE_CHOICES,
+        "stage_split": SPLIT_CHOICES,
         "schedule": SCHEDULES,
         "sequence_parallel": SWITCH,
         "tp_overlap": SWITCH,

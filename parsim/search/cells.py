@@ -10,7 +10,7 @@ import numpy as np
 from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import boundary_bytes, working_bytes
 from parsim.cost.price import PassTime
-from parsim.cost.stage import CostModel, PartCost
+from parsim.cost.stage import CostModel, PartCost, StageCost
 from parsim.cost.step import send_between
 from parsim.mesh import mesh_axes
 from parsim.plan import Job
@@ -31,6 +31,11 @@ class PartFigures(NamedTuple):
     weight_grad_exchange_s: Floats
     saved_bytes: Floats
     recomputed_bytes: Floats
+    kept_bytes: Floats
+    """Saved more where it is not recomputed after all; as are the seconds below, 0 unless that is left
+    to be chosen. Passes are without them then, and bytes those of a part that is recomputed."""
+    recompute_s: Floats
+    recompute_exchange_s: Floats
 
 
 class CellFigures(NamedTuple):
@@ -103,10 +108,13 @@ class CellTable:
                     micro_batch=size,
                     sequence_parallel=parallel,
                     tp_overlap=overlap,
-                    recompute=recompute,
+                    recompute="full" if recompute == "partial" else recompute,
                 )
                 model = self.job.model
-                part_rows.append([_figures(self.costs.part(cell, part)) for part in parts])
+                kept = cell._replace(recompute="none") if recompute == "partial" else cell
+                part_rows.append(
+                    [figures_of(self.costs.part(cell, p), self.costs.part(kept, p)) for p in parts]
+                )
                 cell_rows.append(
                     (
                         working_bytes(model, cell),
@@ -125,16 +133,23 @@ def _nothing(parts: int, choices: int) -> tuple[Floats, Floats]:
     )
 
 
-def _figures(part: PartCost) -> tuple[float, ...]:
-    time = part.time
-    hand_back = time.recompute.plus(time.input_grad)
-    passes = time.forward, hand_back, time.weight_grad
+def figures_of(part: PartCost | StageCost, kept: PartCost | StageCost) -> tuple[float, ...]:
+    """Passes of a part that is kept, bytes of one that is recomputed, and what is between them."""
+    hand_back = _hand_back(kept)
+    passes = kept.time.forward, hand_back, kept.time.weight_grad
     return (
         *(p.total_s for p in passes),
         *(_exchange_s(p) for p in passes),
         part.saved_bytes,
         part.recomputed_bytes,
+        kept.saved_bytes - part.saved_bytes,
+        _hand_back(part).total_s - hand_back.total_s,
+        _exchange_s(_hand_back(part)) - _exchange_s(hand_back),
     )
+
+
+def _hand_back(part: PartCost | StageCost) -> PassTime:
+    return part.time.recompute.plus(part.time.input_grad)
 
 
 def _exchange_s(time: PassTime) -> float:

@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 
 from parsim.cost.cell import cell_of
-from parsim.cost.memory import model_states, receive_buffers
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import is_local
 from parsim.cost.sync import StageSync, stage_sync
 from parsim.errors import ParsimError
 from parsim.hardware import peak_flops_per_s
-from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
 from parsim.schedule.check import (
     batch_problems,
     group_problems,
@@ -28,11 +27,13 @@ from parsim.schedule.check import (
     placement_problems,
     tensor_problems,
 )
-from parsim.schedule.pipedream import weight_versions
-from parsim.search.bound_arrays import lower_bounds_s
+from parsim.search.bound_arrays import free_bounds_s, lower_bounds_s
 from parsim.search.cells import CellTable, PartFigures, Priced
 from parsim.search.fullest import fullest_rank
 from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of, stage_sums
+from parsim.search.least_recompute import least_recompute_s
+from parsim.search.memory_arrays import fixed_bytes, needed_bytes, room_bytes
+from parsim.search.partition_plan import Partitioner
 from parsim.search.passes import Passes, joined, passes_of
 from parsim.search.replicas import ReplicaTime, replica_time
 from parsim.search.space import Family
@@ -52,10 +53,12 @@ class Examined:
     rejected: dict[str, int]
     """Illegal ones, by reason."""
     legal: int
+    same: int
+    """Plans that are the same as others: where everything is kept that need not be recomputed."""
     index: Ints
     """Those that fit."""
     bound_s: Floats
-    """A lower bound of the step time of each of these."""
+    """A lower bound of the step time of each of these, whatever is left to be chosen for it."""
     least_bytes: float
     """The least that a legal plan needs."""
     least: int
@@ -69,6 +72,7 @@ class Examiner:
     job: Job
     costs: CostModel
     _cells: CellTable = field(init=False)
+    _partitioner: Partitioner = field(init=False)
     _layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
     _reasons: dict[tuple[object, ...], str] = field(default_factory=dict)
     _syncs: dict[tuple[object, ...], StageSync] = field(default_factory=dict)
@@ -76,6 +80,7 @@ class Examiner:
     def __post_init__(self) -> None:
         peak_flops_per_s(self.costs.cluster.device, self.job.precision)  # refuses a dtype it has not
         self._cells = CellTable(self.job, self.costs)
+        self._partitioner = Partitioner(self.job)
 
     def examine(self, family: Family) -> Examined:
         """Legality, memory and lower bounds of all its plans."""
@@ -84,17 +89,20 @@ class Examiner:
             return Examined(
                 rejected=rejected,
                 legal=0,
+                same=0,
                 index=np.empty(0, int),
                 bound_s=np.empty(0),
                 least_bytes=np.inf,
                 least=0,
             )
         needed, bounds_s = self.figures(family, legal)
-        fits = np.isfinite(bounds_s)
+        same = _same(family, bounds_s)
+        legal, fits = legal & ~same, np.isfinite(bounds_s) & ~same
         least = int(needed.argmin())
         return Examined(
             rejected=rejected,
             legal=int(legal.sum()),
+            same=int(same.sum()),
             index=np.flatnonzero(fits),
             bound_s=bounds_s[fits],
             least_bytes=float(needed.flat[least]),
@@ -162,25 +170,68 @@ class Examiner:
         """Bytes that each plan needs on its fullest device, and a lower bound of its step time in
         seconds; infinite for illegal plans, the bound for those that do not fit too.
         """
-        base, layout = family.base, self._layout(family.base)
+        layout = self._layout(family.base)
         priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
         stages = self._stages(family, layout, legal)
-        needed = np.full(family.shape, np.inf)
-        needed[legal] = self._needed_bytes(family, layout, priced, stages)[legal]
+        stack, needed = self.costs.stack, np.full(family.shape, np.inf)
+        fixed = fixed_bytes(self.job, family, layout, priced, stages, stack)
+        needed[legal] = needed_bytes(self.job, family, layout, priced, fixed, stack)[legal]
         bounds_s = np.full(family.shape, np.inf)
         fits = self._fits(family, needed)
         if fits.any():
             index = np.flatnonzero(fits)
-            passes = self._passes(family, layout, priced, stages, index)
-            bounds_s.flat[index] = (
-                lower_bounds_s(base, layout, passes) + self.costs.stack.step_overhead_s
-            )
+            bounds_s.flat[index] = self._bounds_s(family, layout, priced, stages, fixed, index)
         return needed, bounds_s
+
+    def _bounds_s(
+        self,
+        family: Family,
+        layout: Layout,
+        priced: Priced,
+        stages: list[StageCost],
+        fixed: Floats,
+        index: Ints,
+    ) -> Floats:
+        """(P,): lower bounds of the plans of a family at `index`, all legal."""
+        passes = self._passes(family, layout, priced, stages, index)
+        cell = index % (family.shape[1] * family.shape[2])
+        parts = PartFigures(*(p.reshape(len(p), -1)[:, cell] for p in priced.parts))
+        if family.free_split:
+            bounds_s = free_bounds_s(family.base, layout, passes, parts)
+        else:
+            again_s = self._least_recompute_s(family, layout, priced, fixed, index)
+            bounds_s = lower_bounds_s(family.base, layout, passes, again_s)
+        return bounds_s + self.costs.stack.step_overhead_s
+
+    def _least_recompute_s(
+        self, family: Family, layout: Layout, priced: Priced, fixed: Floats, index: Ints
+    ) -> Floats:
+        """(pp, P): what each rank recomputes of a micro-batch at least, where that is chosen for it."""
+        base, (_, sizes, others) = family.base, family.shape
+        found = np.zeros((base.pp, len(index)))
+        zero, cell = np.divmod(index, sizes * others)
+        partial = np.array(family.recompute)[index % len(family.recompute)] == "partial"
+        if not partial.any():
+            return found
+        room = room_bytes(fixed, self.costs.cluster.device.memory_bytes, self.costs.stack)
+        for i, size in enumerate(family.micro_batch):
+            which = np.flatnonzero(partial & (cell // others == i))
+            if not which.size:
+                continue
+            parts = PartFigures(*(p[:, i, cell[which] % others] for p in priced.parts))
+            of_stages = PartFigures(*(stage_sums(layout, p) for p in parts))
+            moments = layout.fullest_moments(self.job.global_batch // (base.dp * size))
+            for h, (holding, moment) in enumerate(zip(layout.holdings, moments, strict=True)):
+                free = room[zero[which], h, i, cell[which] % others]
+                found[holding.rank, which] = least_recompute_s(layout, moment, parts, of_stages, free)
+        return found
 
     def tighter_bounds_s(self, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
         """Tighter lower bounds of the step times of some legal plans of each of these families, by a
         walk through the schedule: all have the same, with as many micro-batches.
         """
+        if not chosen:
+            return []
         layout = self._layout(chosen[0][0].base)
         if layout.plan.schedule in ASYNCHRONOUS_SCHEDULES:
             return [np.zeros(len(index)) for _, index in chosen]
@@ -194,6 +245,26 @@ class Examiner:
         walked = walked_bounds_s(layout.plan, layout, joined(found), self.costs.stack)
         ends = np.cumsum([len(index) for _, index in chosen])[:-1]
         return np.split(walked + self.costs.stack.step_overhead_s, ends)
+
+    def choices(self, family: Family, index: int) -> list[ParallelPlan]:
+        """What a plan of a family may become: with even stages, and with those that suit it best; with
+        everything recomputed that must be, where that is chosen for it.
+        """
+        plan, partial = family.plan(index), family.is_partial(index)
+        on = [self.costs] * plan.pp
+        splits = (False, True) if family.free_split else (False,)
+        made = [
+            self._partitioner.partition(plan, on, split=split, counts=partial)
+            if split or partial
+            else plan
+            for split in splits
+        ]
+        return list(dict.fromkeys(map(self._plainly, made)))
+
+    def _plainly(self, plan: ParallelPlan) -> ParallelPlan:
+        """Without a split that is the usual one."""
+        plain = replace(plan, stage_split=())
+        return plain if stage_layers(self.job.model, plain) == plan.stage_split else plan
 
     def _layout(self, plan: ParallelPlan) -> Layout:
         key = plan.schedule, plan.pp, plan.vpp, plan.stage_split, plan.recompute_layers
@@ -224,33 +295,6 @@ class Examiner:
                 row.append(self._syncs[key])
             found.append(row)
         return found
-
-    def _needed_bytes(
-        self, family: Family, layout: Layout, priced: Priced, stages: list[StageCost]
-    ) -> Floats:
-        """(Z, M, C): memory of the fullest rank, with what lies outside the allocator."""
-        job, stack, base = self.job, self.costs.stack, family.base
-        holders = [(h.stages, weight_versions(base, h.rank)) for h in layout.holdings]
-        distinct = list(dict.fromkeys(holders))
-        states = np.array([
-            [
-                model_states([stages[d] for d in of], job, plan, stack, weight_versions=versions).peak
-                for of, versions in distinct
-            ]
-            for plan in (replace(base, zero=zero) for zero in family.zero)
-        ])[:, [distinct.index(holder) for holder in holders]]  # fmt: skip
-        saved = stage_sums(layout, priced.parts.saved_bytes)
-        recomputed = np.array([priced.parts.recomputed_bytes[has].max(axis=0) for has in layout.has])
-        moving = np.array([recomputed[list(h.stages)].max(axis=0) for h in layout.holdings])
-        for i, size in enumerate(family.micro_batch):
-            if not np.isnan(saved[0, i]).all():
-                moments = layout.moments(job.global_batch // (base.dp * size))
-                moving[:, i] += (moments @ saved[:, i]).max(axis=1)
-        fullest = (states[:, :, None, None] + moving).max(axis=1)
-        cells = priced.cells
-        passing = cells.working_bytes + receive_buffers(base) * cells.boundary_bytes
-        needed: Floats = (1 + stack.allocator_slack) * (fullest + passing) + stack.context_bytes
-        return needed
 
     def _fits(self, family: Family, needed: Floats) -> Bools:
         limit, context = self.costs.cluster.device.memory_bytes, self.costs.stack.context_bytes
@@ -288,6 +332,16 @@ class Examiner:
         local, far = priced.cells.send_local_s.flat[cell], priced.cells.send_far_s.flat[cell]
         seconds = np.array([np.zeros_like(far), local, far])
         return np.asarray(seconds[np.array([ways[pair] for pair in pairs], int)])
+
+
+def _same(family: Family, bounds_s: Floats) -> Bools:
+    """(Z, M, C): plans that may recompute some layers, where all of them can be kept."""
+    same = np.zeros((*family.shape[:2], family.shape[2] // len(family.recompute), len(family.recompute)))
+    if {"none", "partial"} <= set(family.recompute):
+        fits = np.isfinite(bounds_s).reshape(same.shape)
+        none, partial = family.recompute.index("none"), family.recompute.index("partial")
+        same[..., partial] = fits[..., none]
+    return np.asarray(same.reshape(family.shape) > 0)
 
 
 def _way(pair: tuple[int, int], plan: ParallelPlan, costs: CostModel) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from parsim.cost.stage import CostModel
+from parsim.cost.stage import EMBEDDING, HEAD, CostModel
 from parsim.plan import ParallelPlan, stage_layers
 from parsim.schedule.in_flight import full_moments
 from parsim.search.fullest import FULLER_LATER
@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
+ENDS = EMBEDDING, HEAD
+
 
 class Holding(NamedTuple):
     """What the fullest of some pipeline ranks with the same stages holds."""
@@ -30,6 +32,18 @@ class Holding(NamedTuple):
     rank: int
     stages: tuple[int, ...]
     """Kinds of its chunks' stages, first chunk first."""
+
+
+class FullestMoment(NamedTuple):
+    """What a rank keeps at once, and what recomputing layers frees then."""
+
+    kept: Floats
+    """(D,): micro-batches kept of each kind of stage, by all its chunks together."""
+    freed: Floats
+    """(C + 1,): layers times micro-batches that are freed where the layers of no chunk are recomputed,
+    of the chunk with most micro-batches, of two …"""
+    layers: Floats
+    """(C + 1,): how many layers that are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,11 +65,22 @@ class Layout:
     holdings: tuple[Holding, ...]
     """One for each way to hold stages; where later ranks may be fuller, one a rank."""
     _moments: dict[int, Floats] = field(default_factory=dict)
+    _fullest: dict[int, tuple[FullestMoment, ...]] = field(default_factory=dict)
 
     @cached_property
     def has(self) -> Bools:
         """(D, K): whether a kind of stage has parts of a kind."""
         return self.counts > 0
+
+    @cached_property
+    def layer_parts(self) -> tuple[int, ...]:
+        """The kinds of parts that are layers."""
+        return tuple(k for k, part in enumerate(self.parts) if part not in ENDS)
+
+    @cached_property
+    def layers(self) -> Floats:
+        """(D,): layers in a kind of stage."""
+        return np.asarray(self.counts[:, list(self.layer_parts)].sum(axis=1))
 
     def moments(self, num_micro_batches: int) -> Floats:
         """(H, T, D): micro-batches that each holding keeps of each kind of stage, at each of the T
@@ -64,6 +89,25 @@ class Layout:
         if num_micro_batches not in self._moments:
             self._moments[num_micro_batches] = self._full_moments(num_micro_batches)
         return self._moments[num_micro_batches]
+
+    def fullest_moments(self, num_micro_batches: int) -> tuple[FullestMoment, ...]:
+        """Of each holding the moment at which it keeps most layers."""
+        if num_micro_batches not in self._fullest:
+            self._fullest[num_micro_batches] = tuple(
+                self._fullest_moment(holding, num_micro_batches) for holding in self.holdings
+            )
+        return self._fullest[num_micro_batches]
+
+    def _fullest_moment(self, holding: Holding, m: int) -> FullestMoment:
+        plan, of = self.plan, list(holding.stages)
+        moments = np.array(full_moments(plan.schedule, plan.pp, plan.vpp, holding.rank, m), float)
+        layers = self.layers[of]
+        moment = moments[(moments @ layers).argmax()]
+        kept = np.zeros(len(self.stages))
+        np.add.at(kept, of, moment)
+        order = np.argsort(-moment, kind="stable")
+        freed = np.cumsum([0.0, *(moment * layers)[order]])
+        return FullestMoment(kept, freed, np.cumsum([0.0, *layers[order]]))
 
     def _full_moments(self, m: int) -> Floats:
         plan, rows = self.plan, []
@@ -87,6 +131,27 @@ def _undominated(rows: Floats) -> Floats:
     return found
 
 
+def separate_layout(plan: ParallelPlan) -> Layout:
+    """Every stage of a kind of its own, for plans that differ in what lies on each."""
+    return Layout(
+        plan=plan,
+        parts=(),
+        stages=((),) * plan.num_stages,
+        kind=np.arange(plan.num_stages),
+        counts=np.zeros((plan.num_stages, 0)),
+        own=np.array(stages_of_ranks(plan)),
+        holdings=(),
+    )
+
+
+def stages_of_ranks(plan: ParallelPlan) -> list[list[int]]:
+    """The stages of every pipeline rank, in order."""
+    own: list[list[int]] = [[] for _ in range(plan.pp)]
+    for stage in range(plan.num_stages):
+        own[plan.stage_rank(stage)].append(stage)
+    return own
+
+
 def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
     """The layout of a plan."""
     split = stage_layers(costs.model, plan)
@@ -94,9 +159,7 @@ def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
     stages = tuple(dict.fromkeys(kinds))
     parts = tuple(dict.fromkeys(part for stage in stages for part in stage))
     kind = [stages.index(stage) for stage in kinds]
-    own: list[list[int]] = [[] for _ in range(plan.pp)]
-    for s in range(plan.num_stages):
-        own[plan.stage_rank(s)].append(s)
+    own = stages_of_ranks(plan)
     return Layout(
         plan=plan,
         parts=parts,

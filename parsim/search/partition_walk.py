@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from parsim.cost.cell import cell_of
-from parsim.cost.stage import CostModel, StageCost
+from parsim.cost.stage import CostModel
 from parsim.cost.step import mixed_step_cost
 from parsim.cost.sync import stage_sync
 from parsim.plan import Job, ParallelPlan
-from parsim.search.cells import PartFigures
-from parsim.search.layout import Floats, Layout
+from parsim.search.cells import PartFigures, figures_of
+from parsim.search.layout import Floats, separate_layout
 from parsim.search.passes import passes_of
 from parsim.search.replicas import ReplicaTime, replica_time
 from parsim.search.walk import walked_bounds_s
@@ -72,15 +72,6 @@ def _moves(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
     return found
 
 
-def _figures(stage: StageCost) -> tuple[float, ...]:
-    """Of a stage, in the order of PartFigures."""
-    forward, weight_grad = stage.time.forward, stage.time.weight_grad
-    hand_back = stage.time.recompute.plus(stage.time.input_grad)
-    passes = forward, hand_back, weight_grad
-    exchanges = (time.tp_s + time.ep_s for time in passes)
-    return *(time.total_s for time in passes), *exchanges, stage.saved_bytes, stage.recomputed_bytes
-
-
 class Walker:
     """Steps of one plan with other stages; its devices are those of costs_by_rank, one for a rank."""
 
@@ -89,19 +80,7 @@ class Walker:
         self._stages: dict[tuple[object, ...], tuple[tuple[float, ...], ReplicaTime[float]]] = {}
         # How gradients are cut and compressed differs little between stages of another split.
         self._usual = replace(plan, aggregation="bucket", compression="none")
-        n = plan.num_stages
-        own: list[list[int]] = [[] for _ in range(plan.pp)]
-        for s in range(n):
-            own[plan.stage_rank(s)].append(s)
-        self._layout = Layout(
-            plan=plan,
-            parts=(),
-            stages=(),
-            kind=np.arange(n),
-            counts=np.zeros((n, 0)),
-            own=np.array(own),
-            holdings=(),
-        )
+        self._layout = separate_layout(plan)
         self._send_s = np.array(mixed_step_cost(job, plan, costs_by_rank).send_s)
 
     def steps_s(self, options: Sequence[Stages]) -> Floats:
@@ -134,6 +113,7 @@ class Walker:
             if key not in self._stages:
                 stage = of_rank.stage(cell_of(self._job, plan), parts)
                 sync = stage_sync(stage, self._job, self._usual, of_rank.cluster, of_rank.stack)
-                self._stages[key] = _figures(stage), replica_time(sync, plan.zero, of_rank.stack)
+                times = replica_time(sync, plan.zero, of_rank.stack)
+                self._stages[key] = figures_of(stage, stage), times
             found.append(self._stages[key])
         return found

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import heapq
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from operator import itemgetter
 
 from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits
@@ -88,19 +87,19 @@ def search(
     is_large = sum(prod(family.shape) for family in listed) >= LARGE_SPACE
     workers = Workers(job=job, costs=costs, processes=(processes or cores()) if is_large else 1)
     candidates, space = _bounded(workers, listed, report)
-    best: list[tuple[float, int, Prediction]] = []  # a heap, the slowest kept plan on top
+    best: dict[int, Prediction] = {}  # by number of the plan that became this one
+    kept_s = math.inf  # of the slowest of them, once they are enough
     optimal, replayed = True, 0
     try:
         for bound_s, number, replay in _replays(candidates, workers):
-            if len(best) == top and bound_s >= -best[0][0]:
+            if bound_s >= kept_s:
                 break
             if time.monotonic() - started > budget_s and len(best) >= min(top, space.fits):
                 optimal = False
                 break
-            prediction = replay()
-            entry = (-prediction.step_time_s, -number, prediction)
             replayed += 1
-            heapq.heappush(best, entry) if len(best) < top else heapq.heappushpop(best, entry)
+            _keep(replay(), number, best, top)
+            kept_s = max(p.step_time_s for p in best.values()) if len(best) == top else math.inf
             report("replaying", replayed, 0)
     except KeyboardInterrupt:
         optimal = False
@@ -108,11 +107,28 @@ def search(
             raise
     return SearchResult(
         space=space,
-        plans=tuple(prediction for _, _, prediction in sorted(best, key=itemgetter(0, 1))[::-1]),
+        plans=tuple(best[number] for number in _in_order(best)),
         optimal=optimal,
         replayed=replayed,
         search_s=time.monotonic() - started,
     )
+
+
+def _keep(prediction: Prediction, number: int, best: dict[int, Prediction], top: int) -> None:
+    """Keep a prediction if it is among the `top` best: one for each number, and each plan once."""
+    rivals = [n for n, other in best.items() if n == number or other.plan == prediction.plan]
+    if any(best[n].step_time_s <= prediction.step_time_s for n in rivals):
+        return
+    for n in rivals:
+        del best[n]
+    best[number] = prediction
+    if len(best) > top:
+        del best[_in_order(best)[-1]]
+
+
+def _in_order(best: dict[int, Prediction]) -> list[int]:
+    """Fastest first; of equal ones the first in the space."""
+    return sorted(best, key=lambda number: (best[number].step_time_s, number))
 
 
 def _bounded(
@@ -132,7 +148,7 @@ def _bounded(
     if legal > fits:
         rejected[OUT_OF_MEMORY] = legal - fits
     space = SpaceCount(
-        enumerated=sum(prod(family.shape) for family in listed),
+        enumerated=sum(prod(family.shape) for family in listed) - sum(of.same for of in examined),
         legal=legal,
         fits=fits,
         rejected=dict(sorted(rejected.items(), key=lambda item: (-item[1], item[0]))),

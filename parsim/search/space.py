@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from parsim.errors import ParsimError
 from parsim.plan import (
@@ -20,6 +21,13 @@ from parsim.schedule.check import divisors
 
 MAX_GPUS = 1_000_000
 
+RecomputeChoice = Recompute | Literal["partial"]
+RECOMPUTE_CHOICES: tuple[RecomputeChoice, ...] = (*RECOMPUTE_MODES, "partial")
+"""partial: as few layers of each stage in full as memory asks for."""
+SplitChoice = Literal["auto", "even"]
+SPLIT_CHOICES: tuple[SplitChoice, ...] = ("auto", "even")
+"""auto: stages that suit the plan; even: as even as can be (parsim.plan.stage_layers)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Constraints:
@@ -33,11 +41,13 @@ class Constraints:
     vpp: tuple[int, ...] = ()
     micro_batch: tuple[int, ...] = ()
     zero: tuple[int, ...] = ()
-    recompute: tuple[Recompute, ...] = ()
+    recompute: tuple[RecomputeChoice, ...] = ()
     schedule: tuple[str, ...] = ()
     sequence_parallel: tuple[bool, ...] = ()
     tp_overlap: tuple[bool, ...] = ()
     """Empty: as the stack does."""
+    stage_split: tuple[SplitChoice, ...] = ()
+    """Empty: auto."""
     max_sizes: dict[str, int] = field(default_factory=dict)
     """The most that is allowed of any of dp, tp, pp, cp, ep, vpp and micro_batch."""
 
@@ -80,7 +90,14 @@ class Family:
     micro_batch: tuple[int, ...]
     sequence_parallel: tuple[bool, ...]
     tp_overlap: tuple[bool, ...]
-    recompute: tuple[Recompute, ...]
+    recompute: tuple[RecomputeChoice, ...]
+    even_split: bool = True
+
+    @property
+    def free_split(self) -> bool:
+        """Whether the stages of a plan are chosen for it: where each rank has one."""
+        base = self.base
+        return not self.even_split and base.pp > 1 and base.vpp == 1 and not base.stage_split
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -89,18 +106,26 @@ class Family:
         return len(self.zero), len(self.micro_batch), others
 
     def plan(self, index: int) -> ParallelPlan:
-        """The plan at a place in their order."""
+        """The plan at a place in their order: with even stages, and everything recomputed where that is
+        left to be chosen.
+        """
         values = {}
         for key in ("recompute", "tp_overlap", "sequence_parallel", "micro_batch", "zero"):
             choices = getattr(self, key)
             index, place = divmod(index, len(choices))
             values[key] = choices[place]
+        if values["recompute"] == "partial":
+            values["recompute"] = "full"
         return replace(self.base, **values)
 
     def num_micro_batches(self, job: Job, index: int) -> int:
         """Micro-batches in a step of the plan at a place in their order."""
         _, sizes, others = self.shape
         return job.global_batch // (self.base.dp * self.micro_batch[index // others % sizes])
+
+    def is_partial(self, index: int) -> bool:
+        """Whether the layers that a plan recomputes are chosen for it."""
+        return self.recompute[index % len(self.recompute)] == "partial"
 
     def plans(self) -> Iterator[ParallelPlan]:
         """All of them, one by one."""
@@ -147,7 +172,8 @@ def _splits(
                 micro_batch=tuple(constraints.allowed("micro_batch", sizes)),
                 sequence_parallel=(constraints.sequence_parallel or (True, False)) if cut else (False,),
                 tp_overlap=(constraints.tp_overlap or (tp_overlap,)) if cut else (False,),
-                recompute=constraints.recompute or RECOMPUTE_MODES,
+                recompute=constraints.recompute or RECOMPUTE_CHOICES,
+                even_split=constraints.stage_split == ("even",),
             )
             if family.micro_batch:
                 yield family

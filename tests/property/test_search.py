@@ -16,17 +16,19 @@ from hypothesis import strategies as st
 from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits
 from parsim.model import ModelSpec
-from parsim.plan import Job
+from parsim.plan import Job, ParallelPlan
 from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import plan_problems
+from parsim.search import candidates
+from parsim.search.chosen_bounds import walked_plans_s
 from parsim.search.examine import Examiner
 from parsim.search.fullest import fullest_rank
 from parsim.search.layout import Bools, Floats, Ints
 from parsim.search.search import OUT_OF_MEMORY, search
-from parsim.search.space import Constraints, Family, families
+from parsim.search.space import RECOMPUTE_CHOICES, Constraints, Family, families
 from parsim.simulate.prediction import Prediction, estimate
 from tests.builders import round_cluster
-from tests.strategies import RECOMPUTE, models, stacks
+from tests.strategies import models, stacks
 
 EXAMPLES = int(os.environ.get("PARSIM_SEARCH_EXAMPLES", "150"))
 
@@ -49,11 +51,14 @@ def spaces(draw: st.DrawFn) -> Space:
     def some(values: tuple[object, ...], most: int) -> tuple[object, ...]:
         return tuple(draw(st.lists(st.sampled_from(values), min_size=1, max_size=most, unique=True)))
 
+    recompute = some(RECOMPUTE_CHOICES, 3)
+    split = draw(st.sampled_from([(), (), ("even",)]))
     limits = draw(st.sampled_from([{}, {"vpp": 3}, {"tp": 2, "vpp": 2}, {"pp": 2}, {"cp": 2, "vpp": 2}]))
     constraints = Constraints(
         schedule=some(SYNCHRONOUS_SCHEDULES, 3),  # type: ignore[arg-type]
         zero=tuple(sorted(some((0, 1, 2, 3), 2))),  # type: ignore[arg-type]
-        recompute=some(RECOMPUTE, 2),  # type: ignore[arg-type]
+        recompute=recompute,  # type: ignore[arg-type]
+        stage_split=split,  # type: ignore[arg-type]
         sequence_parallel=some((True, False), 2),  # type: ignore[arg-type]
         tp_overlap=some((True, False), 1),  # type: ignore[arg-type]
         micro_batch=some((1, 2), 1),  # type: ignore[arg-type]
@@ -78,18 +83,35 @@ def spaces(draw: st.DrawFn) -> Space:
 def replayed(of: Space) -> tuple[list[Prediction], Counter[str]]:
     """Every plan that fits, fastest first, and why the others do not count."""
     found, rejected = [], Counter[str]()
+    examiner = Examiner(of.job, of.costs)
     for family in families(of.job, of.gpus, of.constraints):
-        for plan in family.plans():
+        fitting = set()
+        for index, plan in enumerate(family.plans()):
             problem = next(plan_problems(of.job, plan, of.costs.cluster), None)
             if problem is not None:
                 rejected[problem.what] += 1
-                continue
-            prediction = estimate(of.job, plan, of.costs)
-            if prediction.fits:
-                found.append(prediction)
-            else:
+            elif not fits(of, plan):
                 rejected[OUT_OF_MEMORY] += 1
+            else:
+                fitting.add(index)
+        for index in sorted(fitting):
+            if family.is_partial(index) and fitting & set(kept(family, index)):
+                continue
+            made = [estimate(of.job, plan, of.costs) for plan in examiner.choices(family, index)]
+            assert all(prediction.fits for prediction in made)
+            found.append(min(made, key=lambda p: p.step_time_s))
     return sorted(found, key=lambda p: p.step_time_s), rejected
+
+
+def fits(of: Space, plan: ParallelPlan) -> bool:
+    needed = fullest_rank(of.job, plan, of.costs).peak + of.costs.stack.context_bytes
+    return needed <= of.costs.cluster.device.memory_bytes
+
+
+def kept(family: Family, index: int) -> list[int]:
+    """The plan that recomputes nothing and has all other choices of this one, if there is one."""
+    first = index - index % len(family.recompute)
+    return [first + i for i, choice in enumerate(family.recompute) if choice == "none"]
 
 
 def check(of: Space) -> None:
@@ -103,7 +125,8 @@ def check(of: Space) -> None:
     assert result.optimal
     assert result.space.rejected == rejected
     assert result.space.fits == len(truth)
-    best = truth[: of.top]
+    distinct = list({p.plan: p for p in reversed(truth)}.values())
+    best = sorted(distinct, key=lambda p: p.step_time_s)[: of.top]
     times = [p.step_time_s for p in result.plans]
     assert times == pytest.approx([p.step_time_s for p in best], rel=1e-12)
     assert times == sorted(times)
@@ -133,7 +156,11 @@ def test_loose_bounds_cost_replays_and_not_the_proof(of: Space, seed: int) -> No
     def loose_walks(self: Examiner, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
         return [bounds * rng.uniform(0.2, 1.0, bounds.shape) for bounds in tighter(self, chosen)]
 
+    def loose_plans(job: Job, plans: Sequence[ParallelPlan], costs: CostModel) -> Floats:
+        return walked_plans_s(job, plans, costs) * rng.uniform(0.2, 1.0, len(plans))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Examiner, "figures", loose_figures)
         patch.setattr(Examiner, "tighter_bounds_s", loose_walks)
+        patch.setattr(candidates, "walked_plans_s", loose_plans)
         check(of)

@@ -22,7 +22,13 @@ from parsim.simulate.prediction import Prediction, predict
 from tests.builders import plain_stack, round_cluster, small_model
 from tests.strategies import RECOMPUTE
 
-USUAL = Constraints(schedule=("1f1b", "interleaved"), zero=(0, 1), sequence_parallel=(True,))
+USUAL = Constraints(
+    schedule=("1f1b", "interleaved"),
+    zero=(0, 1),
+    sequence_parallel=(True,),
+    recompute=RECOMPUTE,
+    stage_split=("even",),
+)
 """A space that is small enough to replay all of it; wider ones are in tests/property/test_search.py."""
 
 
