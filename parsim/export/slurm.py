@@ -28,7 +28,7 @@ _SCRIPT = """\
 #   sbatch SCRIPT --steps 1000 --checkpoint /shared/checkpoints --max-restarts 3
 set -euo pipefail
 
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=$(({first_port} + SLURM_JOB_ID % {ports}))
 
 # One task a node, which starts that node's ranks; $SLURM_NODEID is known only there.
