@@ -13,14 +13,17 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from parsim.errors import ParsimError
-from parsim.execute.checkpoint_folder import complete, saved_at, unfinished
+from parsim.execute.checkpoint_folder import Saved, complete, saved_at, unfinished
 from parsim.execute.named_states import load_states, saved_states
 from parsim.execute.steps import StepRecord
 from parsim.execute.trainer import Trainer
 
 
-def save_checkpoint(trainer: Trainer, steps: list[StepRecord]) -> None:
-    """Write what training has become after `steps`; it counts from the moment that this returns."""
+def save_checkpoint(trainer: Trainer, steps: list[StepRecord], plan_since: int) -> None:
+    """Write what training has become after `steps`, of which those from `plan_since` on ran like this.
+
+    The checkpoint counts from the moment that this returns.
+    """
     case = trainer.case
     assert case.checkpoint is not None
     folder, step = Path(case.checkpoint.folder), len(steps)
@@ -31,19 +34,19 @@ def save_checkpoint(trainer: Trainer, steps: list[StepRecord]) -> None:
         process_group=trainer.control,
     )
     if dist.get_rank() == 0:
-        complete(folder, case, step, steps)
+        complete(folder, case, steps, plan_since)
     trainer.recorder.say("waiting: checkpoint")
     dist.barrier(group=trainer.control)
 
 
-def load_checkpoint(trainer: Trainer) -> list[StepRecord]:
-    """Put back what a checkpoint holds, if the run begins at one; the steps that lie behind it."""
+def load_checkpoint(trainer: Trainer) -> Saved | None:
+    """Put back what a checkpoint holds, if the run begins at one; what it says of itself."""
     policy = trainer.case.checkpoint
     # All begin where rank 0 does: on a shared disk not every machine sees the newest at once.
     start = torch.tensor([0 if policy is None else policy.start])
     dist.broadcast(start, src=0, group=trainer.control)
     if policy is None or not start.item():
-        return []
+        return None
     saved = saved_at(Path(policy.folder), int(start.item()))
     trainer.recorder.say(f"reading the checkpoint of step {saved.step}")
 
@@ -51,7 +54,7 @@ def load_checkpoint(trainer: Trainer) -> list[StepRecord]:
         dcp.load(states, storage_reader=IndexReader(saved.path), process_group=trainer.control)
 
     load_states(trainer.data_parallel, read)
-    return list(saved.steps)
+    return saved
 
 
 class IndexReader(FileSystemReader):  # type: ignore[misc]

@@ -37,7 +37,9 @@ class Saved:
     step: int
     """Optimizer steps that it has behind it, warm-up counted; the next one to run has this number."""
     plan: str
-    """The short form of the plan it was written under, for reading."""
+    """The short form of the plan it was written under."""
+    plan_since: int
+    """The first step that ran under this plan."""
     identity: dict[str, Any]
     """What must be equal where it is loaded."""
     steps: tuple[StepRecord, ...]
@@ -66,13 +68,15 @@ def unfinished(folder: Path, step: int) -> Path:
     return folder / f"{_name(step)}.part"
 
 
-def complete(folder: Path, case: Case, step: int, steps: list[StepRecord]) -> None:
-    """Turn what the ranks wrote into a checkpoint, and remove the oldest beyond KEPT."""
+def complete(folder: Path, case: Case, steps: list[StepRecord], plan_since: int) -> None:
+    """Turn what the ranks wrote after `steps` into a checkpoint, and remove the oldest beyond KEPT."""
+    step = len(steps)
     part = unfinished(folder, step)
     manifest = {
         "schema_version": _SCHEMA_VERSION,
         "step": step,
         "plan": case.plan.short(),
+        "plan_since": plan_since,
         "identity": identity(case),
         "steps": [record._asdict() for record in steps],
         "files": {path.name: path.stat().st_size for path in sorted(part.iterdir())},
@@ -121,6 +125,7 @@ def read_checkpoint(path: Path) -> Saved | None:
             path=path,
             step=data["step"],
             plan=data["plan"],
+            plan_since=data["plan_since"],
             identity=data["identity"],
             steps=tuple(StepRecord(**record) for record in data["steps"]),
         )

@@ -24,9 +24,10 @@ class Measurement:
     job: Job
     plan: ParallelPlan
     step_time_s: float
-    """Median of the steps that nothing disturbed, without warm-up."""
+    """Median of this plan's steps that nothing disturbed, without warm-up."""
     steps_s: tuple[float, ...]
-    """Every step after the warm-up: from the first rank's start to the last one's end."""
+    """Every step after the warm-up: from the first rank's start to the last one's end. A run that began
+    at a checkpoint has the steps before it too, even where another plan took them."""
     loss: tuple[float, ...]
     """Mean over the global batch, of the same steps."""
     disturbed: tuple[bool, ...]
@@ -77,7 +78,8 @@ def measurement_of(
     """The Measurement of a case, from what each rank left."""
     first = ranks[0]
     steps = [StepRecord(**step) for step in first["steps"]]
-    clean = [steps[i].time_s for i in clean_steps(steps)]
+    timed = steps[first["timed_from"] :]
+    clean = [timed[i].time_s for i in clean_steps(timed)]
     middle = statistics.median(clean)
     return Measurement(
         job=case.job,

@@ -35,8 +35,11 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
     All ranks know all step times, so all give the spans of the same step. A run that begins at a
     checkpoint has its steps before it from there.
     """
-    steps = load_checkpoint(trainer)
+    saved = load_checkpoint(trainer)
+    steps = list(saved.steps) if saved is not None else []
     begin = len(steps)
+    same_plan = saved is not None and saved.plan == case.plan.short()
+    plan_since = saved.plan_since if saved is not None and same_plan else begin
     watch = FiniteWatch(trainer.stages)
     speeds = Speeds(case.plan.gpus // case.plan.pp)
     spans: deque[list[list[Any]]] = deque(maxlen=SPANS_KEPT)
@@ -54,12 +57,15 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
                 "loss": done.record.loss, "slow": slow,
             })  # fmt: skip
         if _checkpoint_is_due(case, step + 1):
-            save_checkpoint(trainer, steps)
+            save_checkpoint(trainer, steps, plan_since)
     counted = steps[case.warmup :]
-    median = median_step(counted, among=len(spans))
+    timed_from = max(0, plan_since - case.warmup)  # what other plans took is no measurement
+    timed = counted[timed_from:]
+    median = median_step(timed, among=len(spans))
     return {
         "steps": [record._asdict() for record in counted],
-        "spans": spans[median - len(counted)],
+        "timed_from": timed_from,
+        "spans": spans[median - len(timed)],
         "peak_bytes": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
         "device": _device_name(trainer.device),
         "torch": torch.__version__,

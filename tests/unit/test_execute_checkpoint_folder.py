@@ -47,7 +47,7 @@ def write(folder: Path, step: int) -> None:
     part.mkdir()
     for rank in (0, 1):
         (part / f"__{rank}_0.distcp").write_bytes(bytes(100 + step))
-    complete(folder, case(folder), step, [StepRecord(1.0, 2.5, 0.0)] * step)
+    complete(folder, case(folder), [StepRecord(1.0, 2.5, 0.0)] * step, plan_since=1)
 
 
 def steps(folder: Path) -> list[str]:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from parsim.execute.measurement import Verification
+import pytest
+
+from parsim.execute.measurement import Verification, measurement_of
+from parsim.execute.request import Case, Checkpoints
 from parsim.execute.steps import Speeds, StepRecord, clean_steps, median_step
+from parsim.model import ModelSpec
+from parsim.plan import Job, parse_plan
+from parsim.schedule import make_schedule
 
 
 def steps(*times: float, foreign: tuple[float, ...] = ()) -> list[StepRecord]:
@@ -71,3 +77,25 @@ def test_a_rank_alone_on_its_stage_is_slow_beside_what_it_was() -> None:
 
 def test_milliseconds_are_nothing_to_speak_of() -> None:
     assert Speeds(2).slow([0.001, 0.015]) == {}
+
+
+def test_steps_that_another_plan_took_are_listed_and_not_measured() -> None:
+    plan = parse_plan("dp=2")
+    model = ModelSpec(
+        name="m", layers=2, hidden=8, heads=2, kv_heads=2, ffn_hidden=8, gated_mlp=True, vocab=16,
+        max_seq_len=8,
+    )  # fmt: skip
+    case = Case(
+        job=Job(model=model, seq_len=8, global_batch=4), plan=plan, schedule=make_schedule(plan, 2),
+        steps=5, checkpoint=Checkpoints(folder="/c", every=2, start=2),
+    )  # fmt: skip
+    taken = steps(9.0, 9.1, 1.0, 1.1, 1.3)
+    rank = {
+        "steps": [step._asdict() for step in taken], "timed_from": 2, "spans": [], "peak_bytes": None,
+        "device": "d", "torch": "t",
+    }  # fmt: skip
+    found = measurement_of(case, [rank, rank], "cpu", ("rank 1 died",))
+    assert found.steps_s == (9.0, 9.1, 1.0, 1.1, 1.3)
+    assert found.step_time_s == 1.1
+    assert found.spread == pytest.approx(0.3 / 1.1)
+    assert (found.resumed_at, found.failures) == (2, ("rank 1 died",))
