@@ -82,6 +82,9 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
                 failures.append(lost.what)
                 cases = [_from_newest(case, how.nodes) for case in cases]
                 how.on_note(_restart_note(lost, len(failures), how.max_restarts, cases[0]))
+            except (KeyboardInterrupt, SystemExit):
+                _note_stop(how, cases[0])
+                raise
             else:
                 return Outcome(results=results, failures=tuple(failures))
 
@@ -113,6 +116,12 @@ def _from_newest(case: Case, nodes: Nodes) -> Case:
         remove_unfinished(folder)
     saved = newest(folder, before=case.total_steps)
     return replace(case, checkpoint=replace(case.checkpoint, start=saved.step if saved else 0))
+
+
+def _note_stop(how: Launch, case: Case) -> None:
+    """Tell whoever stops a run what is left of it."""
+    if case.checkpoint is not None and (saved := newest(Path(case.checkpoint.folder))) is not None:
+        how.on_note(f"stopped; --resume goes on from the checkpoint after {saved.step} steps")
 
 
 def _restart_note(lost: RankLost, number: int, most: int, case: Case) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import tempfile
@@ -14,9 +15,10 @@ import pytest
 
 from parsim.errors import ParsimError
 from parsim.execute.attempts import Launch, Progress
+from parsim.execute.checkpoint_folder import newest
 from parsim.execute.launch import execute, run_cases
 from parsim.execute.measurement import Measurement
-from parsim.execute.request import Case
+from parsim.execute.request import Case, Checkpoints
 from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
@@ -216,13 +218,29 @@ def test_a_stopped_rank_is_named_and_not_those_that_wait_for_it(temporary: Path)
 @pytest.mark.parametrize(
     ("sent", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_an_interrupted_run_leaves_nothing_behind(
-    temporary: Path, sent: signal.Signals, raised: type[BaseException]
+def test_an_interrupted_run_leaves_its_checkpoint_and_nothing_else(
+    temporary: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    sent: signal.Signals,
+    raised: type[BaseException],
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    folder, notes = tmp_path_factory.mktemp("checkpoints"), list[str]()
+
+    def on_step(progress: Progress) -> None:
+        if progress.step == 2:
+            signal.raise_signal(sent)
+
+    policy = Checkpoints(folder=str(folder), every=1)
     with pytest.raises(raised):
-        run_until(1, lambda: signal.raise_signal(sent))
+        run_cases(
+            [dataclasses.replace(timed("pp=2"), steps=100_000, checkpoint=policy)],
+            Launch(timeout_s=120, on_step=on_step, on_note=notes.append),
+        )
     assert leftovers(temporary) == []
+    saved = newest(folder)
+    assert saved is not None
+    assert notes == [f"stopped; --resume goes on from the checkpoint after {saved.step} steps"]
     assert signal.getsignal(signal.SIGTERM) is before
 
 
