@@ -32,6 +32,7 @@ class Partitioner:
 
     job: Job
     _makers: dict[int, TableMaker] = field(default_factory=dict)
+    _last: tuple[object, StageTable] | None = None
 
     def partition(
         self,
@@ -80,20 +81,29 @@ class Partitioner:
             ]
             return min(bounds)
         makers = [self._maker(costs) for costs in costs_by_rank]
-        table = table_of(plan, makers, self.job.model.layers, _counts(plan, counts))
+        table = self._table(plan, makers, self._longest(plan), _counts(plan, counts))
+        seconds, m = table.spread(table.rows.seconds), plan.num_micro_batches(self.job)
+        # What the table leaves out are splits with a stage of more layers, which takes no less.
+        more_s = np.inf if table.whole else m * float(seconds[:, :, -1].min())
+        if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+            found = least_slowest(m * seconds)
+            return min(found.slowest if found else np.inf, more_s) + stack.step_overhead_s
+        send_s = [maker.send_s(plan, rank, rank + 1) for rank, maker in enumerate(makers)]
+        beside_s = np.cumsum([0.0, *send_s[:-1]]) if stack.pp_overlap else np.zeros(plan.pp)
         if plan.schedule in ("gpipe", "1f1b"):
             # Gathers and reductions that run beside compute are not in the way of the first micro-batch.
             rows = table.rows._replace(stream_s=np.zeros_like(table.rows.stream_s))
             share = float(plan.schedule == "1f1b")
             best = best_split(*map(table.spread, self._objective(plan, rows, share)))
-            least_s = best.value * (1 - 2 * EVENNESS) if best else math.inf
+            least_s = best.value * (1 - 2 * EVENNESS) + 2 * beside_s[-1] if best else np.inf
         else:
-            busy_s = plan.num_micro_batches(self.job) * table.spread(table.rows.seconds)
-            if plan.schedule not in ASYNCHRONOUS_SCHEDULES:
-                busy_s[1:] += self._before_s(plan, makers)[:, None]
-            slowest = least_slowest(busy_s)
-            least_s = slowest.slowest if slowest else math.inf
-        return least_s + stack.step_overhead_s
+            before_s = self._before_s(plan, makers) + beside_s[1:, None]
+            seconds *= m
+            seconds[1:] += before_s[..., None]
+            slowest = least_slowest(seconds)
+            least_s = slowest.slowest if slowest else np.inf
+        update_s = min(maker.least_update_s(plan, maker.runs(table.longest)) for maker in makers)
+        return min(least_s, more_s) + update_s + stack.step_overhead_s
 
     def _objective(self, plan: ParallelPlan, rows: Rows, ahead_share: float) -> tuple[Floats, Floats]:
         """(S, G) each: of a split the largest of the first and the sum of the second shall be small.
@@ -158,20 +168,35 @@ class Partitioner:
         """The fastest split, the plan's own where none is faster; and the table that has it."""
         layers, own = self.job.model.layers, stage_layers(self.job.model, plan)
         least_s, share = float(self._before_s(plan, makers)[-1]), AHEAD_SHARE.get(plan.schedule, 0.0)
-        longest = min(layers, max(2 * math.ceil(layers / plan.pp) + 2, *own, *counts.fixed))
+        longest = self._longest(plan)
         while True:
-            table = table_of(plan, makers, longest, counts)
+            table = self._table(plan, makers, longest, counts)
             slowest, added = map(table.spread, self._objective(plan, table.rows, share))
             best = best_split(slowest, added)
             # A stage takes no less, and needs no less, with more layers than the table has.
             longer_s = float(slowest[:, :, -1].min())
-            if longest == layers or longer_s + least_s >= (best.value if best else np.inf):
+            if table.whole or longer_s + least_s >= (best.value if best else np.inf):
                 break
             longest = min(layers, 2 * longest)
         if best is None:
             return table, None
         usual = split_of(slowest, added, own)
         return table, usual if usual.value <= best.value * (1 + 2 * EVENNESS) else best
+
+    def _longest(self, plan: ParallelPlan) -> int:
+        """Layers of the longest stage that is looked at first."""
+        layers = self.job.model.layers
+        own, again = stage_layers(self.job.model, plan), plan.recompute_layers
+        return min(layers, max(2 * math.ceil(layers / plan.pp) + 2, *own, *again))
+
+    def _table(
+        self, plan: ParallelPlan, makers: Sequence[TableMaker], longest: int, counts: Counts
+    ) -> StageTable:
+        """The table of a plan; that of the last one is kept, for its bound and its split."""
+        key = plan, tuple(map(id, makers)), longest, counts
+        if self._last is None or self._last[0] != key:
+            self._last = key, table_of(plan, makers, longest, counts)
+        return self._last[1]
 
     def _with(self, plan: ParallelPlan, stages: Stages, *, counts: bool) -> ParallelPlan:
         """The plan with these stages, and without counts where they say what `recompute` does alone."""

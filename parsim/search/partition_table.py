@@ -7,6 +7,7 @@ that the replay uses; arrays only add them up. One chunk a rank: stage s lies on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from parsim.cost.cell import Cell, cell_of
 from parsim.cost.memory import boundary_bytes, model_states, receive_buffers, working_bytes
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import is_local, send_between
-from parsim.cost.sync import stage_sync
+from parsim.cost.sync import StageSync, stage_sync
 from parsim.mesh import mesh_axes
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule.in_flight import full_moments
@@ -68,6 +69,16 @@ class StageTable:
     limits: Floats
     """(S,): memory of each rank's device."""
 
+    @property
+    def longest(self) -> int:
+        """C: layers of the longest stage."""
+        return int(self.index.shape[1]) - 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has every stage there may be."""
+        return bool(self.longest == self.index.shape[0] - 1)
+
     def spread(self, figures: Floats) -> Floats:
         """(S, L + 1, C + 1), by stage, first layer and number of layers, of figures (S, G)."""
         spread: Floats = np.where(self.index >= 0, figures[:, self.index], np.inf)
@@ -100,6 +111,7 @@ class TableMaker:
     _stages: dict[tuple[object, ...], StageCost] = field(default_factory=dict)
     _states: dict[tuple[object, ...], Floats] = field(default_factory=dict)
     _replicas: dict[tuple[object, ...], Floats] = field(default_factory=dict)
+    _updates: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def runs(self, longest: int) -> Runs:
         """The runs of up to so many layers."""
@@ -222,15 +234,44 @@ class TableMaker:
         """
         if plan.pp == 1:
             return 0.0, 0.0
-        there = self._send_s(plan, rank, rank + 1) + self.costs.stack.action_host_s
-        back = self._send_s(plan, rank, rank - 1) + self.costs.stack.action_host_s
+        there = back = self.costs.stack.action_host_s
+        if not self.costs.stack.pp_overlap:
+            there += self.send_s(plan, rank, rank + 1)
+            back += self.send_s(plan, rank, rank - 1)
         return there, there + back
 
-    def _send_s(self, plan: ParallelPlan, rank: int, other: int) -> float:
-        if self.costs.stack.pp_overlap or not 0 <= other < plan.pp:
+    def send_s(self, plan: ParallelPlan, rank: int, other: int) -> float:
+        """A micro-batch's activations from a pipeline rank to another; nothing past the ends."""
+        if not 0 <= other < plan.pp:
             return 0.0
         cell, local = cell_of(self.job, plan), is_local(rank, other, plan, self.costs)
         return send_between(cell, mesh_axes(plan, "tp"), self.costs, local=local)[0]
+
+    def least_update_s(self, plan: ParallelPlan, runs: Runs) -> float:
+        """Some rank's optimizer takes no less, whatever the split: that of the embedding alone, of the
+        head alone, or of as many layers as one of the stages has at least.
+        """
+        most = 0.0
+        each = math.ceil(self.job.model.layers / plan.pp)
+        for count, ends in ((0, Ends(True, False)), (0, Ends(False, True)), (each, Ends(False, False))):
+            numbers = np.flatnonzero(runs.lengths == count).tolist()
+            most = max(most, min(self._update_s(plan, runs, g, ends) for g in numbers))
+        return most
+
+    def _update_s(self, plan: ParallelPlan, runs: Runs, g: int, ends: Ends) -> float:
+        sizes = plan.dp, plan.cp, plan.tp, plan.ep, plan.expert_tp
+        key = runs.runs[g], ends, plan.zero, plan.shard_group, *sizes
+        if key not in self._updates:
+            stage = self._stage(plan, runs, g, ends)
+            self._updates[key] = self._sync(plan, stage).optimizer_s
+        return self._updates[key]
+
+    def _sync(self, plan: ParallelPlan, stage: StageCost) -> StageSync:
+        """What keeps replicas of a stage alike, where messages are neither cut otherwise nor compressed:
+        no other replicas wait for every micro-batch.
+        """
+        usual = replace(plan, aggregation="bucket", compression="none")
+        return stage_sync(stage, self.job, usual, self.costs.cluster, self.costs.stack)
 
     def _replica_s(self, plan: ParallelPlan, runs: Runs, ends: Ends) -> Floats:
         """(3, G): what gathers, reductions and updates of every micro-batch take of a stage's forward,
@@ -246,13 +287,10 @@ class TableMaker:
             plan.pp, plan.expert_tp, plan.placement, updates,
         )  # fmt: skip
         if key not in self._replicas:
-            # Where messages are cut otherwise or compressed, no replica waits for every micro-batch.
-            usual = replace(plan, aggregation="bucket", compression="none")
             found = []
             for g in range(len(runs.runs)):
                 stage = self._stage(plan, runs, g, ends)
-                sync = stage_sync(stage, self.job, usual, self.costs.cluster, self.costs.stack)
-                times = replica_time(sync, plan.zero, self.costs.stack)
+                times = replica_time(self._sync(plan, stage), plan.zero, self.costs.stack)
                 takes_s = 2 * times.gather_each_s + times.reduce_each_s
                 takes_s += updates * times.update_s
                 found.append((times.gather_each_s, takes_s, times.stream_s))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from parsim.search.partition import EVENNESS, Floats, best_split, least_slowest, split_of
+from parsim.search.partition import EVENNESS, Floats, Split, best_split, least_slowest, split_of
 
 TIMES = st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.0, 1.25, 3.0])
 
@@ -175,6 +175,14 @@ def test_the_sum_decides_for_one_micro_batch_and_the_slowest_stage_for_many() ->
     seconds[1] /= 2
     assert layers_of(seconds, 1) == (1, 8)
     assert layers_of(seconds, 100) == (3, 6)
+
+
+def test_neither_the_slowest_stage_nor_the_sum_decides_alone() -> None:
+    # Of two layers on two stages 0-2 has the fastest slowest stage, 2-0 the least sum.
+    slowest, added = np.zeros((2, 3, 3)), np.zeros((2, 3, 3))
+    for layers, largest, total in ((0, 1.0, 10.0), (1, 3.0, 5.0), (2, 9.0, 1.0)):
+        slowest[0, 0, layers], added[0, 0, layers] = largest, total
+    assert best_split(slowest, added) == Split((1, 1), 3.0, 5.0)
 
 
 def test_large_pipelines_are_split_as_counting_says() -> None:

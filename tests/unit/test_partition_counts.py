@@ -64,3 +64,13 @@ def test_the_chunk_that_keeps_more_is_recomputed_first() -> None:
     assert least_recomputed([chunk, chunk], moments) == (2, 0)
     assert least_recomputed([chunk, chunk], moments._replace(room_bytes=np.array([32.0]))) == (0, 0)
     assert least_recomputed([chunk, chunk], moments._replace(room_bytes=np.array([-1.0]))) is None
+
+
+def test_a_layer_that_needs_room_of_its_own_may_not_be_worth_it() -> None:
+    # Either chunk's layer frees the 7 bytes that are missing, but the first one's needs 10 meanwhile.
+    large, small = (
+        Chunk(np.arange(3.0), 14.0 - 7.0 * np.arange(3), np.array([0.0, again, again]))
+        for again in (10.0, 0.0)
+    )
+    moments = Moments(np.array([[1.0, 1.0]]), np.array([21.0]))
+    assert least_recomputed([large, small], moments) == (0, 1)
