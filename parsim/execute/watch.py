@@ -146,6 +146,12 @@ class Ranks:
     def _blame_failure(self) -> NoReturn:
         """Raise for the rank that failed first."""
         died = self._failed()
+        if died is not None and self._error(died).exists():
+            message = str(json.loads(self._error(died).read_text())["message"])
+            if self._heartbeats.read(died).waits or "by peer" in message:
+                # On a busy machine its end is seen together with that of the rank that it lost.
+                silent = (rank for rank in self._ended if not self._error(rank).exists())
+                died = next((rank for rank in silent if not self._result(rank).exists()), died)
         if died is not None and not self._error(died).exists():
             beat = self._heartbeats.read(died)
             raise self._with_log(

@@ -19,6 +19,7 @@ from parsim.execute.checkpoint_folder import newest
 from parsim.execute.launch import execute, run_cases
 from parsim.execute.measurement import Measurement
 from parsim.execute.request import Case, Checkpoints
+from parsim.execute.watch import Ranks
 from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
@@ -205,6 +206,20 @@ def test_a_killed_rank_is_named_with_what_it_did(temporary: Path, rank: int) -> 
         run_until(3, lambda: os.kill(workers(temporary)[rank], signal.SIGKILL))
     assert "step" in (caught.value.where or "")
     assert leftovers(temporary) == []
+
+
+def test_a_killed_rank_is_named_even_where_its_victim_ends_before_anyone_looks(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Ranks._wait_a_moment
+
+    def look_late(ranks: Ranks) -> None:
+        time.sleep(1.5)
+        look(ranks)
+
+    monkeypatch.setattr(Ranks, "_wait_a_moment", look_late)
+    with pytest.raises(ParsimError, match="rank 1 died without a word"):
+        run_until(3, lambda: os.kill(workers(temporary)[1], signal.SIGKILL))
 
 
 def test_a_stopped_rank_is_named_and_not_those_that_wait_for_it(temporary: Path) -> None:

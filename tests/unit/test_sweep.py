@@ -117,7 +117,7 @@ def test_files_that_are_no_scenarios(tmp_path: Path, name: str, text: str, messa
 
 
 def test_a_row_is_what_the_search_finds() -> None:
-    (scenario,) = scenarios(settings_of(TINY))
+    (scenario,) = scenarios(settings_of(TINY | {"recompute": "full", "max_tp": 1}))
     row = answer(scenario)
     question = scenario.question
     assert isinstance(question, Question)
@@ -125,6 +125,8 @@ def test_a_row_is_what_the_search_finds() -> None:
     best = search(question.job, 2, costs, constraints=question.constraints, top=1).plans[0]
     assert row["plans"] == [best.to_item() | question.origin]
     assert (row["status"], row["optimal"]) == ("ok", True)
+    plan = row["plans"][0]["plan"]
+    assert (plan["recompute"], plan["tp"]) == ("full", 1)
 
 
 def test_what_goes_wrong_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
