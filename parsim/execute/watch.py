@@ -195,8 +195,14 @@ class Ranks:
             f"rank {r}: {_place(beat)}{' (stopped)' if r in stopped else ''}"
             for r, beat in islice(beats.items(), 16)
         )
+        if blamed != list(self._ranks):
+            what = f"rank {names} hangs"
+        elif self._elsewhere and not (stopped or unborn or active):
+            what = "all ranks of this machine wait for another one"
+        else:
+            what = "all ranks hang"
         raise RankLost(
-            f"rank {names} hangs" if blamed != list(self._ranks) else "all ranks hang",
+            what,
             where=doing,
             got=f"no sign of life for {timeout_s:g} s",
             hint="ranks that wait are victims; give a larger timeout if a single action takes that long",

@@ -256,6 +256,7 @@ def test_a_slow_rank_is_said_and_not_killed(temporary: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:Detected an existing")
 def test_a_loss_that_is_not_finite_stops_the_run_where_it_came_up(
     temporary: Path, tmp_path: Path
 ) -> None:
