@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from accuracy_goals import headline, ranking_figures, ranking_of, summary_of, unseen_of
+from accuracy_goals import headline, ranking_figures, summary_of, unseen_of
 from accuracy_kernels import kernel_lines, kernel_section, kernels_in
 from left_out import Record, coverage, read_records
 
@@ -26,7 +26,7 @@ from parsim.charts.errors import draw_predicted_measured
 from parsim.charts.style import percent
 from parsim.compare.csv_table import Row
 from parsim.compare.ranking import MIN_ROWS
-from parsim.compare.run_report import RunReport, RunResult, report_of
+from parsim.compare.run_report import RunReport, RunResult, order_of, ranking_of, report_of
 from parsim.compare.runs import Predictor, read_runs
 from parsim.compare.stack_constants import BOUNDS, named_in
 from parsim.compare.statistics import Summary
@@ -203,16 +203,27 @@ def _ranking(rows: Sequence[RunResult], records: dict[str, Record], out: Path) -
         "likes best took than the best one measured."
     )
     yield ""
-    yield "| stack | groups | mean regret | worst | mean Kendall tau | left out: regret | worst | tau |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield (
+        "*by the search*: the same by the figures of the search's arrays (parsim/search/score.py), "
+        "which order plans before any is replayed; what `parsim plan` prints is replayed."
+    )
+    yield ""
+    yield (
+        "| stack | groups | mean regret | worst | mean Kendall tau "
+        "| by the search: regret | worst | tau | left out: regret | worst | tau |"
+    )
+    yield "|---" * 11 + "|"
     for name in [*sorted({row.stack for row in rows}), "all"]:
         own = [row for row in rows if name in (row.stack, "all")]
         ranking = ranking_of(own)
         if ranking:
             left = ranking_of([row for row in unseen if name in (row.stack, "all")])
-            cells = (*ranking_figures(ranking), *ranking_figures(left))
+            searched = ranking_of(own, lambda row: row.score_s)
+            figures = map(ranking_figures, (ranking, searched, left))
+            cells = [cell for triple in figures for cell in triple]
             yield f"| {name} | {len(ranking)} | {' | '.join(cells)} |"
     yield ""
+    yield from _order(unseen or rows)
     groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in unseen or rows:
         if row.measured_s is not None and row.predicted_s is not None:
@@ -228,6 +239,32 @@ def _ranking(rows: Sequence[RunResult], records: dict[str, Record], out: Path) -
         draw_ranking(ranked, out / "accuracy-ranking.png", title=title)
         yield "![measured against predicted order of plans](accuracy-ranking.png)"
         yield ""
+
+
+def _order(rows: Sequence[RunResult]) -> Iterator[str]:
+    """The measurement behind parsim/cost/order.py."""
+    yield "### How sure an order is"
+    yield ""
+    yield (
+        "Pairs of plans in these groups, as predicted by fits that had not seen their model. The scale "
+        "is that of a logistic error of the log of their ratio, of greatest likelihood, every group "
+        "weighing alike; parsim/cost/order.py holds both, rounded up. Two plans tie where the chance "
+        "that their order is right is less than 90 %."
+    )
+    yield ""
+    yield "| pairs | number | groups | scale | tie within | tied | in the right order | others in it |"
+    yield "|---" * 8 + "|"
+    for stack in ["all", *sorted({row.stack for row in rows})]:
+        for error in order_of([row for row in rows if stack in (row.stack, "all")]):
+            shares = [
+                "–" if right is None else f"{right:.0%}"
+                for right in (error.right_tied, error.right_apart)
+            ]
+            yield (
+                f"| {stack}: {error.pairs} | {error.number} | {error.groups} | {error.scale:.3f} | "
+                f"{error.assumed_ratio - 1:.1%} | {error.tied} | {' | '.join(shares)} |"
+            )
+    yield ""
 
 
 def _table_section(name: str, report: RunReport, rows: Sequence[Row]) -> Iterator[str]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from parsim.compare.ranking import Ranking, rank_groups
-from parsim.compare.run_report import RunResult
+from parsim.compare.ranking import Ranking
+from parsim.compare.run_report import RunResult, ranking_of
 from parsim.compare.statistics import Summary, summarize
 
 Rows = Sequence[RunResult]
@@ -122,15 +122,6 @@ def headline(
 
 def summary_of(rows: Rows) -> Summary:
     return summarize([row.error for row in rows])
-
-
-def ranking_of(rows: Rows) -> tuple[Ranking, ...]:
-    """The rankings of all groups."""
-    return rank_groups(
-        (row.group, row.measured_s, row.predicted_s)
-        for row in rows
-        if row.measured_s is not None and row.predicted_s is not None
-    )
 
 
 def ranking_figures(ranking: Sequence[Ranking]) -> tuple[str, str, str]:

@@ -22,9 +22,11 @@ from parsim.cli.options import (
     StackOption,
     load_setup,
 )
-from parsim.cli.output import document, print_json, print_lines, print_table, progress
+from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
 
 if TYPE_CHECKING:
+    from parsim.cli.options import Setup
+    from parsim.search.robust import Recommendation
     from parsim.search.search import SearchResult
     from parsim.simulate.prediction import Prediction
 
@@ -65,6 +67,7 @@ def plan(
           --explain dp=8,tp=8,pp=8
     """
     from parsim.search.relax import Question, explained
+    from parsim.search.robust import LEAST_LOOKED_AT
     from parsim.search.search import NoPlan, search
 
     flags = Flags(
@@ -103,7 +106,7 @@ def plan(
             raise typer.Exit(1)
         return
     try:
-        result = found(top)
+        result = found(max(top, LEAST_LOOKED_AT))
     except NoPlan as no:
         asked = Question(job=setup.job, gpus=gpus, costs=setup.costs(), constraints=constraints)
         with progress() as report:
@@ -112,25 +115,57 @@ def plan(
             answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(error)}
             print_json(document("plan", inputs, answer))
         raise error from no
+    advice = _advice(result, setup)
     if as_json:
-        print_json(document("plan", inputs, to_data(result, setup.origin)))
+        print_json(document("plan", inputs, to_data(result, setup.origin, advice, show=top)))
     else:
-        print_result(result, setup.job.model.name, setup.origin["hardware"], gpus)
+        name, where = setup.job.model.name, setup.origin["hardware"]
+        print_result(result, name, where, gpus, advice, show=top)
 
 
-def to_data(result: SearchResult, origin: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `plan --json`."""
-    return {
+def _advice(result: SearchResult, setup: Setup) -> Recommendation | None:
+    """Which of the fastest plans to take; nothing where the user interrupts."""
+    from parsim.search.robust import MOST_LOOKED_AT, recommend
+
+    try:
+        with progress() as report:
+            return recommend(result.plans[:MOST_LOOKED_AT], setup.costs(), report)
+    except KeyboardInterrupt:
+        say("interrupted: whether plans tie is not said")
+        return None
+
+
+def to_data(
+    result: SearchResult,
+    origin: dict[str, Any],
+    advice: Recommendation | None = None,
+    *,
+    show: int | None = None,
+) -> dict[str, Any]:
+    """The answer of `plan --json`: the first `show` plans, and the one to take among the fastest."""
+    items = [plan.to_item() | origin for plan in result.plans]
+    data: dict[str, Any] = {
         "space": asdict(result.space),
         "optimal": result.optimal,
         "replayed": result.replayed,
         "search_s": result.search_s,
-        "plans": [p.to_item() | origin for p in result.plans],
     }
+    if advice is not None:
+        standings = [standing.to_data() for standing in advice.standings]
+        items[: len(standings)] = [a | b for a, b in zip(items, standings, strict=False)]
+        item = items[advice.index]
+        data["recommended"] = {"index": advice.index, "reason": advice.reason, "item": item}
+    return data | {"plans": items[:show]}
 
 
 def print_result(
-    result: SearchResult, model: str, hardware: str, gpus: int, *, show: int | None = None
+    result: SearchResult,
+    model: str,
+    hardware: str,
+    gpus: int,
+    advice: Recommendation | None = None,
+    *,
+    show: int | None = None,
 ) -> None:
     """The ranking as a table (its first `show` plans), and what became of the other plans."""
     from parsim.plan import recompute_text
@@ -146,10 +181,10 @@ def print_result(
             *map(str, sizes), plan.schedule, str(plan.zero), "yes" if plan.sequence_parallel else "no",
             recompute_text(p.job.model, plan),
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
-            format_bytes(p.memory.peak), _why_slower(p, result.plans[0]),
+            format_bytes(p.memory.peak), _at_worst(rank - 1, advice), _why_slower(p, result.plans[0]),
         ])  # fmt: skip
     headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "sp", "recompute",
-               "step", "MFU", "bubble", "comm", "memory", "why not first"]  # fmt: skip
+               "step", "MFU", "bubble", "comm", "memory", "at worst", "why not first"]  # fmt: skip
     print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
     space = result.space
     lines = [
@@ -167,7 +202,21 @@ def print_result(
     ]
     low, high = (format_duration(s) for s in result.plans[0].interval_s)
     lines.append(f"step time of the best plan: 90 % interval {low} to {high}")
+    if advice is not None:
+        lines.append(advice.reason)
+    if advice is not None and show is not None and advice.index >= show:
+        lines.append(f"plan {advice.index + 1}: {result.plans[advice.index].plan.short()}")
     print_lines(lines)
+
+
+def _at_worst(index: int, advice: Recommendation | None) -> str:
+    """Step time of a plan that ties with the fastest in its worst case; an arrow at the one to take."""
+    from parsim.units import format_duration
+
+    if advice is None or index >= len(advice.standings) or not advice.standings[index].tied:
+        return ""
+    arrow = " ←" if index == advice.index else ""
+    return format_duration(advice.standings[index].worst[1]) + arrow
 
 
 def _why_slower(prediction: Prediction, best: Prediction) -> str:

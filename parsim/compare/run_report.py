@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from parsim.compare.order import OrderError, RankedRow, order_errors
 from parsim.compare.ranking import Ranking, rank_groups
 from parsim.compare.row_stack import NEAREST
 from parsim.compare.statistics import Summary, summarize
@@ -23,6 +24,10 @@ class RunResult:
     reason: str = ""
     measured_s: float | None = None
     predicted_s: float | None = None
+    score_s: float | None = None
+    """The same by the search's arrays, which order plans before any is replayed."""
+    layers: object = None
+    """Equal for plans of one job whose layers run the same kernels."""
     interval_s: tuple[float, float] | None = None
     """90 % interval of the prediction."""
     predicted_peak_bytes: float | None = None
@@ -86,6 +91,10 @@ class RunReport:
 
     rows: tuple[RunResult, ...]
     ranking: tuple[Ranking, ...]
+    search_ranking: tuple[Ranking, ...]
+    """The same groups by the search's own scores."""
+    order: tuple[OrderError, ...]
+    """How sure the order of two plans is."""
 
     @property
     def summary(self) -> Summary:
@@ -130,7 +139,12 @@ class RunReport:
             "summary": self.summary.to_data() | {"interval_coverage": self.coverage},
             "summary_by": {key: _to_data(parts) for key, parts in self.summaries().items()},
             "memory": self.memory.to_data(),
-            "ranking": [ranking.to_data() for ranking in self.ranking],
+            "ranking": [
+                by_time.to_data()
+                | {"search_regret": by_score.regret, "search_kendall_tau": by_score.kendall_tau}
+                for by_time, by_score in zip(self.ranking, self.search_ranking, strict=True)
+            ],
+            "order": [error.to_data() for error in self.order],
         }
 
     def to_lines(self, worst: int = 10) -> list[str]:
@@ -144,6 +158,8 @@ class RunReport:
         if self.coverage is not None:
             lines.append(f"{self.coverage:.0%} of the measured times lie in the 90 % interval")
         lines.extend(ranking_line(self.ranking))
+        lines.extend(ranking_line(self.search_ranking, "by the search's own scores"))
+        lines.extend(error.to_line() for error in self.order)
         lines.extend(_worst_lines(self.rows, worst))
         reasons = Counter(row.reason for row in self.rows if row.status != "ok")
         lines.extend(f"unsupported, {count} rows: {reason}" for reason, count in reasons.most_common())
@@ -163,13 +179,14 @@ def summary_line(name: str, summary: Summary) -> str:
     )
 
 
-def ranking_line(ranking: tuple[Ranking, ...]) -> Iterator[str]:
+def ranking_line(ranking: tuple[Ranking, ...], how: str = "") -> Iterator[str]:
     """Means over the ranked groups, as one line where there are any."""
     if ranking:
         regret = sum(group.regret for group in ranking) / len(ranking)
         taus = [group.kendall_tau for group in ranking if group.kendall_tau is not None]
         tau = f", Kendall tau {sum(taus) / len(taus):.2f}" if taus else ""
-        yield f"plans ranked in {len(ranking)} groups: mean regret {regret:.1%}{tau}"
+        by = f" {how}" if how else ""
+        yield f"plans ranked{by} in {len(ranking)} groups: mean regret {regret:.1%}{tau}"
 
 
 def _worst_lines(rows: Iterable[RunResult], number: int) -> Iterator[str]:
@@ -194,9 +211,26 @@ def _to_data(summaries: Mapping[str, Summary]) -> dict[str, Any]:
 def report_of(results: Iterable[RunResult]) -> RunReport:
     """A report of rows that were predicted, ranking included."""
     rows = tuple(results)
-    ranked = [
-        (row.group, row.measured_s, row.predicted_s)
+    return RunReport(
+        rows=rows,
+        ranking=ranking_of(rows),
+        search_ranking=ranking_of(rows, lambda row: row.score_s),
+        order=order_of(rows),
+    )
+
+
+def ranking_of(
+    rows: Iterable[RunResult], figure: Callable[[RunResult], float | None] = lambda row: row.predicted_s
+) -> tuple[Ranking, ...]:
+    """The rankings of all groups by a figure of their rows."""
+    known = [(row.group, row.measured_s, figure(row)) for row in rows]
+    return rank_groups((g, m, p) for g, m, p in known if m is not None and p is not None)
+
+
+def order_of(rows: Iterable[RunResult]) -> tuple[OrderError, ...]:
+    """How sure the order of two plans of a group is."""
+    return order_errors(
+        RankedRow(row.group, row.measured_s, row.predicted_s, row.layers)
         for row in rows
         if row.measured_s is not None and row.predicted_s is not None
-    ]
-    return RunReport(rows=rows, ranking=rank_groups(ranked))
+    )

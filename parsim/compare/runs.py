@@ -18,10 +18,13 @@ from parsim.compare.run_models import shipped_models
 from parsim.compare.run_report import RunReport, RunResult, report_of
 from parsim.compare.run_rows import Run, run_of
 from parsim.config import data_folder
+from parsim.cost.cell import cell_of
 from parsim.cost.interval import interval_s, leans_on
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.schedule.program import step_time_s
+from parsim.search.examine import Examiner
+from parsim.search.score import score_s
 from parsim.simulate.prediction import program_of
 from parsim.stack import Stack
 from parsim.units import format_bytes
@@ -70,7 +73,7 @@ class Predictor:
     def __init__(self, stacks: Mapping[str, Stack] | None = None) -> None:
         self._library = Library(models=shipped_models(), stacks=dict(stacks or {}))
         self._costs: dict[tuple[object, ...], CostModel] = {}
-        self._steps: dict[tuple[object, ...], tuple[float, float]] = {}
+        self._steps: dict[tuple[object, ...], tuple[float, float, float]] = {}
 
     def result(self, row: Row) -> RunResult:
         """What parsim says of a row, or why it says nothing."""
@@ -92,10 +95,12 @@ class Predictor:
             return RunResult(status="unsupported", reason=_one_line(error), **common)
 
     def _predicted(self, run: Run, common: dict[str, Any]) -> RunResult:
-        seconds, peak = self._step(run)
+        seconds, peak, score = self._step(run)
         return RunResult(
             status="ok",
             predicted_s=seconds,
+            score_s=score,
+            layers=(cell_of(run.job, run.plan), run.plan.recompute_layers),
             interval_s=interval_s(seconds, run.job, run.cluster, run.stack),
             leans_on=leans_on(run.job, run.cluster, run.stack),
             predicted_peak_bytes=peak,
@@ -104,12 +109,14 @@ class Predictor:
             **common | {"stack": run.stack.name},
         )
 
-    def _step(self, run: Run) -> tuple[float, float]:
-        """Step time and the allocator's peak; repeats of a run are predicted once."""
+    def _step(self, run: Run) -> tuple[float, float, float]:
+        """Step time, the allocator's peak, the search's score; repeats of a run are predicted once."""
         key = (run.job, run.plan, run.cluster_key, run.stack)
         if key not in self._steps:
             program, memory = program_of(run.job, run.plan, self.costs(run))
-            self._steps[key] = step_time_s(program), max(use.peak for use in memory)
+            # An examiner takes plans of one search for granted; rows differ in more than these do.
+            score = score_s(Examiner(run.job, self.costs(run)), run.plan)
+            self._steps[key] = step_time_s(program), max(use.peak for use in memory), score
         return self._steps[key]
 
     def costs(self, run: Run) -> CostModel:

@@ -17,6 +17,7 @@ from parsim.model import ModelSpec, num_parameters
 from parsim.plan import Job
 from parsim.search.pareto import Objectives, pareto_front
 from parsim.search.relax import Question, explained
+from parsim.search.robust import ENOUGH_HEADROOM
 from parsim.search.search import OUT_OF_MEMORY, NoPlan, Progress, search
 from parsim.search.sensitivity import CHANGE, sensitivity, speed_gains, what_binds
 from parsim.search.space import Constraints, check_constraints
@@ -29,9 +30,6 @@ Objective = Literal["smallest", "cheapest", "fastest"]
 
 NORMAL_90 = NormalDist().inv_cdf(0.95)
 """Half width of a 90 % interval in standard deviations."""
-ENOUGH_HEADROOM = 0.05
-"""Share of device memory that a plan should leave free: about twice as much as the furthest that a
-predicted peak was below a measured one (reports/accuracy.md)."""
 NO_PROGRESS = 1e-3
 """Goodput below which a run does not come to an end."""
 

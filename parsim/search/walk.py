@@ -131,6 +131,7 @@ def walked_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes, stack: S
         end = free[rank]
         for source in sources:
             end = maximum(end, there.pop(source))
+        begun = end
         for what, stage, once in parts:
             d = kind[stage]
             end = end + seconds[what][d]
@@ -138,7 +139,8 @@ def walked_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes, stack: S
                 end = maximum(end + replicas.first_s[d], gathered[stage])
             elif once == LAST:
                 end = end + replicas.last_s[d]
-                after = end + replicas.last_bucket_s[d]
+                # Its pieces are reduced one after the other, none before this pass has begun.
+                after = maximum(end + replicas.last_bucket_s[d], begun + replicas.reduce_s[d])
                 reduced[rank] = maximum(reduced[rank] + replicas.reduce_s[d], after)
         free[rank] = end
         for number, boundary, stream in outputs:

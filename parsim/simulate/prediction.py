@@ -169,10 +169,14 @@ def predict(
     return prediction_of(job, plan, costs, timeline, memory, costs_by_rank=costs_by_rank), timeline
 
 
-def estimate(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
+def estimate(
+    job: Job, plan: ParallelPlan, costs: CostModel, *, uneven: Unevenness | None = None
+) -> Prediction:
     """The same prediction from the longest path through the Program, without a discrete-event replay."""
     schedule = make_schedule(plan, plan.num_micro_batches(job))
     program, memory = program_of(job, plan, costs, schedule)
+    if uneven is not None:
+        program = uneven_program(program, plan, uneven)
     timeline = timeline_of(program, task_times(program))
     if schedule.update_every:
         timeline = steady_steps(timeline, schedule)

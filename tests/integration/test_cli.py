@@ -47,6 +47,16 @@ def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(document["plans"]) == 3
     times = [item["step_time_s"] for item in document["plans"]]
     assert times == sorted(times)
+    advice = document["recommended"]
+    assert advice["item"]["ties_with_fastest"]
+    assert "plan" in advice["reason"]
+    if advice["index"] < 3:
+        assert advice["item"] == document["plans"][advice["index"]]
+    first = document["plans"][0]
+    assert first["probability_fastest_is_faster"] == 0.5
+    worst_s = [each["robust"]["worst_step_time_s"] for each in (advice["item"], first)]
+    assert worst_s[1] == max(first["robust"]["step_time_s"].values()) > first["step_time_s"]
+    assert worst_s[0] <= worst_s[1] or first["memory_headroom"] < 0.05
     for item in document["plans"]:
         assert set(item) >= ITEM_KEYS
         assert set(item["plan"]) >= PLAN_KEYS

@@ -79,3 +79,19 @@ def test_a_user_reproduces_the_report(capsys: pytest.CaptureFixture[str]) -> Non
     answer = json.loads(capsys.readouterr().out)
     assert answer["summary"]["rows"] == answer["summary"]["ok"] == len(ROWS)
     assert len(answer["ranking"]) >= 8
+    for group in answer["ranking"]:
+        # By the figures that the search orders plans by before it replays any.
+        assert group["search_regret"] <= group["regret"] + 0.02
+    taus = [group["search_kendall_tau"] for group in answer["ranking"] if group["search_kendall_tau"]]
+    assert sum(taus) / len(taus) > 0.75
+
+
+def test_the_search_scores_a_row_as_a_replay_does() -> None:
+    """Shards within a node or among all, whatever was scored before."""
+    predictor = Predictor()
+    rows = [predictor.result(row) for row in ROWS if row["framework"] in ("internevo", "llm-foundry")]
+    assert len(rows) >= 15
+    for row in rows:
+        assert row.score_s is not None
+        assert row.predicted_s is not None
+        assert 0.9 * row.predicted_s < row.score_s <= row.predicted_s * (1 + 1e-9)
