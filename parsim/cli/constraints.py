@@ -28,6 +28,8 @@ CHOICES = {
     "schedule": "Allow only these schedules [default: all that end a step with a flush].",
     "sequence_parallel": "true, false, or both as true,false [default: true,false].",
     "tp_overlap": "true, false, or both as true,false [default: as the stack does].",
+    "placement": "Orders of mesh dimensions, the fastest first, such as tp-pp-cp-dp, or any "
+    "[default: tp-cp-dp-pp].",
 }
 """What the help says of the values of a dimension."""
 MOST = {
@@ -120,9 +122,11 @@ def _values(key: str, text: str) -> tuple[Any, ...]:
     """The values of one dimension; raises ParsimError for one that it has not."""
     from parsim.errors import ParsimError, did_you_mean
     from parsim.schedule import SCHEDULES
+    from parsim.search.placements import ANY_PLACEMENT, orders
     from parsim.search.space import RECOMPUTE_CHOICES, SPLIT_CHOICES
 
     words: dict[str, Collection[str]] = {
+        "placement": (ANY_PLACEMENT, *orders((ANY_PLACEMENT,))),
         "recompute": RECOMPUTE_CHOICES,
         "stage_split": SPLIT_CHOICES,
         "schedule": SCHEDULES,

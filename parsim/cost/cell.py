@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from parsim.hardware import DTYPE_BYTES
@@ -70,11 +71,19 @@ def cell_of(job: Job, plan: ParallelPlan) -> Cell:
         tp_overlap=plan.tp_overlap,
         expert_tp=plan.expert_tp,
         gpus=plan.gpus,
-        groups=() if plan.placement == USUAL_PLACEMENT else _groups(plan),
+        groups=_groups(plan),
     )
 
 
 def _groups(plan: ParallelPlan) -> tuple[tuple[Axis, ...], ...]:
+    """Nothing where another placement leaves them as the usual one has them."""
+    if plan.placement == USUAL_PLACEMENT:
+        return ()
+    groups, usual = _axes(plan), _axes(replace(plan, placement=USUAL_PLACEMENT))
+    return () if groups == usual else groups
+
+
+def _axes(plan: ParallelPlan) -> tuple[tuple[Axis, ...], ...]:
     replicas = mesh_axes(plan, "tp", "cp", "dp")
     experts = part_of(replicas, size=plan.ep, skip=plan.expert_tp)
     return mesh_axes(plan, "tp"), mesh_axes(plan, "cp"), experts

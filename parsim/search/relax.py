@@ -74,8 +74,9 @@ class Question:
     def _spaces(self) -> Iterator[tuple[Any, Any]]:
         """Families with which of their plans are legal."""
         examiner = Examiner(self.job, self.costs)
-        overlap = self.costs.stack.default_tp_overlap
-        for family in families(self.job, self.gpus, self.constraints, tp_overlap=overlap):
+        overlap, cluster = self.costs.stack.default_tp_overlap, self.costs.cluster
+        listed = families(self.job, self.gpus, self.constraints, tp_overlap=overlap, cluster=cluster)
+        for family in listed:
             yield family, examiner.legality(family)[1]
 
     def any_legal(self) -> bool:

@@ -83,7 +83,8 @@ def search(
     constraints = constraints or Constraints()
     check_constraints(gpus, constraints)
     report = progress or (lambda what, done, total: None)
-    listed = list(families(job, gpus, constraints, tp_overlap=costs.stack.default_tp_overlap))
+    overlap, cluster = costs.stack.default_tp_overlap, costs.cluster
+    listed = list(families(job, gpus, constraints, tp_overlap=overlap, cluster=cluster))
     is_large = sum(prod(family.shape) for family in listed) >= LARGE_SPACE
     workers = Workers(job=job, costs=costs, processes=(processes or cores()) if is_large else 1)
     candidates, space = _bounded(workers, listed, report)

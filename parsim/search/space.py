@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from parsim.errors import ParsimError
+from parsim.hardware import Cluster
 from parsim.plan import (
     ASYNCHRONOUS_SCHEDULES,
     RECOMPUTE_MODES,
@@ -18,6 +19,7 @@ from parsim.plan import (
 )
 from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import divisors
+from parsim.search.placements import orders, placed
 
 MAX_GPUS = 1_000_000
 
@@ -48,6 +50,8 @@ class Constraints:
     """Empty: as the stack does."""
     stage_split: tuple[SplitChoice, ...] = ()
     """Empty: auto."""
+    placement: tuple[str, ...] = ()
+    """Orders of mesh dimensions, or "any" for all; empty: the usual one."""
     max_sizes: dict[str, int] = field(default_factory=dict)
     """The most that is allowed of any of dp, tp, pp, cp, ep, vpp and micro_batch."""
 
@@ -134,15 +138,21 @@ class Family:
 
 
 def families(
-    job: Job, gpus: int, constraints: Constraints, *, tp_overlap: bool = False
+    job: Job,
+    gpus: int,
+    constraints: Constraints,
+    *,
+    tp_overlap: bool = False,
+    cluster: Cluster | None = None,
 ) -> Iterator[Family]:
     """Every split of `gpus` over dp, tp, pp and cp, with every micro-batch, schedule, vpp, ZeRO stage,
     recompute mode, with and without sequence parallelism.
 
     Illegal plans are part of the space: the search counts them by reason. Options without effect are
     left out: ZeRO where dp·cp = 1, schedules and chunks where pp = 1, sequence parallelism and
-    tp_overlap where tp = 1, micro-batches beyond the batch of a dp rank. tp_overlap is as given where
-    the constraints say nothing. Sequences stay whole (cp = 1) unless the constraints allow more.
+    tp_overlap where tp = 1, micro-batches beyond the batch of a dp rank; placements that differ in no
+    group of ranks on the `cluster`, if it is known. tp_overlap is as given where the constraints say
+    nothing. Sequences stay whole (cp = 1) unless the constraints allow more.
     """
     allowed = constraints.allowed
     for tp in allowed("tp", divisors(gpus)):
@@ -151,32 +161,40 @@ def families(
             for cp in allowed("cp", cps):
                 for dp in allowed("dp", [gpus // (tp * pp * cp)]):
                     split = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp)
-                    yield from _splits(job, constraints, split, tp_overlap=tp_overlap)
+                    for meshed in _meshes(job, constraints, split, cluster):
+                        yield from _splits(job, constraints, meshed, tp_overlap=tp_overlap)
+
+
+def _meshes(
+    job: Job, constraints: Constraints, split: ParallelPlan, cluster: Cluster | None
+) -> Iterator[ParallelPlan]:
+    """One (dp, tp, pp, cp) with every ep, in every placement."""
+    experts = job.model.moe.experts if job.model.moe else 1
+    ranks = split.dp * split.tp * split.cp
+    eps = [ep for ep in divisors(experts) if ranks % ep == 0]
+    for ep in constraints.allowed("ep", eps):
+        yield from placed(replace(split, ep=ep), orders(constraints.placement), cluster)
 
 
 def _splits(
     job: Job, constraints: Constraints, split: ParallelPlan, *, tp_overlap: bool
 ) -> Iterator[Family]:
-    """Plans of one (dp, tp, pp, cp)."""
-    experts = job.model.moe.experts if job.model.moe else 1
-    ranks = split.dp * split.tp * split.cp
-    eps = [ep for ep in divisors(experts) if ranks % ep == 0]
+    """Plans of one mesh."""
     sizes = constraints.micro_batch or divisors(max(1, job.global_batch // split.dp))
     sharded, cut = split.dp * split.cp > 1, split.tp > 1
     zeros = constraints.zero or (0, 1, 2, 3)
-    for ep in constraints.allowed("ep", eps):
-        for schedule, vpp in _chunks(job, constraints, split.pp):
-            family = Family(
-                base=replace(split, ep=ep, vpp=vpp, schedule=schedule),
-                zero=zeros if sharded else zeros[:1],
-                micro_batch=tuple(constraints.allowed("micro_batch", sizes)),
-                sequence_parallel=(constraints.sequence_parallel or (True, False)) if cut else (False,),
-                tp_overlap=(constraints.tp_overlap or (tp_overlap,)) if cut else (False,),
-                recompute=constraints.recompute or RECOMPUTE_CHOICES,
-                even_split=constraints.stage_split == ("even",),
-            )
-            if family.micro_batch:
-                yield family
+    for schedule, vpp in _chunks(job, constraints, split.pp):
+        family = Family(
+            base=replace(split, vpp=vpp, schedule=schedule),
+            zero=zeros if sharded else zeros[:1],
+            micro_batch=tuple(constraints.allowed("micro_batch", sizes)),
+            sequence_parallel=(constraints.sequence_parallel or (True, False)) if cut else (False,),
+            tp_overlap=(constraints.tp_overlap or (tp_overlap,)) if cut else (False,),
+            recompute=constraints.recompute or RECOMPUTE_CHOICES,
+            even_split=constraints.stage_split == ("even",),
+        )
+        if family.micro_batch:
+            yield family
 
 
 def _chunks(job: Job, constraints: Constraints, pp: int) -> Iterator[tuple[str, int]]:
