@@ -42,6 +42,8 @@ MOST = {
     "micro_batch": "Largest micro-batch.",
 }
 """What the help says of the largest value of a dimension."""
+_FEW_WORDS = {"placement": "any, or orders such as tp-cp-dp-pp and tp-pp-cp-dp"}
+"""For what there is too much of to list."""
 SWITCH = {"true": True, "false": False}
 
 
@@ -140,7 +142,7 @@ def _values(key: str, text: str) -> tuple[Any, ...]:
                 raise ParsimError(
                     f"unknown {key} {part!r}",
                     where=flag_of(key),
-                    expected=", ".join(words[key]),
+                    expected=_FEW_WORDS.get(key, ", ".join(words[key])),
                     hint=did_you_mean(part, words[key]),
                 )
         return tuple(SWITCH.get(part, part) for part in parts)

@@ -25,6 +25,8 @@ from parsim.cli.options import (
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from parsim.cli.options import Setup
     from parsim.search.robust import Recommendation
     from parsim.search.search import SearchResult
@@ -172,6 +174,7 @@ def print_result(
     from parsim.units import format_bytes, format_duration
 
     rows = []
+    more = _more_columns(result.plans[:show])
     for rank, p in enumerate(result.plans[:show], start=1):
         plan = p.plan
         share = {key: seconds / p.step_time_s for key, seconds in p.breakdown_s.items()}
@@ -179,12 +182,13 @@ def print_result(
         sizes = (rank, plan.dp, plan.tp, plan.pp, plan.cp, plan.ep, plan.vpp, plan.micro_batch)
         rows.append([
             *map(str, sizes), plan.schedule, str(plan.zero), "yes" if plan.sequence_parallel else "no",
-            recompute_text(p.job.model, plan),
+            recompute_text(p.job.model, plan), *(text(p) for text in more.values()),
             format_duration(p.step_time_s), f"{p.mfu:.1%}", f"{share['bubble']:.1%}", f"{exposed:.1%}",
             format_bytes(p.memory.peak), _at_worst(rank - 1, advice), _why_slower(p, result.plans[0]),
         ])  # fmt: skip
     headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "sp", "recompute",
-               "step", "MFU", "bubble", "comm", "memory", "at worst", "why not first"]  # fmt: skip
+               *more, "step", "MFU", "bubble", "comm", "memory", "at worst",
+               "why not first"]  # fmt: skip
     print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
     space = result.space
     lines = [
@@ -217,6 +221,18 @@ def _at_worst(index: int, advice: Recommendation | None) -> str:
         return ""
     arrow = " ←" if index == advice.index else ""
     return format_duration(advice.standings[index].worst[1]) + arrow
+
+
+def _more_columns(plans: Sequence[Prediction]) -> dict[str, Callable[[Prediction], str]]:
+    """Columns, with their texts, that say something only in some spaces."""
+    from parsim.plan import USUAL_PLACEMENT
+
+    more: dict[str, Callable[[Prediction], str]] = {}
+    if len({p.plan.tp_overlap for p in plans if p.plan.tp > 1}) > 1:
+        more["tp overlap"] = lambda p: "yes" if p.plan.tp_overlap else "no"
+    if any(p.plan.placement != USUAL_PLACEMENT for p in plans):
+        more["placement"] = lambda p: p.plan.placement
+    return more
 
 
 def _why_slower(prediction: Prediction, best: Prediction) -> str:

@@ -24,6 +24,7 @@ from parsim.search.chosen_bounds import walked_plans_s
 from parsim.search.examine import Examiner
 from parsim.search.fullest import fullest_rank
 from parsim.search.layout import Bools, Floats, Ints
+from parsim.search.placements import ANY_PLACEMENT
 from parsim.search.search import OUT_OF_MEMORY, search
 from parsim.search.space import RECOMPUTE_CHOICES, Constraints, Family, families
 from parsim.simulate.prediction import Prediction, estimate
@@ -62,13 +63,17 @@ def spaces(draw: st.DrawFn) -> Space:
         sequence_parallel=some((True, False), 2),  # type: ignore[arg-type]
         tp_overlap=some((True, False), 1),  # type: ignore[arg-type]
         micro_batch=some((1, 2), 1),  # type: ignore[arg-type]
+        placement=draw(st.sampled_from([(), (), (ANY_PLACEMENT,), ("dp-tp-cp-pp", "pp-tp-cp-dp")])),
         max_sizes=limits,
     )
-    costs = CostModel(model, round_cluster(), draw(stacks()))
+    # Domains that the GPUs do not all fit into, so that placements differ.
+    domain = draw(st.sampled_from([2, 4, 6, 8]))
+    cluster = round_cluster(gpus_per_node=domain, scale_up_domain=domain)
+    costs = CostModel(model, cluster, draw(stacks()))
     space = Space(job, gpus, costs, constraints, draw(st.sampled_from([1, 3, 10, 1000])))
     needs = sorted(
         fullest_rank(job, plan, costs).peak + costs.stack.context_bytes
-        for family in families(job, gpus, constraints)
+        for family in families(job, gpus, constraints, cluster=cluster)
         for plan in family.plans()
         if next(plan_problems(job, plan, costs.cluster), None) is None
     )
@@ -84,7 +89,7 @@ def replayed(of: Space) -> tuple[list[Prediction], Counter[str]]:
     """Every plan that fits, fastest first, and why the others do not count."""
     found, rejected = [], Counter[str]()
     examiner = Examiner(of.job, of.costs)
-    for family in families(of.job, of.gpus, of.constraints):
+    for family in families(of.job, of.gpus, of.constraints, cluster=of.costs.cluster):
         fitting = set()
         for index, plan in enumerate(family.plans()):
             problem = next(plan_problems(of.job, plan, of.costs.cluster), None)

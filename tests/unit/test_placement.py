@@ -7,15 +7,21 @@ from dataclasses import replace
 from itertools import permutations, product
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from parsim.cost.cell import cell_of
 from parsim.cost.collective import DEFAULT_LINK_EFFICIENCY, NETWORK_EFFICIENCY, group_over
 from parsim.cost.stage import CostModel
 from parsim.cost.step import StepCost, step_cost
 from parsim.errors import ParsimError
+from parsim.hardware import Cluster
 from parsim.mesh import mesh_axes, part_of
+from parsim.model import MoeSpec
 from parsim.plan import USUAL_PLACEMENT, Coordinate, Job, ParallelPlan, parse_plan
-from parsim.schedule.check import check_plan
+from parsim.schedule import with_schedule
+from parsim.schedule.check import check_plan, placement_problems
+from parsim.search.placements import ANY_PLACEMENT, orders, placed
 from parsim.simulate.prediction import predict
 from parsim.simulate.uneven import Straggler, Unevenness, replicas_of
 from tests.builders import plain_stack, round_cluster, small_model
@@ -152,3 +158,64 @@ def test_those_who_share_experts_with_a_straggler_wait_for_it(
     uneven = Unevenness(stragglers=(Straggler(0, slow=2.0),))
     found = [r.members for r in replicas_of(plan, uneven) if r.slow == (2.0,)]
     assert found == [slowed]
+
+
+@st.composite
+def meshes(draw: st.DrawFn) -> tuple[ParallelPlan, Cluster]:
+    """Any mesh on domains of several sizes, and with the experts and schedules that pair up ranks."""
+    domain = draw(st.sampled_from([2, 4, 6, 8, 12]))
+    sizes, powers = st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 2, 4])
+    dp, tp, pp, cp = draw(sizes), draw(powers), draw(sizes), draw(powers)
+    plan = ParallelPlan(dp=dp, tp=tp, pp=pp, cp=cp, zero=draw(st.integers(0, 3)), sequence_parallel=True)
+    if pp % 2 == 0 and draw(st.booleans()):
+        plan = with_schedule(plan, draw(st.sampled_from(["dualpipe", "zbv"])))
+    eps = [ep for ep in (1, 2, 4) if plan.dp * plan.tp * plan.cp % ep == 0]
+    cluster = round_cluster(gpus_per_node=domain, scale_up_domain=domain)
+    return replace(plan, ep=draw(st.sampled_from(eps))), cluster
+
+
+@given(meshes())
+@settings(max_examples=100, deadline=None)
+def test_of_placements_that_are_the_same_one_is_searched(case: tuple[ParallelPlan, Cluster]) -> None:
+    plan, cluster = case
+    model = small_model(layers=12, tied_embeddings=True, moe=MoeSpec(experts=4, top_k=2, ffn_hidden=512))
+    job = Job(model=model, seq_len=256, global_batch=12)
+    stack = plain_stack(fp8_scaling="delayed", pp_scatter_gather=True)
+    costs = CostModel(model, cluster, stack)
+    searched = [p.placement for p in placed(plan, orders((ANY_PLACEMENT,)), cluster)]
+    assert searched[0] == USUAL_PLACEMENT
+    assert len(searched) == len(set(searched))
+
+    def cost(order: str) -> StepCost:
+        return step_cost(job, replace(plan, placement=order), costs)
+
+    kept = {cost(order) for order in searched if legal(plan, order, cluster)}
+    for order in PLACEMENTS:
+        assert not legal(plan, order, cluster) or cost(order) in kept
+
+
+def legal(plan: ParallelPlan, placement: str, cluster: Cluster) -> bool:
+    if placement == USUAL_PLACEMENT:
+        return True
+    return next(placement_problems(replace(plan, placement=placement), cluster), None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "gpus_a_domain", "searched"),
+    [
+        ("dp=8,tp=8", 8, 2),  # which of the two lies inside
+        ("dp=2,tp=2,pp=2", 8, 1),  # all inside
+        ("dp=64", 8, 1),
+        # tp inside, then none of them; dp inside, or pp; of tp-dp-pp and tp-pp-dp no group tells.
+        ("dp=8,tp=8,pp=8", 8, 3),
+        # Each whole inside or none; two at a time where they are cut.
+        ("dp=4,tp=4,pp=4", 8, 6),
+        ("dp=4,tp=4,pp=4", 16, 3),
+        # Of six tp ranks two share a domain at the least either way, but pipeline ranks only in one.
+        ("tp=6,pp=4", 8, 2),
+        ("tp=2,dp=4,ep=4", 4, 2),
+    ],
+)
+def test_how_many_placements_mean_something(text: str, gpus_a_domain: int, searched: int) -> None:
+    cluster = round_cluster(gpus_per_node=gpus_a_domain, scale_up_domain=gpus_a_domain)
+    assert len(list(placed(parse_plan(text), orders((ANY_PLACEMENT,)), cluster))) == searched
