@@ -249,25 +249,35 @@ def group_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
 def placement_problems(plan: ParallelPlan, cluster: Cluster) -> Iterator[ParsimError]:
     """Where dimensions lie in another order than usual, scale-up domains hold them in whole blocks."""
     domain, block = cluster.scale_up_domain, 1
+
+    def torn(block: int, what: str) -> ParsimError:
+        return ParsimError(
+            "this placement tears blocks of ranks over scale-up domains",
+            where="placement",
+            got=f"blocks of {block} ranks {what}, {domain} devices a domain",
+            expected="blocks that divide a domain, or that it divides",
+            hint=f"the usual placement is {USUAL_PLACEMENT}",
+        )
+
     for dimension in plan.placement.split("-"):
         block *= getattr(plan, dimension)
         if domain % block and block % domain:
-            yield ParsimError(
-                "this placement tears blocks of ranks over scale-up domains",
-                where="placement",
-                got=f"blocks of {block} ranks up to {dimension}, {domain} devices a domain",
-                expected="blocks that divide a domain, or that it divides",
-                hint=f"the usual placement is {USUAL_PLACEMENT}",
-            )
+            yield torn(block, f"up to {dimension}")
             return
     try:
-        part_of(mesh_axes(plan, "tp", "cp", "dp"), size=plan.ep, skip=plan.expert_tp)
+        experts = part_of(mesh_axes(plan, "tp", "cp", "dp"), size=plan.ep, skip=plan.expert_tp)
         for axes in replica_axes(plan):
             shards = shard_ranks(axes, plan)
             part_of(axes, size=shards)
             part_of(axes, size=group_size(axes) // shards, skip=shards)
     except ParsimError as problem:
         yield problem
+        return
+    for axis in experts:
+        block = axis.size * axis.stride
+        if domain % block and block % domain:
+            yield torn(block, "that share experts")
+            return
 
 
 def _reduction_problems(plan: ParallelPlan) -> Iterator[ParsimError]:

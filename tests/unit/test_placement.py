@@ -137,12 +137,14 @@ def test_what_is_no_placement(placement: str) -> None:
     ("text", "words"),
     [
         ("tp=2,dp=3,placement=dp-tp-cp-pp", "tears blocks"),
+        ("tp=2,pp=2,dp=6,ep=6,placement=tp-cp-pp-dp", "12 ranks that share experts"),
         ("tp=1,cp=2,dp=6,pp=4,zero=1,zero_group=3,placement=cp-pp-tp-dp", "tears a group"),
     ],
 )
 def test_a_placement_that_tears_groups_is_refused(text: str, words: str) -> None:
     plan = parse_plan(text)
-    job = Job(model=small_model(), seq_len=256, global_batch=12)
+    moe = MoeSpec(experts=6, top_k=2, ffn_hidden=256)
+    job = Job(model=small_model(moe=moe), seq_len=256, global_batch=12)
     with pytest.raises(ParsimError, match=words):
         check_plan(job, plan, round_cluster())
 
