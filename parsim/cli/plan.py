@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +17,6 @@ from parsim.cli.options import (
     JsonOption,
     MemoryOption,
     ModelOption,
-    PrecisionOption,
     SeqLenOption,
     StackOption,
     load_setup,
@@ -41,7 +40,12 @@ def plan(
     global_batch: GlobalBatchOption = None,
     seq_len: SeqLenOption = None,
     stack: StackOption = None,
-    precision: PrecisionOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision", help="dtypes of the GEMMs, such as bf16,fp8 [default: bf16 where there is]."
+        ),
+    ] = None,
     inter_node: InterNodeOption = None,
     intra_node: IntraNodeOption = None,
     memory: MemoryOption = None,
@@ -70,7 +74,7 @@ def plan(
     """
     from parsim.search.relax import Question, explained
     from parsim.search.robust import LEAST_LOOKED_AT
-    from parsim.search.search import NoPlan, search
+    from parsim.search.search import NoPlan, SearchResult, search, together
 
     flags = Flags(
         model=model,
@@ -83,23 +87,37 @@ def plan(
         intra_node=intra_node,
         memory=memory,
     )
-    setup = load_setup(flags)
+    setups = _setups(flags)
+    setup = setups[0]
     constraints = allowed.constraints()
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
     inputs = flags.given() | chosen | {"constraints": allowed.given()}
 
     def found(count: int) -> SearchResult:
+        """Of all precisions together: those that nothing fits in give none of the plans."""
+        results, none = [], []
         with progress() as report:
-            return search(
-                setup.job,
-                gpus,
-                setup.costs(),
-                constraints=constraints,
-                top=count,
-                budget_s=budget_s,
-                progress=report,
-                processes=processes,
-            )
+            for of in setups:
+                try:
+                    result = search(
+                        of.job,
+                        gpus,
+                        of.costs(),
+                        constraints=constraints,
+                        top=count,
+                        budget_s=budget_s,
+                        progress=report,
+                        processes=processes,
+                    )
+                except NoPlan as no:
+                    none.append(no)
+                    result = SearchResult(
+                        space=no.space, plans=(), optimal=True, replayed=0, search_s=0.0
+                    )
+                results.append(result)
+        if len(none) == len(setups):
+            raise none[0]
+        return together(results, count)
 
     if explain:
         from parsim.cli.plan_explain import explain_plan
@@ -122,7 +140,22 @@ def plan(
         print_json(document("plan", inputs, to_data(result, setup.origin, advice, show=top)))
     else:
         name, where = setup.job.model.name, setup.origin["hardware"]
-        print_result(result, name, where, gpus, advice, show=top)
+        several = len(setups) > 1
+        print_result(result, name, where, gpus, advice, show=top, several_precisions=several)
+
+
+def _setups(flags: Flags) -> list[Setup]:
+    """What to work on, in each of the precisions."""
+    from parsim.errors import ParsimError
+
+    if flags.precision is None:
+        return [load_setup(flags)]
+    parts = dict.fromkeys(part.strip().lower() for part in flags.precision.split(","))
+    if "" in parts:
+        raise ParsimError(
+            "a dtype is missing", where="--precision", got=flags.precision, expected="bf16,fp8"
+        )
+    return [load_setup(replace(flags, precision=part)) for part in parts]
 
 
 def _advice(result: SearchResult, setup: Setup) -> Recommendation | None:
@@ -168,13 +201,14 @@ def print_result(
     advice: Recommendation | None = None,
     *,
     show: int | None = None,
+    several_precisions: bool = False,
 ) -> None:
     """The ranking as a table (its first `show` plans), and what became of the other plans."""
     from parsim.plan import recompute_text
     from parsim.units import format_bytes, format_duration
 
     rows = []
-    more = _more_columns(result.plans[:show])
+    more = _more_columns(result.plans[:show], several_precisions=several_precisions)
     for rank, p in enumerate(result.plans[:show], start=1):
         plan = p.plan
         share = {key: seconds / p.step_time_s for key, seconds in p.breakdown_s.items()}
@@ -223,11 +257,15 @@ def _at_worst(index: int, advice: Recommendation | None) -> str:
     return format_duration(advice.standings[index].worst[1]) + arrow
 
 
-def _more_columns(plans: Sequence[Prediction]) -> dict[str, Callable[[Prediction], str]]:
+def _more_columns(
+    plans: Sequence[Prediction], *, several_precisions: bool
+) -> dict[str, Callable[[Prediction], str]]:
     """Columns, with their texts, that say something only in some spaces."""
     from parsim.plan import USUAL_PLACEMENT
 
     more: dict[str, Callable[[Prediction], str]] = {}
+    if several_precisions:
+        more["precision"] = lambda p: p.job.precision
     if len({p.plan.tp_overlap for p in plans if p.plan.tp > 1}) > 1:
         more["tp overlap"] = lambda p: "yes" if p.plan.tp_overlap else "no"
     if any(p.plan.placement != USUAL_PLACEMENT for p in plans):

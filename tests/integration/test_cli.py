@@ -39,6 +39,28 @@ def refusal(capsys: pytest.CaptureFixture[str], command: str, status: int = 2) -
     return captured.err
 
 
+def test_plans_of_several_precisions_are_ranked_together(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    narrow = "--schedule 1f1b --tp 1,2 --zero 2".split()
+    both, *alone = (
+        answer(capsys, *PLAN_8B, *narrow, "--top", "300", "--precision", precision)
+        for precision in ("bf16,fp8", "bf16", "fp8")
+    )
+    found = {item["job"]["precision"] for item in both["plans"]}
+    assert found == {"bf16", "fp8"}
+    for key in ("enumerated", "legal", "fits"):
+        assert both["space"][key] == sum(one["space"][key] for one in alone)
+    times = [item["step_time_s"] for item in both["plans"]]
+    assert times == sorted(item["step_time_s"] for one in alone for item in one["plans"])
+    for item in (both["plans"][0], both["plans"][-1]):
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps(item))
+        again = answer(capsys, "simulate", "--plan", str(path))
+        assert again["step_time_s"] == pytest.approx(item["step_time_s"])
+        assert again["job"] == item["job"]
+
+
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
     document = answer(capsys, *PLAN_8B, "--top", "3")
     space = document["space"]
@@ -140,6 +162,9 @@ def test_lists(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("plan --model llama-3.1-7b --hardware h100-sxm-80gb --gpus 8 --global-batch 8", "did you mean"),
         ("plan --model llama-3.1-8b --hardware h100 --gpus 8 --global-batch 8", "unknown hardware"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --precision bf16,nvfp4", "nvfp4"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --precision bf16,", "a dtype is missing"),
+        (f"plan {EIGHT_B} --gpus 8 --global-batch 8 --placement tp-dp", "unknown placement"),
         (f"plan {EIGHT_B} --gpus 7 --tp 2 --global-batch 8", "does not divide 7"),
         (f"plan {EIGHT_B} --gpus 0 --global-batch 8", "out of range"),
         (f"plan {EIGHT_B} --gpus 8", "--global-batch is missing"),
