@@ -15,8 +15,8 @@ from parsim.cost.stage import CostModel
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
 from parsim.schedule.program import step_time_s
-from parsim.search.partition_plan import Partitioner
-from parsim.search.partitioned import partitioned
+from parsim.search.partition.chosen import partitioned
+from parsim.search.partition.plan import Partitioner
 from parsim.simulate.prediction import program_of
 
 SMALL = (

@@ -249,6 +249,17 @@ class ParallelPlan:
             return self.pp - 1 - place
         return place
 
+    def rank_stages(self) -> list[list[int]]:
+        """The stages of every pipeline rank, in order.
+
+        >>> ParallelPlan(pp=2, vpp=2, schedule="zbv").rank_stages()
+        [[0, 3], [1, 2]]
+        """
+        own: list[list[int]] = [[] for _ in range(self.pp)]
+        for stage in range(self.num_stages):
+            own[self.stage_rank(stage)].append(stage)
+        return own
+
     def short(self) -> str:
         """The short form that `--plan` reads, without fields that have their usual value.
 

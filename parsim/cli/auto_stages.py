@@ -9,7 +9,7 @@ from parsim.cli.output import Section
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from parsim.search.partitioned import Loads, Partitioned
+    from parsim.search.partition.chosen import Loads, Partitioned
 
 
 def stages_section(chosen: Partitioned | None) -> Section:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from parsim.cost.stage import CostModel
     from parsim.hardware import Cluster
     from parsim.plan import Job, ParallelPlan
-    from parsim.search.partitioned import Partitioned
+    from parsim.search.partition.chosen import Partitioned
     from parsim.stack import Stack
 
 ModelOption = Annotated[
@@ -185,7 +185,7 @@ def load_plan(
     setup = replace(setup, rank_hardware=tuple(rank_hardware or file.rank_hardware))
     if file.auto:
         from parsim.cli.simulate_uneven import rank_costs
-        from parsim.search.partitioned import partitioned
+        from parsim.search.partition.chosen import partitioned
 
         chosen = partitioned(
             setup.job,

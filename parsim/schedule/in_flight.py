@@ -56,7 +56,7 @@ def full_moments(
             ahead = (vpp - 1) * micro_batches_per_round(pp, m) + pp - 1
             return _interleaved(pp, vpp, min(ahead, vpp * m), m)
     plan = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule)
-    stages = [stage for stage in range(plan.num_stages) if plan.stage_rank(stage) == rank]
+    stages = plan.rank_stages()[rank]
     return _walked(_actions(schedule, pp, vpp, min(m, STEADY_ROUNDS * pp))[rank], stages)
 
 

@@ -39,9 +39,7 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
     last_s = times[0].backward_s - times[0].hand_back_s
     head = [0.0, *accumulate(there)] * plan.chains
     tail = [0.0, *(last_s + seconds for seconds in accumulate(back))] * plan.chains
-    own: list[list[int]] = [[] for _ in range(plan.pp)]
-    for stage in range(plan.num_stages):
-        own[plan.stage_rank(stage)].append(stage)
+    own = plan.rank_stages()
     runs, most = m / plan.chains, 0.0
     for stages in own:
         busy_s = runs * sum(times[s].forward_s + times[s].backward_s for s in stages)

@@ -33,7 +33,7 @@ from parsim.search.fullest import fullest_rank
 from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of, stage_sums
 from parsim.search.least_recompute import least_recompute_s
 from parsim.search.memory_arrays import fixed_bytes, needed_bytes, room_bytes
-from parsim.search.partition_plan import Partitioner
+from parsim.search.partition.plan import Partitioner
 from parsim.search.passes import Passes, joined, passes_of
 from parsim.search.replicas import ReplicaTime, replica_time
 from parsim.search.space import Family

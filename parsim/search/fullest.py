@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parsim.cost.cell import cell_of
 from parsim.cost.memory import MemoryUse, rank_memory
-from parsim.cost.stage import CostModel, StageCost
+from parsim.cost.stage import CostModel
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule.in_flight import in_flight
 from parsim.schedule.pipedream import weight_versions
@@ -21,11 +21,9 @@ def fullest_rank(job: Job, plan: ParallelPlan, costs: CostModel) -> MemoryUse:
     split = stage_layers(job.model, plan)
     stages = costs.stages(cell_of(job, plan), split, plan.recompute_layers) * plan.chains
     num_micro_batches = plan.num_micro_batches(job)
-    own: list[list[StageCost]] = [[] for _ in range(plan.pp)]
-    for s, stage in enumerate(stages):
-        own[plan.stage_rank(s)].append(stage)
     uses: dict[tuple[int, ...], MemoryUse] = {}
-    for rank, mine in enumerate(own):
+    for rank, own in enumerate(plan.rank_stages()):
+        mine = [stages[s] for s in own]
         key = (*map(id, mine), rank if plan.schedule in FULLER_LATER else 0)
         if key not in uses:
             kept = in_flight(plan, rank, num_micro_batches, [stage.saved_bytes for stage in mine])

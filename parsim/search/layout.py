@@ -139,17 +139,9 @@ def separate_layout(plan: ParallelPlan) -> Layout:
         stages=((),) * plan.num_stages,
         kind=np.arange(plan.num_stages),
         counts=np.zeros((plan.num_stages, 0)),
-        own=np.array(stages_of_ranks(plan)),
+        own=np.array(plan.rank_stages()),
         holdings=(),
     )
-
-
-def stages_of_ranks(plan: ParallelPlan) -> list[list[int]]:
-    """The stages of every pipeline rank, in order."""
-    own: list[list[int]] = [[] for _ in range(plan.pp)]
-    for stage in range(plan.num_stages):
-        own[plan.stage_rank(stage)].append(stage)
-    return own
 
 
 def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
@@ -159,7 +151,7 @@ def layout_of(plan: ParallelPlan, costs: CostModel) -> Layout:
     stages = tuple(dict.fromkeys(kinds))
     parts = tuple(dict.fromkeys(part for stage in stages for part in stage))
     kind = [stages.index(stage) for stage in kinds]
-    own = stages_of_ranks(plan)
+    own = plan.rank_stages()
     return Layout(
         plan=plan,
         parts=parts,

@@ -93,7 +93,7 @@ class Patterns:
         With ZeRO gradients are summed in each shard group first, then between those. Compressed ones
         that no all-reduce can sum go round in a ring, as an all-gather.
         """
-        stages = [task.stage] if task.stage >= 0 else self._stages_of(task.rank)
+        stages = [task.stage] if task.stage >= 0 else self.plan.rank_stages()[task.rank]
         parts = []
         for axes, parameters in zip(
             replica_axes(self.plan),
@@ -116,9 +116,6 @@ class Patterns:
                 parts.append(SyncPart("reduce_scatter", parameters, shards))
                 parts.append(SyncPart("all_reduce", parameters / size, between))
         return tuple(parts)
-
-    def _stages_of(self, rank: int) -> list[int]:
-        return [s for s in range(self.plan.num_stages) if self.plan.stage_rank(s) == rank]
 
     def _sends(self, source: int, target: int, offsets: list[int], *, both_ways: bool) -> Load:
         """Every replica of one pipeline rank sends to its like of another."""

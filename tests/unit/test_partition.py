@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from parsim.search.partition import EVENNESS, Floats, Split, best_split, least_slowest, split_of
+from parsim.search.partition.split import EVENNESS, Floats, Split, best_split, least_slowest, split_of
 
 TIMES = st.sampled_from([0.25, 0.5, 1.0, 1.0, 1.0, 1.25, 3.0])
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parsim.search.partition_counts import Chunk, Moments, least_recomputed
+from parsim.search.partition.counts import Chunk, Moments, least_recomputed
 
 
 @st.composite

@@ -10,14 +10,12 @@ import numpy as np
 
 from parsim.cost.cell import cell_of
 from parsim.cost.stage import CostModel
-from parsim.cost.step import step_cost
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, recomputed_layers, stage_layers
 from parsim.schedule import ONE_CHUNK_SCHEDULES, SPLIT_SCHEDULES
-from parsim.search.bound import lower_bound_s
-from parsim.search.partition import EVENNESS, Floats, Split, best_split, least_slowest, split_of
-from parsim.search.partition_chunks import counts_of_chunks
-from parsim.search.partition_table import Counts, Rows, StageTable, TableMaker, table_of
-from parsim.search.partition_walk import Stages, Walker, improved
+from parsim.search.partition.chunks import counts_of_chunks
+from parsim.search.partition.split import EVENNESS, Floats, Split, best_split, least_slowest, split_of
+from parsim.search.partition.table import Counts, Rows, StageTable, TableMaker, table_of
+from parsim.search.partition.walk import Stages, Walker, improved
 
 AHEAD_SHARE = {"1f1b": 0.5, "zb-h1": 0.25, "zb-h2": 0.25}
 """How much of the forwards that a rank runs ahead of its first backward counts as gained, in the choice
@@ -32,7 +30,6 @@ class Partitioner:
 
     job: Job
     _makers: dict[int, TableMaker] = field(default_factory=dict)
-    _last: tuple[object, StageTable] | None = None
 
     def partition(
         self,
@@ -60,50 +57,6 @@ class Partitioner:
             return self._with(plan, found, counts=True)
         stages = self._stages(plan, costs_by_rank, split, counts, walk)
         return self._with(plan, stages, counts=counts)
-
-    def least_step_s(
-        self, plan: ParallelPlan, costs_by_rank: Sequence[CostModel], *, counts: bool
-    ) -> float:
-        """No step of this plan is shorter, whatever its stage split and (with `counts`) its counts of
-        recomputed layers; infinite where none fits.
-
-        A rank begins when the first micro-batch has come through the stages before its own, and after
-        its last backward a gradient goes back through them (unless backwards are split). All splits are
-        compared at once: what lies before a stage depends on its first layer alone, so this too is a
-        smallest maximum.
-        """
-        stack = costs_by_rank[0].stack
-        if plan.schedule not in ONE_CHUNK_SCHEDULES and plan.vpp > 1:
-            least = replace(plan, recompute="none", recompute_layers=()) if counts else plan
-            bounds = [
-                lower_bound_s(step_cost(self.job, least, costs), self.job, least, stack)
-                for costs in {id(costs): costs for costs in costs_by_rank}.values()
-            ]
-            return min(bounds)
-        makers = [self._maker(costs) for costs in costs_by_rank]
-        table = self._table(plan, makers, self._longest(plan), _counts(plan, counts))
-        seconds, m = table.spread(table.rows.seconds), plan.num_micro_batches(self.job)
-        # What the table leaves out are splits with a stage of more layers, which takes no less.
-        more_s = np.inf if table.whole else m * float(seconds[:, :, -1].min())
-        if plan.schedule in ASYNCHRONOUS_SCHEDULES:
-            found = least_slowest(m * seconds)
-            return min(found.slowest if found else np.inf, more_s) + stack.step_overhead_s
-        send_s = [maker.send_s(plan, rank, rank + 1) for rank, maker in enumerate(makers)]
-        beside_s = np.cumsum([0.0, *send_s[:-1]]) if stack.pp_overlap else np.zeros(plan.pp)
-        if plan.schedule in ("gpipe", "1f1b"):
-            # Gathers and reductions that run beside compute are not in the way of the first micro-batch.
-            rows = table.rows._replace(stream_s=np.zeros_like(table.rows.stream_s))
-            share = float(plan.schedule == "1f1b")
-            best = best_split(*map(table.spread, self._objective(plan, rows, share)))
-            least_s = best.value * (1 - 2 * EVENNESS) + 2 * beside_s[-1] if best else np.inf
-        else:
-            before_s = self._before_s(plan, makers) + beside_s[1:, None]
-            seconds *= m
-            seconds[1:] += before_s[..., None]
-            slowest = least_slowest(seconds)
-            least_s = slowest.slowest if slowest else np.inf
-        update_s = min(maker.least_update_s(plan, maker.runs(table.longest)) for maker in makers)
-        return min(least_s, more_s) + update_s + stack.step_overhead_s
 
     def _objective(self, plan: ParallelPlan, rows: Rows, ahead_share: float) -> tuple[Floats, Floats]:
         """(S, G) each: of a split the largest of the first and the sum of the second shall be small.
@@ -170,7 +123,7 @@ class Partitioner:
         least_s, share = float(self._before_s(plan, makers)[-1]), AHEAD_SHARE.get(plan.schedule, 0.0)
         longest = self._longest(plan)
         while True:
-            table = self._table(plan, makers, longest, counts)
+            table = table_of(plan, makers, longest, counts)
             slowest, added = map(table.spread, self._objective(plan, table.rows, share))
             best = best_split(slowest, added)
             # A stage takes no less, and needs no less, with more layers than the table has.
@@ -188,15 +141,6 @@ class Partitioner:
         layers = self.job.model.layers
         own, again = stage_layers(self.job.model, plan), plan.recompute_layers
         return min(layers, max(2 * math.ceil(layers / plan.pp) + 2, *own, *again))
-
-    def _table(
-        self, plan: ParallelPlan, makers: Sequence[TableMaker], longest: int, counts: Counts
-    ) -> StageTable:
-        """The table of a plan; that of the last one is kept, for its bound and its split."""
-        key = plan, tuple(map(id, makers)), longest, counts
-        if self._last is None or self._last[0] != key:
-            self._last = key, table_of(plan, makers, longest, counts)
-        return self._last[1]
 
     def _with(self, plan: ParallelPlan, stages: Stages, *, counts: bool) -> ParallelPlan:
         """The plan with these stages, and without counts where they say what `recompute` does alone."""

@@ -14,7 +14,7 @@ from parsim.schedule import ONE_CHUNK_SCHEDULES
 from parsim.schedule.in_flight import in_flight
 from parsim.schedule.pipedream import weight_versions
 from parsim.schedule.program import step_time_s
-from parsim.search.partition_plan import Partitioner
+from parsim.search.partition.plan import Partitioner
 from parsim.simulate.prediction import program_of
 
 MOST_ACTIONS = 50_000
@@ -130,8 +130,7 @@ def loads_of(job: Job, plan: ParallelPlan, costs_by_rank: Sequence[CostModel]) -
     layers, cell = stage_layers(job.model, plan), cell_of(job, plan)
     kinds = list(costs_by_rank[0].kinds(layers, plan.recompute_layers)) * plan.chains
     m, ranks = plan.num_micro_batches(job), []
-    for rank, costs in enumerate(costs_by_rank):
-        own = [s for s in range(plan.num_stages) if plan.stage_rank(s) == rank]
+    for rank, (costs, own) in enumerate(zip(costs_by_rank, plan.rank_stages(), strict=True)):
         stages: list[StageCost] = [costs.stage(cell, kinds[s]) for s in own]
         kept = in_flight(plan, rank, m, [stage.saved_bytes for stage in stages])
         versions = weight_versions(plan, rank)

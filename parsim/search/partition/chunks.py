@@ -13,8 +13,8 @@ from parsim.cost.stage import EMBEDDING, HEAD
 from parsim.plan import Job, ParallelPlan, stage_layers
 from parsim.schedule.in_flight import full_moments
 from parsim.schedule.pipedream import weight_versions
-from parsim.search.partition_counts import Chunk, Moments, least_recomputed
-from parsim.search.partition_table import NO_MORE_ROOM, TableMaker
+from parsim.search.partition.counts import Chunk, Moments, least_recomputed
+from parsim.search.partition.table import NO_MORE_ROOM, TableMaker
 
 
 class _Sharing(NamedTuple):
@@ -41,12 +41,10 @@ def counts_of_chunks(job: Job, plan: ParallelPlan, makers: Sequence[TableMaker])
 
 def _sharing(plan: ParallelPlan) -> list[_Sharing]:
     """Ranks that hold the same stages of the model together: in DualPipe two each hold both copies."""
-    own: list[set[int]] = [set() for _ in range(plan.pp)]
-    for stage in range(plan.num_stages):
-        own[plan.stage_rank(stage)].add(stage % plan.model_stages)
     ranks: dict[tuple[int, ...], list[int]] = {}
-    for rank, stages in enumerate(own):
-        ranks.setdefault(tuple(sorted(stages)), []).append(rank)
+    for rank, own in enumerate(plan.rank_stages()):
+        stages = sorted({stage % plan.model_stages for stage in own})
+        ranks.setdefault(tuple(stages), []).append(rank)
     return [_Sharing(stages, tuple(those)) for stages, those in ranks.items()]
 
 
@@ -77,7 +75,7 @@ def _moments(
     for rank in sharing.ranks:
         costs = makers[rank].costs
         stack, device = costs.stack, costs.cluster.device
-        own = [s % plan.model_stages for s in range(plan.num_stages) if plan.stage_rank(s) == rank]
+        own = [stage % plan.model_stages for stage in plan.rank_stages()[rank]]
         stages = [costs.stage(cell, kinds[stage]) for stage in own]
         versions = weight_versions(plan, rank)
         states = model_states(stages, job, plan, stack, weight_versions=versions).peak

@@ -7,7 +7,6 @@ that the replay uses; arrays only add them up. One chunk a rank: stage s lies on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan
 from parsim.schedule.in_flight import full_moments
 from parsim.schedule.pipedream import weight_versions
 from parsim.search.bound import updates_a_step
-from parsim.search.partition_runs import Ends, Runs, runs_of
+from parsim.search.partition.runs import Ends, Runs, runs_of
 from parsim.search.replicas import replica_time
 
 Floats = NDArray[np.float64]
@@ -111,7 +110,6 @@ class TableMaker:
     _stages: dict[tuple[object, ...], StageCost] = field(default_factory=dict)
     _states: dict[tuple[object, ...], Floats] = field(default_factory=dict)
     _replicas: dict[tuple[object, ...], Floats] = field(default_factory=dict)
-    _updates: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def runs(self, longest: int) -> Runs:
         """The runs of up to so many layers."""
@@ -236,35 +234,16 @@ class TableMaker:
             return 0.0, 0.0
         there = back = self.costs.stack.action_host_s
         if not self.costs.stack.pp_overlap:
-            there += self.send_s(plan, rank, rank + 1)
-            back += self.send_s(plan, rank, rank - 1)
+            there += self._send_s(plan, rank, rank + 1)
+            back += self._send_s(plan, rank, rank - 1)
         return there, there + back
 
-    def send_s(self, plan: ParallelPlan, rank: int, other: int) -> float:
+    def _send_s(self, plan: ParallelPlan, rank: int, other: int) -> float:
         """A micro-batch's activations from a pipeline rank to another; nothing past the ends."""
         if not 0 <= other < plan.pp:
             return 0.0
         cell, local = cell_of(self.job, plan), is_local(rank, other, plan, self.costs)
         return send_between(cell, mesh_axes(plan, "tp"), self.costs, local=local)[0]
-
-    def least_update_s(self, plan: ParallelPlan, runs: Runs) -> float:
-        """Some rank's optimizer takes no less, whatever the split: that of the embedding alone, of the
-        head alone, or of as many layers as one of the stages has at least.
-        """
-        most = 0.0
-        each = math.ceil(self.job.model.layers / plan.pp)
-        for count, ends in ((0, Ends(True, False)), (0, Ends(False, True)), (each, Ends(False, False))):
-            numbers = np.flatnonzero(runs.lengths == count).tolist()
-            most = max(most, min(self._update_s(plan, runs, g, ends) for g in numbers))
-        return most
-
-    def _update_s(self, plan: ParallelPlan, runs: Runs, g: int, ends: Ends) -> float:
-        sizes = plan.dp, plan.cp, plan.tp, plan.ep, plan.expert_tp
-        key = runs.runs[g], ends, plan.zero, plan.shard_group, *sizes
-        if key not in self._updates:
-            stage = self._stage(plan, runs, g, ends)
-            self._updates[key] = self._sync(plan, stage).optimizer_s
-        return self._updates[key]
 
     def _sync(self, plan: ParallelPlan, stage: StageCost) -> StageSync:
         """What keeps replicas of a stage alike, where messages are neither cut otherwise nor compressed:
