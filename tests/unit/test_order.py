@@ -89,6 +89,7 @@ def test_repeats_of_a_run_have_no_order() -> None:
     assert order_errors(rows) == ()
 
 
+@pytest.mark.slow
 def test_the_constants_are_those_of_left_out_runs() -> None:
     """Rows of reports/left_out.csv in the groups of the whole tables, which lie beside a checkout."""
     from parsim.compare.library import Library
