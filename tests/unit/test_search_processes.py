@@ -79,5 +79,6 @@ def test_an_interrupted_search_of_two_processes_gives_what_it_has(
     assert [p.step_time_s for p in result.plans] == sorted(p.step_time_s for p in result.plans)
     assert len(result.plans) == result.replayed == 3
     done, total = zip(*examined, strict=True)
-    assert set(total) == {result.space.enumerated} == {done[-1]}
+    assert set(total) == {done[-1]}  # with those that turn out to be the same as others
+    assert done[-1] >= result.space.enumerated
     assert list(done) == sorted(set(done))
