@@ -120,6 +120,13 @@ class Stack:
     network that others use too. Between stages a pipeline's transfers take their bare time."""
     dp_bucket_parameters: float = 40e6
     """Parameters in a bucket."""
+    sums_in_pipeline: bool = False
+    """ZeRO-2 and 3 sum gradients over micro-batches on each rank of a pipeline and reduce them once,
+    behind a stage's last backward; parameters gathered for a backward stay until a forward has used them
+    (torch's pipeline runtime). Else every backward's gradients are reduced."""
+    sums_norm_gradients: bool = False
+    """Under sequence parallelism a tp rank has its part of the gradients of norms; their sum is counted:
+    one all-reduce a step, or with ZeRO-2 and 3 one for each tensor and reduction (DTensor)."""
     zero_broadcast_s: float = 0.0
     """ZeRO's parameters come back after the update by one broadcast from each rank of the shard group,
     each of this time beyond its transfer (InternEvo); 0: by one all-gather."""

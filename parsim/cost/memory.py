@@ -105,6 +105,11 @@ def sharded(stage: StageCost, plan: ParallelPlan) -> float:
     return stage.dense_parameters / dense_ranks + stage.expert_parameters / expert_ranks
 
 
+def accumulates(plan: ParallelPlan, stack: Stack) -> bool:
+    """Whether ZeRO-2 and 3 sum gradients over micro-batches before they reduce them."""
+    return plan.zero >= 2 and plan.pp > 1 and stack.sums_in_pipeline
+
+
 def model_states(
     stages: Sequence[StageCost],
     job: Job,
@@ -125,8 +130,10 @@ def model_states(
     if plan.zero == 3:
         # The part that runs and those gathered ahead; without any, the buffer that it is gathered into.
         largest = max(stage.largest_part_parameters for stage in stages)
-        buffers += (1 + max(1, stack.fsdp_prefetch)) * largest * weight_bytes(job.precision)
-    gradients = (shards if plan.zero >= 2 else whole) * gradient_bytes(job.precision, stack)
+        gathered = (1 + max(1, stack.fsdp_prefetch)) * largest
+        buffers += (whole if accumulates(plan, stack) else gathered) * weight_bytes(job.precision)
+    kept = shards if plan.zero >= 2 and not accumulates(plan, stack) else whole
+    gradients = kept * gradient_bytes(job.precision, stack)
     older = (weight_versions - 1) * whole * weight_bytes(job.precision)
     return MemoryUse(
         weights=(shards if plan.zero == 3 else whole) * stored_weight_bytes(job, plan, stack) + older,

@@ -16,7 +16,17 @@ from parsim.cost.layer import (
 from parsim.cost.operation import Operation, Transfer
 from parsim.cost.price import NO_TIME, HostTime, PartPasses, PartTime, part_passes
 from parsim.cost.recompute import recomputed, saved_bytes
-from parsim.cost.weights import StageWeights, Tensors, layer_weights, table_weights, together
+from parsim.cost.weights import (
+    NOT_PARTIAL,
+    Partial,
+    StageWeights,
+    Tensors,
+    layer_partial,
+    layer_weights,
+    norm_partial,
+    table_weights,
+    together,
+)
 from parsim.hardware import Cluster
 from parsim.model import (
     ModelSpec,
@@ -65,6 +75,7 @@ class PartCost:
     """Activations that live only while the backward recomputes and uses this part."""
     dense_parameters: int
     expert_parameters: int
+    partial: Partial = NOT_PARTIAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +95,7 @@ class StageCost:
     distinct_parameters: int
     """Of one layer of each kind, and the head, without routed experts: all shapes of weights that a
     matrix product has a gradient of."""
+    partial: Partial = NOT_PARTIAL
 
     @property
     def parameters(self) -> int:
@@ -134,6 +146,11 @@ class CostModel:
         last = self.model.layers - 1
         return last if kind == MTP else next(i for i in range(last + 1) if self._kind(i) == kind)
 
+    def operations(self, cell: Cell, kind: str) -> tuple[Cell, tuple[Operation, ...]]:
+        """What a part of the model (one of those in `kinds`) does, and the cell that it is priced in."""
+        cell, kind = _as_priced(cell, kind)
+        return cell, self._operations(cell, kind)
+
     def _operations(self, cell: Cell, kind: str) -> tuple[Operation, ...]:
         if kind == EMBEDDING:
             return embedding_operations(self.model, cell, self.stack)
@@ -174,6 +191,7 @@ class CostModel:
             recomputed_bytes=recomputed_bytes,
             dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
             expert_parameters=experts // (cell.ep * cell.expert_tp),
+            partial=layer_partial(self.model, cell),
         )
 
     def _layer_host(self, layer: int, cell: Cell) -> HostTime:
@@ -192,6 +210,7 @@ class CostModel:
 
     def _end_part(self, cell: Cell, kind: str, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""
+        norms = self.model.embedding_norm if kind == EMBEDDING else self.model.final_norm
         return PartCost(
             is_layer=False,
             time=self.passes(cell, kind).time,
@@ -199,6 +218,7 @@ class CostModel:
             recomputed_bytes=0.0,
             dense_parameters=parameters,
             expert_parameters=0,
+            partial=norm_partial(self.model, cell) if norms else NOT_PARTIAL,
         )
 
     def stages(
@@ -293,4 +313,5 @@ def _sum(parts: list[PartCost], tied_copy: int, distinct: int) -> StageCost:
             (p.dense_parameters + p.expert_parameters for p in parts), default=0
         ),
         distinct_parameters=distinct,
+        partial=Partial(sum(p.partial.tensors for p in parts), sum(p.partial.parameters for p in parts)),
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from parsim.cost.collective import group_over
 from parsim.cost.compression import NOTHING_REDUCED, Reduced, reduced_over
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import (
+    accumulates,
     gathered_bytes,
     gradient_bytes,
     optimizer_bytes,
@@ -17,7 +19,7 @@ from parsim.cost.memory import (
 )
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import StageCost
-from parsim.cost.traffic import NO_TRAFFIC, collective
+from parsim.cost.traffic import NO_TRAFFIC, Traffic, collective
 from parsim.cost.weights import NO_WEIGHTS, Gradients, StageWeights, messages
 from parsim.hardware import Cluster
 from parsim.mesh import Axis, group_size, mesh_axes, part_of
@@ -46,6 +48,10 @@ class StageSync:
     reduce_bytes: float = 0.0
     """What each device sends in the whole reduction."""
     gather_bytes: float = 0.0
+    accumulates: bool = False
+    """With ZeRO-2 and 3: gradients are reduced once a step, behind the last backward, not each."""
+    norms: Traffic = NO_TRAFFIC
+    """Sum over tp of the gradients of norms, with each reduction."""
 
 
 def stage_sync(
@@ -88,7 +94,8 @@ def stage_sync(
     ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) != 0
     # Once a step the last bucket's reduction has no compute beside it; with ZeRO-2 and 3 every
     # micro-batch's has that of the next.
-    beside = 1.0 if plan.zero >= 2 else (buckets - 1) / buckets
+    each = plan.zero >= 2 and not accumulates(plan, stack)
+    beside = 1.0 if each else (buckets - 1) / buckets
     return StageSync(
         reduce_s=reduce_s,
         gather_s=gather_s,
@@ -101,6 +108,8 @@ def stage_sync(
         reduce_bytes=reduced.traffic.num_bytes,
         reduce_kernels_s=reduced.device_s,
         gather_bytes=gathered.num_bytes,
+        accumulates=accumulates(plan, stack),
+        norms=_norms(stage, job, plan, cluster, stack),
     )
 
 
@@ -111,6 +120,19 @@ def _copy_s(
     if plan.zero != 3 or not stack.fsdp_copies:
         return 0.0
     return stack.memory_bound_slowdown * memory_bound_s(cluster, stage.parameters * parameter_bytes)
+
+
+def _norms(stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack) -> Traffic:
+    """Sum of a stage's gradients that every tp rank has a part of."""
+    if not stack.sums_norm_gradients or not stage.partial.tensors:
+        return NO_TRAFFIC
+    # Shards are reduced tensor by tensor, replicas' gradients in one flat buffer.
+    count = stage.partial.tensors if plan.zero >= 2 and plan.shard_group > 1 else 1
+    num_bytes = stage.partial.parameters * gradient_bytes(job.precision, stack) / count
+    group = group_over(cluster, mesh_axes(plan, "tp"), gpus=plan.gpus)
+    one = collective(cluster, "all_reduce", num_bytes, group)
+    late_s = stack.collective_overhead_s * math.log2(plan.tp)
+    return one._replace(seconds=one.seconds + late_s).times(count)
 
 
 def replica_axes(plan: ParallelPlan) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from parsim.cost.cell import Cell
 from parsim.cost.operation import Gemm, Operation
 from parsim.model import ModelSpec
 from parsim.plan import Aggregation
@@ -40,6 +41,34 @@ class StageWeights(NamedTuple):
 
 
 NO_WEIGHTS = StageWeights()
+
+
+class Partial(NamedTuple):
+    """Weights of whose gradients every tensor-parallel rank has a part, to be summed over tp."""
+
+    tensors: int
+    parameters: int
+
+
+NOT_PARTIAL = Partial(0, 0)
+
+
+def layer_partial(model: ModelSpec, cell: Cell) -> Partial:
+    """Norms of a layer: under sequence parallelism a rank sees 1/tp of the tokens (Korthikanti et al.
+    2022, section 4.2.2), and of norms on heads it always has some of the heads.
+    """
+    tensors, parameters = norm_partial(model, cell)
+    inner = 2 if model.qk_norm and cell.tp > 1 else 0
+    norms = model.norms_per_layer
+    return Partial(norms * tensors + inner, norms * parameters + inner * model.head_dim)
+
+
+def norm_partial(model: ModelSpec, cell: Cell) -> Partial:
+    """Of one norm outside the heads."""
+    if cell.tp == 1 or not cell.sequence_parallel:
+        return NOT_PARTIAL
+    tensors = 2 if model.norm == "layernorm" and model.norm_bias else 1
+    return Partial(tensors, tensors * model.hidden)
 
 
 class Gradients(NamedTuple):

@@ -25,7 +25,7 @@ from parsim.schedule.action import (
 )
 from parsim.schedule.program import Task
 from parsim.stack import Stack
-from parsim.timeline import COMPUTE, DP, HOST
+from parsim.timeline import COMPUTE, DP, HOST, TP
 
 
 @dataclass(slots=True)
@@ -73,6 +73,8 @@ class ReplicaSync:
     """Last reduction of gradients on each rank."""
     unsharded: dict[int, int] = field(default_factory=dict)
     """The gather of a stage's parameters that an action asked for, until another lets them go."""
+    kept: set[int] = field(default_factory=set)
+    """Stages whose parameters are still there from a backward, where gradients accumulate."""
     rank_of: dict[int, int] = field(init=False)
     """The pipeline rank of every stage, in order of stage."""
     last_gradient: dict[int, Action] = field(init=False)
@@ -106,7 +108,8 @@ class ReplicaSync:
         waits = first and action.stage in self.gathered
         gathers = self.plan.zero == 3 and action.kind != WEIGHT_GRAD
         gathers |= first and self._gathers_after_update() and not waits
-        gathers &= sync.gather_s > 0 and action.stage not in self.unsharded
+        there = action.stage in self.unsharded or action.stage in self.kept
+        gathers &= sync.gather_s > 0 and not there
         reduces = self._reduces(action)
         return Cut(
             pieces=sync.buckets if waits or gathers or reduces else 1,
@@ -160,14 +163,21 @@ class ReplicaSync:
             self._reduce(rank, stage, 1, tuple(self.work.chain[rank][-1:]))
 
     def done(self, rank: int, action: Action) -> None:
-        """What follows an action and its send at once: nothing, where a flush ends the step."""
+        """What follows an action and its send at once."""
+        stage, sync = action.stage, self.cost.syncs[action.stage]
+        if self.plan.zero == 3 and sync.accumulates:
+            (self.kept.discard if action.kind == FORWARD else self.kept.add)(stage)
+        if self._reduces_each(stage) and action.kind in (BACKWARD, WEIGHT_GRAD):
+            self._sum_norms(rank, stage)
 
     def finish(self) -> None:
         """What follows the last backward: what is left to reduce, then the optimizer, then the host."""
         chain = self.work.chain
-        late = self.plan.zero < 2 and not self.stack.dp_overlap
         for stage, rank in self.rank_of.items():
             sync = self.cost.syncs[stage]
+            late = sync.accumulates or (self.plan.zero < 2 and not self.stack.dp_overlap)
+            if not self._reduces_each(stage):
+                self._sum_norms(rank, stage)
             if sync.reduce_s > 0 and late and stage not in self.reduced_when_told:
                 if sync.reduce_kernels_s > 0:
                     self._prepare(rank, stage, sync.reduce_kernels_s)
@@ -221,8 +231,22 @@ class ReplicaSync:
         if action.stage in self.reduced_when_told:
             return False
         if self.plan.zero >= 2:
-            return True
+            return not self.cost.syncs[action.stage].accumulates
         return self.stack.dp_overlap and action == self.last_gradient[action.stage]
+
+    def _reduces_each(self, stage: int) -> bool:
+        """Whether a stage's gradients are reduced after every backward, not once a step."""
+        sharded = self.plan.zero >= 2 and self.plan.shard_group > 1
+        return sharded and not self.cost.syncs[stage].accumulates
+
+    def _sum_norms(self, rank: int, stage: int) -> None:
+        """Sum the gradients that every tp rank has a part of; whatever follows waits for them."""
+        traffic = self.cost.syncs[stage].norms
+        if traffic.seconds > 0:
+            name, after = "gradients of norms", tuple(self.work.chain[rank][-1:])
+            sent = traffic.num_bytes
+            task = Task(rank, TP, name, "tp", traffic.seconds, after, stage, num_bytes=sent)
+            self.work.chain[rank].append(self.work.add(task))
 
     def _reduce(self, rank: int, stage: int, pieces: int, after: tuple[int, ...]) -> None:
         """Reduce one of so many pieces of a stage's gradients."""

@@ -40,12 +40,14 @@ def replica_time(sync: StageSync, zero: int, stack: Stack) -> ReplicaTime[float]
     """Of one stage under a ZeRO stage."""
     takes_s = sync.reduce_takes_s + sync.reduce_kernels_s if sync.reduce_s > 0 else 0.0
     gather_takes_s = sync.gather_takes_s if sync.gather_s > 0 else 0.0
-    each, beside = zero >= 2, zero >= 2 or stack.dp_overlap
+    each = zero >= 2 and not sync.accumulates
+    beside = each or (zero < 2 and stack.dp_overlap)
     ahead = zero in (1, 2) and stack.dp_overlap and not stack.zero_broadcast_s
     at_once = ahead and stack.zero_prefetch == math.inf
     behind = zero in (1, 2) and not ahead
     return ReplicaTime(
-        gather_each_s=gather_takes_s if zero == 3 else 0.0,
+        # Where gradients accumulate, many passes find their parameters there; the bound counts none.
+        gather_each_s=gather_takes_s if zero == 3 and each else 0.0,
         reduce_each_s=takes_s if each else 0.0,
         first_s=gather_takes_s if ahead else 0.0,
         last_s=takes_s if beside and not each else 0.0,
@@ -53,6 +55,6 @@ def replica_time(sync: StageSync, zero: int, stack: Stack) -> ReplicaTime[float]
         reduce_s=sync.reduce_s if beside else 0.0,
         last_bucket_s=sync.reduce_s / sync.buckets if beside else 0.0,
         late_s=0.0 if beside else sync.reduce_s,
-        stream_s=each * sync.reduce_s + (2 * sync.gather_s if zero == 3 else 0.0),
+        stream_s=each * sync.reduce_s + (2 * sync.gather_s if zero == 3 and each else 0.0),
         update_s=sync.optimizer_s + (sync.gather_s if behind else 0.0),
     )
