@@ -42,7 +42,8 @@ _PAIR_GAP = 0.35
 
 
 def draw_comparison(predicted: Timeline, measured: Timeline, path: Path) -> None:
-    """Write predicted above measured, rank by rank on one time axis, to a .png, .svg or .pdf file.
+    """Write predicted above measured (or replayed), rank by rank on one time axis, to a .png, .svg or
+    .pdf file.
 
     Ranks that only one of the two has are left out, and the chart says so. Raises ParsimError for
     another suffix, a timeline without spans, or two timelines without a common rank.
@@ -66,7 +67,7 @@ def comparison_figure(predicted: Timeline, measured: Timeline) -> Figure:
         Row(label=label, top=place * (2 + _PAIR_GAP) + half, spans=spans[rank])
         for place, rank in enumerate(ranks)
         for half, (label, spans) in enumerate(
-            ((f"rank {rank} predicted", both[0]), ("measured", both[1]))
+            ((f"rank {rank} predicted", both[0]), (_word(measured), both[1]))
         )
     ]
     num_rows = rows[-1].top + 1
@@ -105,15 +106,20 @@ def _comparison_finding(predicted: Timeline, measured: Timeline) -> str:
         verdict = "the same"
     return (
         f"predicted {format_duration(predicted.end_s)}, "
-        f"measured {format_duration(measured.end_s)}, {verdict}"
+        f"{_word(measured)} {format_duration(measured.end_s)}, {verdict}"
     )
+
+
+def _word(measured: Timeline) -> str:
+    """What the second timeline is: a real step, or a replay with what was measured of it."""
+    return "measured" if measured.source == "measured" else "replayed"
 
 
 def _comparison_note(predicted: Timeline, measured: Timeline, left_out: int) -> str:
     parts = [
         f"bubble: {percent(bubble_share(predicted))} predicted, "
-        f"{percent(bubble_share(measured))} measured",
-        "end of the step: predicted dashed, measured solid",
+        f"{percent(bubble_share(measured))} {_word(measured)}",
+        f"end of the step: predicted dashed, {_word(measured)} solid",
     ]
     if max(chunks_per_rank(predicted), chunks_per_rank(measured)) > 1:
         parts.append(SHADES)

@@ -32,12 +32,14 @@ from parsim.cli.run_launch import (
     with_checkpoints,
     with_tokens,
 )
+from parsim.cli.run_one_rank import check_alone, one_rank_data, one_rank_lines, one_rank_step
 
 if TYPE_CHECKING:
     from parsim.execute.attempts import Launch
     from parsim.execute.measurement import Verification
     from parsim.execute.request import Case
     from parsim.simulate.prediction import Prediction
+    from parsim.timeline import Timeline
 
 
 def run(
@@ -93,6 +95,10 @@ def run(
     rdzv_endpoint: Annotated[
         str, typer.Option("--rdzv-endpoint", help="host:port of machine 0, where all meet.")
     ] = "",
+    one_rank: Annotated[
+        int | None,
+        typer.Option("--one-rank", min=0, help="Run this rank of the plan alone; replay the step."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")
     ] = False,
@@ -109,6 +115,7 @@ def run(
       parsim run best.json --verify --chart comparison.png -o measurement.json
       parsim run best.json --steps 1000 --checkpoint ckpt --max-restarts 3 --tokens train.npy
       parsim run best.json --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500 --dry-run
+      parsim run dp=16,tp=8,pp=8 --model tiny-llama-8l --one-rank 37 --steps 5
     """
     from parsim.execute.attempts import Launch
     from parsim.execute.devices import available_gpus
@@ -142,6 +149,12 @@ def run(
         print_dry_run(case, how, inputs, as_json=as_json)
         return
     files = _Files(measurement=output, chart=chart, trace=trace)
+    if one_rank is not None:
+        alone = {"--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1}
+        check_alone(setup, how, [flag for flag, given in alone.items() if given])
+        inputs |= {"one_rank": one_rank}
+        _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
+        return
     _run(setup, case, how, inputs, files, verify=verify, as_json=as_json)
 
 
@@ -165,7 +178,6 @@ def _run(
     as_json: bool,
 ) -> None:
     """Predict, run, verify if asked, and answer."""
-    from parsim.config import dump_json, write_file
     from parsim.execute.measurement_file import measurement_data
 
     prediction, predicted = _predict(setup, case)
@@ -178,25 +190,52 @@ def _run(
         return
     data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=verification)
     whole = document("run", inputs, data, seed=case.seed)
-    if files.measurement is not None:
-        write_file(files.measurement, dump_json(whole))
-        say(f"wrote {files.measurement}")
-    if files.chart is not None:
-        from parsim.charts.comparison import draw_comparison
-
-        draw_comparison(predicted, measurement.timeline, files.chart)
-        say(f"wrote {files.chart}")
-    if files.trace is not None:
-        from parsim.export.chrome_trace import write_chrome_trace
-
-        write_chrome_trace(files.trace, [predicted, measurement.timeline])
-        say(f"wrote {files.trace}")
+    _write(files, whole, predicted, measurement.timeline)
     if as_json:
         print_json(whole)
     else:
         print_lines(_lines(data))
     if verification is not None and not verification.equal:
         raise typer.Exit(1)
+
+
+def _run_one_rank(
+    setup: Setup,
+    case: Case,
+    rank: int,
+    how: Launch,
+    inputs: dict[str, Any],
+    files: _Files,
+    *,
+    as_json: bool,
+) -> None:
+    """Measure one rank, replay the step with it, and answer."""
+    step = one_rank_step(setup, case, rank, how)
+    whole = document("run", inputs, one_rank_data(step), seed=case.seed)
+    _write(files, whole, step.predicted_timeline, step.replayed_timeline)
+    if as_json:
+        print_json(whole)
+    else:
+        print_lines(one_rank_lines(step))
+
+
+def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: Timeline) -> None:
+    """The files that were asked for."""
+    from parsim.config import dump_json, write_file
+
+    if files.measurement is not None:
+        write_file(files.measurement, dump_json(whole))
+        say(f"wrote {files.measurement}")
+    if files.chart is not None:
+        from parsim.charts.comparison import draw_comparison
+
+        draw_comparison(predicted, measured, files.chart)
+        say(f"wrote {files.chart}")
+    if files.trace is not None:
+        from parsim.export.chrome_trace import write_chrome_trace
+
+        write_chrome_trace(files.trace, [predicted, measured])
+        say(f"wrote {files.trace}")
 
 
 def _cpu_profile(plan: str) -> str:

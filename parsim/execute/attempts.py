@@ -52,9 +52,15 @@ class Launch:
     max_restarts: int = 0
     """How often all ranks are started again after one was lost."""
     timeout_s: float = TIMEOUT_S
+    one_rank: int | None = None
+    """Run this rank of the plan alone, with nobody to answer it; None: all ranks."""
     on_step: Callable[[Progress], None] = _unheard
     on_note: Callable[[str], None] = _unheard
     """Told what a person should know: a restart, a slow rank."""
+
+    def num_ranks(self, case: Case) -> int:
+        """Processes to start, on all machines."""
+        return case.plan.gpus if self.one_rank is None else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,10 +97,11 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
 
 def _attempt(cases: Sequence[Case], how: Launch, folder: Path) -> list[list[dict[str, Any]]]:
     """Start all ranks once; raises RankLost where one fails."""
-    world_size = cases[0].plan.gpus
+    world_size = how.num_ranks(cases[0])
     mine = how.nodes.ranks(world_size)
     request = {
         "device": how.device,
+        "one_rank": how.one_rank,
         "cases": [encode_case(case) for case in cases],
         # The watcher knows who hangs, torch only who waits: let the watcher be first.
         "library_timeout_s": 2 * how.timeout_s + 60,

@@ -22,7 +22,7 @@ def clock_offset_ns(control: dist.ProcessGroup) -> int:
     The middle of the quickest of some round trips (Cristian 1989, "Probabilistic clock synchronization",
     section 2): off by less than half of it. Ranks of one machine share a clock.
     """
-    size, per_node = dist.get_world_size(), ranks_per_node()
+    size, per_node = dist.get_world_size(control), ranks_per_node()
     rank = dist.get_rank()
     offset = torch.zeros(1, dtype=torch.int64)
     for other in range(per_node, size, per_node):

@@ -81,7 +81,7 @@ def run_cases(
 
     On another machine than number 0 there is nothing to tell when it is over: the list is empty.
     """
-    _check(cases, how)
+    check(cases, how)
     done = launch(cases, how)
     if how.nodes.index:
         return []
@@ -109,7 +109,8 @@ def resumed(case: Case, how: Launch, *, resume: bool, look_only: bool = False) -
     return dataclasses.replace(case, checkpoint=start)
 
 
-def _check(cases: Sequence[Case], how: Launch) -> None:
+def check(cases: Sequence[Case], how: Launch) -> None:
+    """Raise ParsimError where these cases cannot run together on this machine."""
     if importlib.util.find_spec("torch") is None:
         raise ParsimError(
             "running a plan needs PyTorch", hint="install it with: pip install 'parsim[torch]'"
@@ -127,7 +128,7 @@ def _check(cases: Sequence[Case], how: Launch) -> None:
     sizes = {case.plan.gpus for case in cases}
     if len(sizes) != 1:
         raise ParsimError("plans run together need equal numbers of ranks", got=sorted(sizes))
-    needed = how.nodes.ranks_per_node(sizes.pop())
+    needed = how.nodes.ranks_per_node(how.num_ranks(cases[0]))
     if how.device == "cuda":
         _check_gpus(needed)
 

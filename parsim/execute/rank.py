@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from parsim.execute.checking import verify_case
 from parsim.execute.clocks import ranks_per_node
+from parsim.execute.emulation import emulate_case, join_alone
 from parsim.execute.heartbeat import Heartbeats
 from parsim.execute.recorder import Recorder
 from parsim.execute.request import decode_case
@@ -29,21 +30,22 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> d
     device = _own_device(request["device"], int(os.environ["LOCAL_RANK"]))
     recorder = Recorder(rank, heartbeats, device)
     recorder.say("joining the other ranks")
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        timeout=timedelta(seconds=request["library_timeout_s"]),
-    )
-    control = dist.new_group(backend="gloo")
+    cases = [decode_case(data) for data in request["cases"]]
+    alone: int | None = request["one_rank"]
+    if alone is None:
+        control = _join(device, request["library_timeout_s"])
+    else:
+        control = join_alone(alone, cases[0].plan.gpus)
     results: Results = []
-    for index, data in enumerate(request["cases"]):
-        case = decode_case(data)
+    for index, case in enumerate(cases):
         recorder.say("building the model")
         trainer = Trainer(case, device, recorder, control)
         if case.verify:
             results.append(verify_case(case, trainer))
         else:
             with (folder / "progress.jsonl").open("a") as progress:
-                results.append(time_case(case, trainer, progress, index))
+                run = time_case if alone is None else emulate_case
+                results.append(run(case, trainer, progress, index))
         del trainer  # before the next one takes its memory
         gc.collect()
     recorder.say("waiting: end")
@@ -53,9 +55,17 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> d
     return found
 
 
+def _join(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """Meet the other ranks; the group for what is no part of training."""
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s)
+    )
+    return dist.new_group(backend="gloo")
+
+
 def _from_elsewhere(mine: Results, control: dist.ProcessGroup) -> dict[int, Results]:
     """On rank 0 what the ranks of other machines found, whose files it cannot see; collective."""
-    size, here = dist.get_world_size(), ranks_per_node()
+    size, here = dist.get_world_size(control), ranks_per_node()
     if size == here:
         return {}
     everyone: list[Any] | None = [None] * size if dist.get_rank() == 0 else None

@@ -47,12 +47,12 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
         settling = step - begin < case.warmup
         if step - begin == case.warmup and trainer.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        done = _run_step(trainer, step, watch)
+        done = run_step(trainer, step, watch)
         steps.append(done.record._replace(settling=settling))
         spans.append(done.spans)
         if dist.get_rank() == 0:
             slow = {} if settling else speeds.slow(done.working_s)
-            _tell(progress, {
+            tell(progress, {
                 "case": index, "step": step - case.warmup, "time_s": done.record.time_s,
                 "loss": done.record.loss, "slow": slow,
             })  # fmt: skip
@@ -67,12 +67,13 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
         "timed_from": timed_from,
         "spans": spans[median - len(timed)],
         "peak_bytes": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
-        "device": _device_name(trainer.device),
+        "device": device_name(trainer.device),
         "torch": torch.__version__,
     }
 
 
-def _tell(progress: TextIO, line: dict[str, Any]) -> None:
+def tell(progress: TextIO, line: dict[str, Any]) -> None:
+    """Hand a line of the run's progress to the parent."""
     progress.write(json.dumps(line) + "\n")
     progress.flush()
 
@@ -89,7 +90,7 @@ class _Reading(NamedTuple):
     machine_busy_s: float
 
 
-class _Done(NamedTuple):
+class Done(NamedTuple):
     """What is known of a step after it."""
 
     record: StepRecord
@@ -99,7 +100,7 @@ class _Done(NamedTuple):
     """How long each rank computed, without what it waited for."""
 
 
-def _run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> _Done:
+def run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> Done:
     """One step of training; `step` counts from the very first one."""
     tokens, targets = trainer.batch(step)
     recorder = trainer.recorder
@@ -133,10 +134,10 @@ def _run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> _Done:
         _blame_infinity(trainer, step, losses, watch.first())
     record = StepRecord(
         time_s=(max(row[1] for row in everyone) - zero_ns) * 1e-9,
-        loss=sum(losses) / len(losses),
+        loss=sum(losses) / len(losses) if losses else math.nan,  # one rank alone may have no head
         foreign_cpu_s=_foreign_cpu_s(everyone),
     )
-    return _Done(record, _relative(rows, zero_ns - to_shared_ns), [row[6] for row in everyone])
+    return Done(record, _relative(rows, zero_ns - to_shared_ns), [row[6] for row in everyone])
 
 
 def _foreign_cpu_s(everyone: list[list[float]]) -> float:
@@ -167,7 +168,7 @@ def _blame_infinity(trainer: Trainer, step: int, losses: list[float], mine: Orig
 def _gathered(trainer: Trainer, mine: list[float]) -> list[list[float]]:
     """Numbers of every rank, on every rank; outside what is timed."""
     own = torch.tensor(mine, dtype=torch.float64)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(trainer.control))]
     dist.all_gather(everyone, own, group=trainer.control)
     return [row.tolist() for row in everyone]
 
@@ -188,10 +189,10 @@ def _relative(rows: list[Row], zero_ns: float) -> list[list[Any]]:
     return [[*row.label, (row.begin_ns - zero_ns) * 1e-9, (row.end_ns - zero_ns) * 1e-9] for row in rows]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's."""
     if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
+        return str(torch.cuda.getdevice_name(device))
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -9,8 +9,9 @@ same time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from parsim.cost.price import PartTime, PassTime
 from parsim.cost.step import StepCost
@@ -53,14 +54,17 @@ def lower(
     stack: Stack,
     *,
     order: Sequence[tuple[int, Action]] | None = None,
+    compute_s: Mapping[tuple[int, str], float] = MappingProxyType({}),
     static_bytes: tuple[float, ...] = (),
     title: str = "",
 ) -> Program:
     """The Program of one step; `order` is the schedule's running order where the caller has it already.
 
+    `compute_s` replaces the compute of the actions of a stage and kind, where it was measured.
+
     Raises ParsimError naming the actions that wait for each other where the schedule deadlocks.
     """
-    lowering = _Lowering(schedule=schedule, cost=cost, plan=plan, stack=stack)
+    lowering = _Lowering(schedule=schedule, cost=cost, plan=plan, stack=stack, compute_s=compute_s)
     for rank, action in in_running_order(schedule) if order is None else order:
         lowering.add_action(rank, action)
     lowering.sync.finish()
@@ -75,6 +79,7 @@ class _Lowering:
     cost: StepCost
     plan: ParallelPlan
     stack: Stack
+    compute_s: Mapping[tuple[int, str], float]
     work: Work = field(init=False)
     sync: ReplicaSync = field(init=False)
     arrived: dict[Arrival, int] = field(default_factory=dict)
@@ -94,8 +99,10 @@ class _Lowering:
         self.times = {
             (stage, kind): time
             for stage, cost in enumerate(self.cost.stages)
-            for kind, time in _times(cost.time, host).items()
+            for kind, time in pass_times(cost.time, host).items()
         }
+        for key, seconds in self.compute_s.items():
+            self.times[key] = self.times[key]._replace(compute_s=seconds + host.compute_s)
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.explicit = self.schedule.is_explicit()
         self.work = Work(chain={rank: [] for rank in range(self.schedule.pp)})
@@ -287,7 +294,7 @@ def action_host(cost: StepCost, stack: Stack, *, pp: int) -> PassTime:
     return PassTime(host_s, cost.extremes_s, tp_bytes=cost.extremes_bytes)
 
 
-def _times(time: PartTime, host: PassTime) -> dict[str, PassTime]:
+def pass_times(time: PartTime, host: PassTime) -> dict[str, PassTime]:
     """What each kind of action takes; the input gradient of a split backward recomputes first."""
     return {
         FORWARD: time.forward.plus(host),

@@ -18,6 +18,7 @@ from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
 from parsim.schedule.in_flight import peak_in_flight
 from parsim.schedule.lower import lower
+from parsim.schedule.measured import MeasuredWork, StageKind, measured_cost
 from parsim.schedule.pipedream import staleness, weight_versions
 from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
@@ -136,17 +137,25 @@ def program_of(
     schedule: Schedule | None = None,
     *,
     costs_by_rank: Sequence[CostModel] = (),
+    work: MeasuredWork | None = None,
 ) -> tuple[Program, list[MemoryUse]]:
     """The Program of a plan's step, and the memory of each of its ranks.
 
-    costs_by_rank: of every pipeline rank, where their devices are not all of one kind.
+    costs_by_rank: of every pipeline rank, where their devices are not all of one kind. work: what that
+    of one rank took, where it was measured.
     """
     schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
     cost = mixed_step_cost(job, plan, costs_by_rank) if costs_by_rank else step_cost(job, plan, costs)
     memory = memory_by_rank(cost, schedule, job, plan, costs)
+    compute_s: dict[StageKind, float] = {}
+    if work is not None:
+        cost, compute_s, _ = measured_cost(work, cost, job, plan, costs)
     static = tuple(use.peak - use.activations for use in memory)
     title = f"{job.model.name}, {plan.short()}"
-    return lower(schedule, cost, plan, costs.stack, static_bytes=static, title=title), memory
+    program = lower(
+        schedule, cost, plan, costs.stack, compute_s=compute_s, static_bytes=static, title=title
+    )
+    return program, memory
 
 
 def predict(
@@ -157,10 +166,13 @@ def predict(
     *,
     uneven: Unevenness | None = None,
     costs_by_rank: Sequence[CostModel] = (),
+    work: MeasuredWork | None = None,
 ) -> tuple[Prediction, Timeline]:
-    """Simulate one step of a legal plan; `schedule` replaces the one that the plan names."""
+    """Simulate one step of a legal plan; `schedule` replaces the one that the plan names, `work` the
+    modelled compute.
+    """
     schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
-    program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank)
+    program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank, work=work)
     if uneven is not None:
         program = uneven_program(program, plan, uneven)
     timeline = replay(program)

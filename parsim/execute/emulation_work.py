@@ -1,0 +1,44 @@
+"""What one rank's time in a step went to. Standard library only."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from parsim.timeline import COMPUTE, HOST, PP_STREAMS, merged
+
+Spans = Sequence[Sequence[Any]]
+"""(stream, name, kind, stage, micro-batch, start, end) of what one rank did in a step."""
+
+
+def work_of(spans: Spans, step_s: float) -> dict[str, Any]:
+    """What a step's time went to, without communication.
+
+    Actions: seconds of each by stage and kind. action_host: what passed between the first action and the
+    last outside any span, for each action: torch's pipeline runtime. step_host: the rest of the step.
+    """
+    actions: dict[tuple[int, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    optimizer_s, begin, end = 0.0, step_s, 0.0
+    for stream, _, kind, stage, micro_batch, start_s, end_s in spans:
+        if stream == COMPUTE and kind == "optimizer":
+            optimizer_s += end_s - start_s
+        elif stream == COMPUTE:
+            actions[stage, kind][micro_batch] += end_s - start_s
+            begin, end = min(begin, start_s), max(end, end_s)
+    # Handing a message over is the host's work, as is all that torch does between actions.
+    hosts = (HOST, *(stream for stream in PP_STREAMS if stream.startswith("pp_send")))
+    known = merged((row[5], row[6]) for row in spans if row[0] not in hosts)
+    within_s = sum(max(0.0, min(b, end) - max(a, begin)) for a, b in known)
+    between_s = max(0.0, end - begin - within_s)
+    idle_s = max(0.0, step_s - sum(b - a for a, b in known))
+    count = sum(len(found) for found in actions.values())
+    return {
+        "actions": [
+            {"stage": stage, "kind": kind, "seconds": list(found.values())}
+            for (stage, kind), found in sorted(actions.items())
+        ],
+        "optimizer_s": optimizer_s,
+        "action_host_s": between_s / max(1, count),
+        "step_host_s": max(0.0, idle_s - between_s),
+    }
