@@ -292,7 +292,7 @@ def _answer_lines(options: Sequence[Option], limits: Limits) -> list[str]:
 
 def _tight(option: Option) -> str:
     """A warning where a small error of the predicted memory would be too much."""
-    from parsim.search.robust import ENOUGH_HEADROOM
+    from parsim.cost.memory import ENOUGH_HEADROOM
 
     if option.headroom >= ENOUGH_HEADROOM:
         return ""

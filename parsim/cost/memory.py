@@ -13,6 +13,10 @@ from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan, parse_compression
 from parsim.stack import Stack
 
+ENOUGH_HEADROOM = 0.05
+"""Share of device memory that a plan should leave free: about twice as much as the furthest that a
+predicted peak was below a measured one (reports/accuracy.md)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:

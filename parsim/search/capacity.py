@@ -10,6 +10,7 @@ from typing import Literal
 
 from parsim.cost.checkpoint import Checkpointing, Failures, expected_goodput
 from parsim.cost.energy import Energy, training_energy
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.hardware import Price
@@ -17,7 +18,6 @@ from parsim.model import ModelSpec, num_parameters
 from parsim.plan import Job
 from parsim.search.pareto import Objectives, pareto_front
 from parsim.search.relax import Question, explained
-from parsim.search.robust import ENOUGH_HEADROOM
 from parsim.search.search import OUT_OF_MEMORY, NoPlan, Progress, search
 from parsim.search.sensitivity import CHANGE, sensitivity, speed_gains, what_binds
 from parsim.search.space import Constraints, check_constraints

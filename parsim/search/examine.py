@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from parsim.cost.cell import cell_of
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import is_local
 from parsim.cost.sync import StageSync, stage_sync
@@ -80,7 +81,7 @@ class Examiner:
     def __post_init__(self) -> None:
         peak_flops_per_s(self.costs.cluster.device, self.job.precision)  # refuses a dtype it has not
         self._cells = CellTable(self.job, self.costs)
-        self._partitioner = Partitioner(self.job)
+        self._partitioner = Partitioner(self.job, ENOUGH_HEADROOM)
 
     def examine(self, family: Family) -> Examined:
         """Legality, memory and lower bounds of all its plans."""
@@ -96,7 +97,7 @@ class Examiner:
                 least=0,
             )
         needed, bounds_s = self.figures(family, legal)
-        same = _same(family, bounds_s)
+        same = self._same(family, needed)
         legal, fits = legal & ~same, np.isfinite(bounds_s) & ~same
         least = int(needed.argmin())
         return Examined(
@@ -213,7 +214,8 @@ class Examiner:
         partial = np.array(family.recompute)[index % len(family.recompute)] == "partial"
         if not partial.any():
             return found
-        room = room_bytes(fixed, self.costs.cluster.device.memory_bytes, self.costs.stack)
+        memory_bytes = self.costs.cluster.device.memory_bytes * (1 - ENOUGH_HEADROOM)
+        room = room_bytes(fixed, memory_bytes, self.costs.stack)
         for i, size in enumerate(family.micro_batch):
             which = np.flatnonzero(partial & (cell // others == i))
             if not which.size:
@@ -297,12 +299,31 @@ class Examiner:
         return found
 
     def _fits(self, family: Family, needed: Floats) -> Bools:
-        limit, context = self.costs.cluster.device.memory_bytes, self.costs.stack.context_bytes
-        fits = needed <= limit
-        for index in np.flatnonzero(np.abs(needed - limit) < NEAR * limit):
+        limits = self._limits(family)
+        fits = needed <= limits
+        for index in np.flatnonzero(np.abs(needed - limits) < NEAR * limits):
             use = fullest_rank(self.job, family.plan(int(index)), self.costs)
-            fits.flat[index] = use.peak + context <= limit
+            limit = limits[index % len(limits)]
+            fits.flat[index] = use.peak + self.costs.stack.context_bytes <= limit
         return fits
+
+    def _limits(self, family: Family) -> Floats:
+        """(C,): the memory that a plan may fill. Where what it recomputes is chosen for it, enough is
+        left free for a prediction that is somewhat too low.
+        """
+        share = [1 - ENOUGH_HEADROOM if choice == "partial" else 1.0 for choice in family.recompute]
+        limits = self.costs.cluster.device.memory_bytes * np.array(share)
+        return np.tile(limits, family.shape[2] // len(share))
+
+    def _same(self, family: Family, needed: Floats) -> Bools:
+        """(Z, M, C): plans that may recompute some layers, where there is room to keep them all."""
+        by_choice = needed.reshape(*family.shape[:2], -1, len(family.recompute))
+        same = np.zeros(by_choice.shape, bool)
+        if {"none", "partial"} <= set(family.recompute):
+            none, partial = family.recompute.index("none"), family.recompute.index("partial")
+            limit = self.costs.cluster.device.memory_bytes * (1 - ENOUGH_HEADROOM)
+            same[..., partial] = by_choice[..., none] <= limit
+        return same.reshape(family.shape)
 
     def _passes(
         self, family: Family, layout: Layout, priced: Priced, stages: list[StageCost], index: Ints
@@ -332,16 +353,6 @@ class Examiner:
         local, far = priced.cells.send_local_s.flat[cell], priced.cells.send_far_s.flat[cell]
         seconds = np.array([np.zeros_like(far), local, far])
         return np.asarray(seconds[np.array([ways[pair] for pair in pairs], int)])
-
-
-def _same(family: Family, bounds_s: Floats) -> Bools:
-    """(Z, M, C): plans that may recompute some layers, where all of them can be kept."""
-    same = np.zeros((*family.shape[:2], family.shape[2] // len(family.recompute), len(family.recompute)))
-    if {"none", "partial"} <= set(family.recompute):
-        fits = np.isfinite(bounds_s).reshape(same.shape)
-        none, partial = family.recompute.index("none"), family.recompute.index("partial")
-        same[..., partial] = fits[..., none]
-    return np.asarray(same.reshape(family.shape) > 0)
 
 
 def _way(pair: tuple[int, int], plan: ParallelPlan, costs: CostModel) -> int:

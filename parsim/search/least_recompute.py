@@ -26,10 +26,12 @@ def least_recompute_s(
     missing = moment.kept @ (stages.saved_bytes + stages.kept_bytes) - room_bytes
     # Without any such layer there is more room.
     again = parts.recomputed_bytes[layout.has[moment.kept > 0].any(axis=0)].max(axis=0)
-    missing = np.where(missing - again > NEAR * np.abs(room_bytes), missing, 0.0)
+    lacks = missing - again > NEAR * np.abs(room_bytes)
     if not moment.freed[-1]:  # no layer, none in flight
         return np.zeros(missing.shape)
     kinds = list(layout.layer_parts)
+    # The layer that is recomputed may be of the kind that needs least meanwhile.
+    missing = np.where(lacks, missing - again + parts.recomputed_bytes[kinds].min(axis=0), 0.0)
     kept, again_s = np.maximum(parts.kept_bytes[kinds], 1.0), parts.recompute_s[kinds]
     if len(kinds) == 1:
         count = np.interp(missing / kept[0], moment.freed, moment.layers)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.order import SURE, order_scale, probability_faster
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
@@ -20,9 +21,6 @@ LEAST_LOOKED_AT, MOST_LOOKED_AT = 10, 32
 """Ties are looked for among so many of the fastest plans, however few or many are asked for."""
 NOTICED = 0.01
 """A plan is more robust than the fastest where its worst case is shorter by this share."""
-ENOUGH_HEADROOM = 0.05
-"""Share of device memory that a plan should leave free: about twice as much as the furthest that a
-predicted peak was below a measured one (reports/accuracy.md)."""
 LESS_BANDWIDTH = 0.75
 """What a congested or degraded link gives of its bandwidth."""
 SLOW_DEVICE = 1.05

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from parsim.cli.main import run_command
+from parsim.cost.memory import ENOUGH_HEADROOM
 
 SEVENTY_B = "--model llama-3.1-70b --hardware h100-sxm-80gb --seq-len 4096".split()
 
@@ -38,11 +39,13 @@ def test_the_rank_with_the_head_gets_fewer_layers(
     assert "partition" not in again
 
 
-def test_as_few_layers_are_recomputed_as_fit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_few_layers_are_recomputed_as_leave_enough_memory(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     plan = "tp=4,pp=4,zero=0,recompute=full"
-    whole = simulate(capsys, plan, "--memory", "95GB")
-    auto = simulate(capsys, f"{plan},recompute_layers=auto", "--memory", "95GB")
-    none = simulate(capsys, plan.replace("full", "none"), "--memory", "95GB", status=1)
+    whole = simulate(capsys, plan, "--memory", "100GB")
+    auto = simulate(capsys, f"{plan},recompute_layers=auto", "--memory", "100GB")
+    none = simulate(capsys, plan.replace("full", "none"), "--memory", "100GB", status=1)
     counts = auto["plan"]["recompute_layers"]
     assert none["step_time_s"] < auto["step_time_s"] < whole["step_time_s"]
     assert auto["fits"]
@@ -50,7 +53,19 @@ def test_as_few_layers_are_recomputed_as_fit(capsys: pytest.CaptureFixture[str])
     assert counts == sorted(counts, reverse=True)
     assert 0 == counts[-1] < counts[0] <= 20
     fewer = "-".join(map(str, (counts[0] - 1, *counts[1:])))
-    assert not simulate(capsys, f"{plan},recompute_layers={fewer}", "--memory", "95GB", status=1)["fits"]
+    more = simulate(capsys, f"{plan},recompute_layers={fewer}", "--memory", "100GB")
+    needed = [item["memory_bytes"]["peak"] + item["memory_bytes"]["context"] for item in (auto, more)]
+    assert needed[0] <= 100e9 * (1 - ENOUGH_HEADROOM) < needed[1]
+
+
+def test_counts_leave_what_they_can(capsys: pytest.CaptureFixture[str]) -> None:
+    # With everything recomputed there is less than enough to spare: then all of it may be filled.
+    plan = "tp=4,pp=4,zero=0,recompute=full"
+    memory = simulate(capsys, plan, "--memory", "100GB")["memory_bytes"]
+    tight = f"{(memory['peak'] + memory['context']) * 1.03 / 1e9:.3f}GB"
+    auto = simulate(capsys, f"{plan},recompute_layers=auto", "--memory", tight)
+    assert auto["fits"]
+    assert sum(auto["plan"]["recompute_layers"]) < 80
 
 
 def test_slower_ranks_get_fewer_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.plan import ParallelPlan, stage_layers
 from parsim.schedule.check import plan_problems
 from parsim.search.examine import Examiner
@@ -59,7 +60,7 @@ def test_no_split_and_no_counts_are_faster_than_the_bound(case: Case, data: st.D
     assume(next(plan_problems(job, plan, costs.cluster), None) is None)
     step_s = estimate(job, plan, costs).step_time_s
     needed = fullest_rank(job, plan, costs).peak + costs.stack.context_bytes
-    device = replace(costs.cluster.device, memory_bytes=needed)
+    device = replace(costs.cluster.device, memory_bytes=needed / (1 - ENOUGH_HEADROOM))
     exact = replace(costs, cluster=replace(costs.cluster, device=device))
     family = alone(plan, "partial", even_split=not free)
     _, legal = Examiner(job, exact).legality(family)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.order import OTHER_LAYERS, SAME_LAYERS, tie_ratio
 from parsim.cost.stage import CostModel
 from parsim.plan import Job, ParallelPlan
-from parsim.search.robust import ENOUGH_HEADROOM, NOTICED, adverse_times_s, recommend
+from parsim.search.robust import NOTICED, adverse_times_s, recommend
 from parsim.simulate.prediction import Prediction, estimate, predict
 from parsim.simulate.uneven import Straggler, Unevenness
 from tests.builders import plain_stack, round_cluster, small_model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parsim.cost.cell import cell_of
-from parsim.cost.memory import rank_memory
+from parsim.cost.memory import ENOUGH_HEADROOM, rank_memory
 from parsim.cost.stage import CostModel, StageCost
 from parsim.plan import Job, ParallelPlan, recomputed_layers, stage_layers
 from parsim.schedule import ONE_CHUNK_SCHEDULES
@@ -81,25 +81,36 @@ def partitioned(
     step shortest within the memory of its ranks; costs_by_rank: of every pipeline rank.
 
     Of the usual split, the best one by formula and what a walk through the schedule makes of it, the one
-    with the shortest step, the usual one where it is as short. Where nothing fits, the one that comes
-    nearest to fitting.
+    with the shortest step, the usual one where it is as short. Counts leave ENOUGH_HEADROOM of every
+    device free if they can. Where nothing fits, the one that comes nearest to fitting.
     """
-    partitioner = Partitioner(job)
+    for headroom in (ENOUGH_HEADROOM, 0.0) if counts else (0.0,):
+        options = _options(Partitioner(job, headroom), plan, costs_by_rank, split=split, counts=counts)
+        chosen = _shortest(job, options, costs_by_rank)
+        after = loads_of(job, chosen, costs_by_rank)
+        if after.fits:
+            break
+    before = loads_of(job, plan, costs_by_rank)
+    return Partitioned(plan=chosen, split=split, counts=counts, before=before, after=after)
+
+
+def _options(
+    partitioner: Partitioner,
+    plan: ParallelPlan,
+    costs_by_rank: Sequence[CostModel],
+    *,
+    split: bool,
+    counts: bool,
+) -> list[ParallelPlan]:
+    """The plan with the usual split, the best one by formula, and what a walk makes of that."""
     options = [partitioner.partition(plan, costs_by_rank, split=False, counts=counts)]
     if split and plan.pp > 1 and _one_chunk(plan):
         options.append(partitioner.partition(plan, costs_by_rank, split=True, counts=counts))
-        if _actions(job, plan) <= MOST_ACTIONS:
+        if _actions(partitioner.job, plan) <= MOST_ACTIONS:
             options.append(
                 partitioner.partition(plan, costs_by_rank, split=True, counts=counts, walk=True)
             )
-    chosen = _shortest(job, options, costs_by_rank)
-    return Partitioned(
-        plan=chosen,
-        split=split,
-        counts=counts,
-        before=loads_of(job, plan, costs_by_rank),
-        after=loads_of(job, chosen, costs_by_rank),
-    )
+    return options
 
 
 def _shortest(

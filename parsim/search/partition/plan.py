@@ -29,7 +29,10 @@ class Partitioner:
     """Partitions the plans of one job; remembers what they have in common."""
 
     job: Job
+    headroom: float = 0.0
+    """Share of its memory that every device keeps free where counts are chosen, if it can."""
     _makers: dict[int, TableMaker] = field(default_factory=dict)
+    _with_less: dict[int, tuple[CostModel, CostModel]] = field(default_factory=dict)
 
     def partition(
         self,
@@ -48,6 +51,8 @@ class Partitioner:
         several chunks a rank the split stays as it is. Where nothing fits, the stages whose fullest rank
         lacks least.
         """
+        if counts and plan.recompute != "none" and self.headroom:
+            costs_by_rank = [self._roomy(costs) for costs in costs_by_rank]
         if plan.schedule not in ONE_CHUNK_SCHEDULES and plan.vpp > 1:
             if not counts or plan.recompute == "none":
                 return plan
@@ -151,6 +156,15 @@ class Partitioner:
             return replace(plan, recompute="none", recompute_layers=())
         whole = recomputed_layers(self.job.model, replace(plan, recompute_layers=()))
         return replace(plan, recompute_layers=() if stages.recomputed == whole else stages.recomputed)
+
+    def _roomy(self, costs: CostModel) -> CostModel:
+        """The same devices with less memory; what is priced for one is priced for both."""
+        if id(costs) not in self._with_less:
+            device = costs.cluster.device
+            device = replace(device, memory_bytes=device.memory_bytes * (1 - self.headroom))
+            less = replace(costs, cluster=replace(costs.cluster, device=device))
+            self._with_less[id(costs)] = costs, less
+        return self._with_less[id(costs)][1]
 
     def _maker(self, costs: CostModel) -> TableMaker:
         if id(costs) not in self._makers:
