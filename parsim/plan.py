@@ -126,6 +126,7 @@ class ParallelPlan:
                 where="recompute",
                 got=self.recompute,
                 expected=", ".join(RECOMPUTE_MODES),
+                hint="as few layers as memory asks for: recompute=full,recompute_layers=auto",
             )
         if self.placement != USUAL_PLACEMENT and (
             sorted(self.placement.split("-")) != sorted(USUAL_PLACEMENT.split("-"))

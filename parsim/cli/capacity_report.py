@@ -304,7 +304,7 @@ def _sensitivity_lines(name: str, effects: Sequence[Sensitivity]) -> list[str]:
 
     lines = [f"speed of {name} with other hardware, the best plan searched for anew:"]
     for effect in effects:
-        gain = "nothing fits" if effect.gain is None else f"{effect.gain:+.1%}"
+        gain = "nothing fits" if effect.gain is None else f"{round(effect.gain, 3) + 0.0:+.1%}"
         other = f", by {effect.plan.short()}" if effect.plan and effect.replanned else ""
         lines.append(f"  {effect.change:+.0%} {RESOURCES[effect.resource]:<26}{gain}{other}")
     return lines

@@ -53,7 +53,7 @@ def plan(
     *,
     allowed: Allowed,
     explain: Annotated[
-        str, typer.Option("--explain", help="Why is this plan not the best? In short form: dp=8,tp=4,…")
+        str, typer.Option("--explain", help="Why is this plan not the best? dp=8,tp=4,… or a file.")
     ] = "",
     budget_s: Annotated[
         float, typer.Option("--budget-s", min=0, help="Stop proving after so many seconds.")

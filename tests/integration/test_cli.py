@@ -313,6 +313,25 @@ def test_explain_says_why_a_plan_is_not_the_best(capsys: pytest.CaptureFixture[s
     assert itself["step_time_s"] == itself["best"]["step_time_s"]
 
 
+def test_explain_chooses_the_stages_it_is_asked_to_and_takes_a_plan_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    usual = explained(capsys, "dp=2,pp=4,zero=1", 0)
+    chosen = explained(capsys, "dp=2,pp=4,zero=1,stage_split=auto", 0)
+    layers = chosen["partition"]["after"]["stage_layers"]
+    assert chosen["plan"]["stage_split"] == layers
+    assert layers[-1] < 8  # the last rank has the head
+    assert chosen["step_time_s"] < usual["step_time_s"]
+    assert explained(capsys, "dp=2,pp=4,stage_split=auto,micro_batch=3", 1)["verdict"] == "illegal"
+
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(chosen["best"]), encoding="utf-8")
+    best = explained(capsys, str(file), 0)
+    assert best["step_time_s"] == chosen["best"]["step_time_s"]
+    command = f"plan {EIGHT_B} --gpus 8 --global-batch 64 --explain {file}"
+    assert "another job" in refusal(capsys, command)
+
+
 def test_sizes_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
     bounds = "--max-tp 2 --max-pp 2 --max-micro-batch 1 --max-cp 2 --max-vpp 2"
     assert run_command([*PLAN_8B, *bounds.split(), "--json", "--top", "400", "--zero", "1"]) == 0
