@@ -188,7 +188,12 @@ def _run(
         if as_json:
             print_json(document("run", inputs, {"node_rank": how.nodes.index}, seed=case.seed))
         return
-    data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=verification)
+    data = measurement_data(
+        measurement,
+        predicted_s=prediction.step_time_s,
+        verification=verification,
+        predicted_gradient_bytes=_gradient_bytes(setup, case),
+    )
     whole = document("run", inputs, data, seed=case.seed)
     _write(files, whole, predicted, measurement.timeline)
     if as_json:
@@ -256,6 +261,16 @@ def _predict(setup: Setup, case: Case) -> tuple[Prediction, Any]:
     return prediction, unfolded(timeline, case.plan)
 
 
+def _gradient_bytes(setup: Setup, case: Case) -> list[float]:
+    """What each rank is predicted to send in a step to sum its gradients."""
+    from parsim.cost.step import step_cost
+
+    by_pipeline_rank = [0.0] * case.plan.pp
+    for stage, sync in enumerate(step_cost(case.job, case.plan, setup.costs()).syncs):
+        by_pipeline_rank[case.plan.stage_rank(stage)] += sync.reduce_bytes
+    return [by_pipeline_rank[case.plan.coordinate(rank).pp] for rank in range(case.plan.gpus)]
+
+
 def _verify(case: Case, how: Launch) -> Verification | None:
     """Compare with single-process training, on a shrunken model where the full one is large."""
     from parsim.execute.launch import run_cases, verification_case
@@ -281,7 +296,7 @@ VERIFIED_WHOLE = 2e10
 
 
 def _lines(data: dict[str, Any]) -> list[str]:
-    from parsim.units import format_duration
+    from parsim.units import format_bytes, format_duration
 
     quiet = len(data["steps_s"]) - sum(data["disturbed"])
     lines = [
@@ -290,11 +305,15 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"predicted  {format_duration(data['predicted_s'])}   error {data['error']:+.1%}",
         f"loss       {data['loss'][0]:.6f} to {data['loss'][-1]:.6f}",
     ]
+    if "gradient_sent_bytes" in data:
+        sent = format_bytes(max(data["gradient_sent_bytes"]))
+        foreseen = format_bytes(max(data["predicted_gradient_sent_bytes"]))
+        lines.append(f"gradients  {sent} sent by a rank in each step (predicted {foreseen})")
     lines += [f"restarted  {what}" for what in data["restarts"]]
     if "verify" in data:
         found = data["verify"]
         lines.append(
-            f"verified   {'equal to' if found['equal'] else 'DIFFERENT from'} single-process training "
+            f"verified   {'equal to' if found['equal'] else 'DIFFERENT from'} {found['against']} "
             f"in float64 over {found['steps']} steps: gradients within "
             f"{found['max_gradient_error']:.1e}, loss within {found['max_loss_error']:.1e}"
         )

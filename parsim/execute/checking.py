@@ -11,6 +11,7 @@ from torch import nn
 
 from parsim.errors import ParsimError
 from parsim.execute.batches import whole_batch
+from parsim.execute.compress_check import CheckedCompressor
 from parsim.execute.parallelize import token_loss
 from parsim.execute.request import Case
 from parsim.execute.trainer import DTYPES, Trainer, make_optimizer
@@ -21,6 +22,9 @@ NEGLIGIBLE = 1e-6
 
 Gradients of key biases, for one, are zero in exact arithmetic where positions are learned: softmax
 ignores what all scores share."""
+
+AGAINST = "single-process training"
+AGAINST_COMPRESSED = "single-process training before compression, and compression by hand after it"
 
 
 class Reference:
@@ -83,6 +87,8 @@ def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
         loss_error = max(loss_error, abs(mean_loss(trainer, loss) - expected_loss) / expected_loss)
         trainer.recorder.say("comparing gradients")
         error, name = gradient_error(reference, dict(trainer.data_parallel.gradients()))
+        if isinstance(trainer.compressor, CheckedCompressor) and trainer.compressor.error > error:
+            error, name = trainer.compressor.error, f"compression={case.plan.compression}"
         if error > worst:
             worst, worst_name = error, name
         trainer.update()
@@ -93,6 +99,7 @@ def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
         "parameter": worst_name,
         "max_loss_error": loss_error,
         "steps": case.steps,
+        "against": AGAINST if trainer.compressor is None else AGAINST_COMPRESSED,
     }
 
 

@@ -23,7 +23,7 @@ from parsim.execute.measurement import (
     verification_of,
 )
 from parsim.execute.request import Case
-from parsim.execute.support import check_executable
+from parsim.execute.support import check_executable, check_resumable
 from parsim.execute.token_file import TokenFile
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule.action import Schedule
@@ -125,6 +125,8 @@ def check(cases: Sequence[Case], how: Launch) -> None:
                 "a run has at least one step", where="steps", got=f"{case.steps}, warm-up {case.warmup}"
             )
         check_executable(case.job, case.plan, case.schedule, case.dtype)
+        if case.checkpoint is not None:
+            check_resumable(case.plan)
     sizes = {case.plan.gpus for case in cases}
     if len(sizes) != 1:
         raise ParsimError("plans run together need equal numbers of ranks", got=sorted(sizes))

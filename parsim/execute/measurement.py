@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parsim.cost.collective import wire_factor
 from parsim.execute.request import Case
 from parsim.execute.steps import StepRecord, clean_steps
 from parsim.plan import Job, ParallelPlan
@@ -38,6 +39,8 @@ class Measurement:
     """(slowest − fastest) / median of the undisturbed steps."""
     timeline: Timeline
     """Of the step nearest to the median; rank is the global rank."""
+    gradient_sent_bytes: tuple[float, ...]
+    """What each rank sent in a step to sum compressed gradients, counted; empty without compression."""
     peak_memory_bytes: tuple[int, ...]
     """The CUDA allocator's peak on each rank; empty on a CPU."""
     world_size: int
@@ -56,7 +59,7 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """A plan against single-process training, in float64."""
+    """A plan against training of which the result is known, in float64."""
 
     max_gradient_error: float
     """max |Δg| / max |g| of the worst parameter in any step."""
@@ -65,6 +68,8 @@ class Verification:
     max_loss_error: float
     """|Δloss| / loss of the worst step."""
     steps: int
+    against: str
+    """What the plan was compared with."""
 
     @property
     def equal(self) -> bool:
@@ -91,6 +96,11 @@ def measurement_of(
         foreign_cpu_s=tuple(step.foreign_cpu_s for step in steps),
         spread=(max(clean) - min(clean)) / middle,
         timeline=_timeline(ranks, case),
+        gradient_sent_bytes=tuple(
+            _sent_bytes(r["gradient_payload_bytes"], case.plan.dp)
+            for r in ranks
+            if r["gradient_payload_bytes"]
+        ),
         peak_memory_bytes=tuple(r["peak_bytes"] for r in ranks if r["peak_bytes"] is not None),
         world_size=len(ranks),
         warmup=case.warmup,
@@ -102,6 +112,11 @@ def measurement_of(
         resumed_at=case.checkpoint.start if case.checkpoint is not None else 0,
         failures=failures,
     )
+
+
+def _sent_bytes(payload_bytes: dict[str, float], ranks: int) -> float:
+    """What a rank sends in collectives of so many bytes (of the full buffers) by kind."""
+    return sum(wire_factor(kind, ranks) * num_bytes for kind, num_bytes in payload_bytes.items())
 
 
 def _timeline(ranks: Sequence[dict[str, Any]], case: Case) -> Timeline:
@@ -123,4 +138,5 @@ def verification_of(ranks: Sequence[dict[str, Any]]) -> Verification:
         parameter=worst["parameter"],
         max_loss_error=max(found["max_loss_error"] for found in ranks),
         steps=worst["steps"],
+        against=worst["against"],
     )

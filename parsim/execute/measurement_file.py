@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +12,13 @@ from parsim.timeline import breakdown_s
 
 
 def measurement_data(
-    measurement: Measurement, *, predicted_s: float | None, verification: Verification | None
+    measurement: Measurement,
+    *,
+    predicted_s: float | None,
+    verification: Verification | None,
+    predicted_gradient_bytes: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """The answer of `run --json`."""
+    """The answer of `run --json`; `predicted_gradient_bytes`: what each rank sends, where compressed."""
     plan = asdict(measurement.plan)
     job = asdict(measurement.job)
     data = {
@@ -38,12 +43,16 @@ def measurement_data(
         "resumed_at": measurement.resumed_at,
         "restarts": list(measurement.failures),
     }
+    if measurement.gradient_sent_bytes:
+        data["gradient_sent_bytes"] = list(measurement.gradient_sent_bytes)
+        data["predicted_gradient_sent_bytes"] = list(predicted_gradient_bytes)
     if verification is not None:
         data["verify"] = {
             "equal": verification.equal,
             "max_gradient_error": verification.max_gradient_error,
             "max_loss_error": verification.max_loss_error,
             "steps": verification.steps,
+            "against": verification.against,
             "worst_parameter": verification.parameter,
         }
     return data

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parsim.execute.compress import Compressor, GradientBucket
 from parsim.execute.parallelize import master_dtype
 from parsim.execute.recorder import Label, Recorder
 from parsim.timeline import COMPUTE, DP, HOST, TP
@@ -45,7 +46,8 @@ class Bucket:
     def __init__(self, stage: int, parameters: dict[str, nn.Parameter], ranks: int, index: int) -> None:
         self.stage = stage
         mine = {name: local(parameter) for name, parameter in parameters.items()}
-        self.sizes = [tensor.numel() for tensor in mine.values()]
+        self.shapes = [tensor.shape for tensor in mine.values()]
+        self.sizes = [shape.numel() for shape in self.shapes]
         self.shard_size = -(-sum(self.sizes) // ranks)
         self.flat = next(iter(mine.values())).new_zeros(self.shard_size * ranks)
         self.parameters: dict[str, nn.Parameter] = {}
@@ -101,12 +103,15 @@ class Replicas:
         sharded_optimizer: bool,
         make_optimizer: MakeOptimizer,
         recorder: Recorder,
+        compressor: Compressor | None = None,
     ) -> None:
+        """`compressor` takes the place of the all-reduce of whole gradients."""
         self.dp = dp_mesh.size()
         self.dp_group = dp_mesh.get_group()
         self.tp_group = tp_mesh.get_group()
         self.sharded = sharded_optimizer and self.dp > 1
         self.recorder = recorder
+        self.compressor = compressor
         shards = self.dp if self.sharded else 1
         index = dp_mesh.get_local_rank() if self.sharded else 0
         self.buckets: list[Bucket] = []
@@ -123,23 +128,28 @@ class Replicas:
     def reduce(self) -> None:
         """Sum gradients over the replicas, once all micro-batches have been backward."""
         self._settle_over_tp()
-        for bucket in self.buckets:
+        for index, bucket in enumerate(self.buckets):
             with self.recorder.span(Label(HOST, "flatten gradients", "host", bucket.stage)):
                 flat = bucket.gather_gradients()
             if self.dp > 1:
                 name = f"gradients {bucket.stage}"
                 with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
-                    flat = self._sum(flat)
-                flat /= self.dp
+                    flat = self._mean(flat, index)
             bucket.master.grad = flat
 
-    def _sum(self, flat: torch.Tensor) -> torch.Tensor:
-        if not self.sharded:
-            dist.all_reduce(flat, group=self.dp_group)
-            return flat
-        shard = flat.new_empty(flat.numel() // self.dp)
-        _reduce_scatter(shard, flat, group=self.dp_group)
-        return shard
+    def _mean(self, flat: torch.Tensor, index: int) -> torch.Tensor:
+        """The mean of a bucket's gradients over the replicas: all of it, or this rank's shard."""
+        if self.compressor is not None:
+            last = index == len(self.buckets) - 1
+            return self.compressor.mean(
+                GradientBucket(index, flat, self.buckets[index].shapes, last=last)
+            )
+        if self.sharded:
+            shard = flat.new_empty(flat.numel() // self.dp)
+            _reduce_scatter(shard, flat, group=self.dp_group)
+            return shard.div_(self.dp)
+        dist.all_reduce(flat, group=self.dp_group)
+        return flat.div_(self.dp)
 
     def _settle_over_tp(self) -> None:
         """Give every gradient the split of its parameter.

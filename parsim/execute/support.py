@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from parsim.cost.compression import keeps_residual
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
-from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
+from parsim.plan import (
+    ASYNCHRONOUS_SCHEDULES,
+    USUAL_PLACEMENT,
+    Job,
+    ParallelPlan,
+    parse_compression,
+    stage_layers,
+)
 from parsim.schedule.action import INPUT_GRAD, Schedule
 from parsim.schedule.check import divisors, recompute_problems
 from parsim.schedule.check_actions import check_schedule
@@ -31,6 +39,17 @@ def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: st
     _check_sizes(job, plan)
     _check_plan(plan, schedule)
     _check_schedule(job, plan, schedule)
+
+
+def check_resumable(plan: ParallelPlan) -> None:
+    """Raise ParsimError for plans whose training is more than weights and optimizer states."""
+    if keeps_residual(parse_compression(plan.compression)):
+        raise ParsimError(
+            "checkpoints do not hold what compression still has to send",
+            where="--checkpoint",
+            got=f"compression={plan.compression}",
+            expected="compression of none, fp16, bf16 or int8",
+        )
 
 
 def _refuse(part: str, where: str, got: object, hint: str | None = None) -> ParsimError:
@@ -104,7 +123,7 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("another placement than usual", "placement", plan.placement)
     if plan.tp_overlap:
         raise _refuse("overlapped tensor parallelism", "tp_overlap", True)
-    for key, usual in (("aggregation", "bucket"), ("weighted", False), ("compression", "none")):
+    for key, usual in (("aggregation", "bucket"), ("weighted", False)):
         if getattr(plan, key) != usual:
             raise _refuse("gradients reduced in other ways than by buckets", key, getattr(plan, key))
     if plan.shard_group not in (1, plan.dp):

@@ -67,9 +67,17 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
         "timed_from": timed_from,
         "spans": spans[median - len(timed)],
         "peak_bytes": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
+        "gradient_payload_bytes": _payload_bytes(trainer, case.total_steps - begin),
         "device": device_name(trainer.device),
         "torch": torch.__version__,
     }
+
+
+def _payload_bytes(trainer: Trainer, steps: int) -> dict[str, float]:
+    """What compressed gradients were handed to each kind of collective with, a step."""
+    if trainer.compressor is None:
+        return {}
+    return {kind: num_bytes / steps for kind, num_bytes in trainer.compressor.payload_bytes.items()}
 
 
 def tell(progress: TextIO, line: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from torch.distributed.tensor.parallel import loss_parallel
 from parsim.errors import ParsimError
 from parsim.execute.batches import Batch, replica_batch
 from parsim.execute.collective_spans import recorded_collectives
+from parsim.execute.compress import Compressor
+from parsim.execute.compress_check import CheckedCompressor
 from parsim.execute.parallelize import apply_fsdp, apply_tensor_parallel, master_dtype, token_loss
 from parsim.execute.pipeline_adapter import Pipeline
 from parsim.execute.recorder import Recorder
@@ -22,7 +24,7 @@ from parsim.execute.replicas import Replicas
 from parsim.execute.request import Case
 from parsim.execute.shards import Shards
 from parsim.execute.transformer import Part, Transformer, build
-from parsim.plan import recomputed_layers, stage_layers
+from parsim.plan import parse_compression, recomputed_layers, stage_layers
 from parsim.schedule.action import FORWARD
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,6 +49,7 @@ class Trainer:
         self.tp_mesh: DeviceMesh | None = self.mesh["tp"] if plan.tp > 1 else None
         self.dtype = DTYPES[case.dtype]
         self.stages = self._stages()
+        self.compressor = self._compressor()
         self.data_parallel = self._data_parallel()
         self.num_micro_batches = plan.num_micro_batches(case.job)
         self._pipeline = self._make_pipeline() if plan.pp > 1 else None
@@ -108,7 +111,16 @@ class Trainer:
             sharded_optimizer=self.case.plan.zero >= 1,
             make_optimizer=make,
             recorder=self.recorder,
+            compressor=self.compressor,
         )
+
+    def _compressor(self) -> Compressor | None:
+        """What sums gradients in a compressed form, where the plan has it and there are replicas."""
+        compression = parse_compression(self.case.plan.compression)
+        if compression.kind == "none" or self.case.plan.dp == 1:
+            return None
+        make = CheckedCompressor if self.case.verify else Compressor
+        return make(compression, self.mesh["dp"].get_group())
 
     def _make_pipeline(self) -> Pipeline:
         job, plan = self.case.job, self.case.plan

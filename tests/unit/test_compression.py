@@ -206,7 +206,7 @@ def test_the_short_form_reads_what_it_writes() -> None:
 
 
 def test_the_executor_refuses_what_it_does_not_run() -> None:
-    for change in ({"compression": "bf16"}, {"aggregation": "layer"}, {"weighted": True}):
+    for change in ({"aggregation": "layer"}, {"weighted": True}):
         plan = replace(ParallelPlan(dp=2), **change)  # type: ignore[arg-type]
         with pytest.raises(ParsimError, match="reduced in other ways"):
             check_executable(JOB, plan, make_schedule(plan, 16), "fp32")
