@@ -257,7 +257,7 @@ def _predict(setup: Setup, case: Case) -> tuple[Prediction, Any]:
     from parsim.simulate.fold import unfolded
     from parsim.simulate.prediction import predict
 
-    prediction, timeline = predict(setup.job, case.plan, setup.costs(), case.schedule)
+    prediction, timeline = predict(setup.job, case.plan, setup.costs())
     return prediction, unfolded(timeline, case.plan)
 
 
@@ -277,13 +277,17 @@ def _verify(case: Case, how: Launch) -> Verification | None:
     from parsim.execute.measurement import Verification
     from parsim.execute.support import shrunken
     from parsim.model import num_parameters
+    from parsim.schedule import running_schedule
     from parsim.units import format_count
 
     job, tokens = case.job, case.tokens
     if num_parameters(job.model) * job.tokens > VERIFIED_WHOLE:
         job, tokens = shrunken(job, case.plan), None  # its vocabulary is too small for a file's tokens
         say(f"verifying on a shrunken model of {format_count(num_parameters(job.model))} parameters")
-    checked = verification_case(job, case.plan, case.schedule, seed=case.seed, tokens=tokens)
+    schedule = running_schedule(case.plan, case.plan.num_micro_batches(job), VERIFIED_STEPS)
+    checked = verification_case(
+        job, case.plan, schedule, steps=VERIFIED_STEPS, seed=case.seed, tokens=tokens
+    )
     found = run_cases([checked], how)
     if not found:
         return None
@@ -291,6 +295,7 @@ def _verify(case: Case, how: Launch) -> Verification | None:
     return found[0]
 
 
+VERIFIED_STEPS = 3
 VERIFIED_WHOLE = 2e10
 """Parameters × tokens of a step up to which the whole model is verified: seconds in float64."""
 
@@ -309,6 +314,10 @@ def _lines(data: dict[str, Any]) -> list[str]:
         sent = format_bytes(max(data["gradient_sent_bytes"]))
         foreseen = format_bytes(max(data["predicted_gradient_sent_bytes"]))
         lines.append(f"gradients  {sent} sent by a rank in each step (predicted {foreseen})")
+    for key, what in (("weight_versions", "versions kept"), ("staleness", "updates late")):
+        if key in data:
+            by_rank = [each if key == "weight_versions" else each["max"] for each in data[key]]
+            lines.append(f"weights    {', '.join(map(str, by_rank))} {what}, by rank")
     lines += [f"restarted  {what}" for what in data["restarts"]]
     if "verify" in data:
         found = data["verify"]

@@ -23,12 +23,12 @@ RANKS_SHOWN = 64
 def timed_case(setup: Setup, plan: ParallelPlan, *, steps: int, warmup: int, seed: int) -> Case:
     """What the ranks are to do."""
     from parsim.execute.request import Case
-    from parsim.schedule import make_schedule
+    from parsim.schedule import running_schedule
 
     return Case(
         job=setup.job,
         plan=plan,
-        schedule=make_schedule(plan, plan.num_micro_batches(setup.job)),
+        schedule=running_schedule(plan, plan.num_micro_batches(setup.job), warmup + steps),
         steps=steps,
         warmup=warmup,
         seed=seed,
@@ -86,7 +86,7 @@ def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | No
     from parsim.execute.measurement import Measurement
     from parsim.units import format_bytes
 
-    ranks = how.nodes.ranks_per_node(case.plan.gpus)
+    ranks = how.nodes.ranks_per_node(case.world_size)
     needed, there = prediction.memory.peak * ranks, available_memory_bytes()
     if how.device == "cpu" and needed > there:
         raise ParsimError(

@@ -60,7 +60,7 @@ class Launch:
 
     def num_ranks(self, case: Case) -> int:
         """Processes to start, on all machines."""
-        return case.plan.gpus if self.one_rank is None else 1
+        return case.world_size if self.one_rank is None else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,8 +22,9 @@ from parsim.execute.measurement import (
     measurement_of,
     verification_of,
 )
+from parsim.execute.ps_measurement import served_measurement
 from parsim.execute.request import Case
-from parsim.execute.support import check_executable, check_resumable
+from parsim.execute.support import check_executable, check_on_gpus, check_resumable, check_served
 from parsim.execute.token_file import TokenFile
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule.action import Schedule
@@ -88,6 +89,8 @@ def run_cases(
     return [
         verification_of([rank[i] for rank in done.results])
         if case.verify
+        else served_measurement(case, [rank[i] for rank in done.results], done.failures)
+        if case.servers is not None
         else measurement_of(case, [rank[i] for rank in done.results], how.device, done.failures)
         for i, case in enumerate(cases)
     ]
@@ -125,13 +128,17 @@ def check(cases: Sequence[Case], how: Launch) -> None:
                 "a run has at least one step", where="steps", got=f"{case.steps}, warm-up {case.warmup}"
             )
         check_executable(case.job, case.plan, case.schedule, case.dtype)
-        if case.checkpoint is not None:
+        if case.servers is not None:
+            check_served(case)
+        elif case.checkpoint is not None:
             check_resumable(case.plan)
-    sizes = {case.plan.gpus for case in cases}
+    sizes = {case.world_size for case in cases}
     if len(sizes) != 1:
         raise ParsimError("plans run together need equal numbers of ranks", got=sorted(sizes))
     needed = how.nodes.ranks_per_node(how.num_ranks(cases[0]))
     if how.device == "cuda":
+        for case in cases:
+            check_on_gpus(case)
         _check_gpus(needed)
 
 

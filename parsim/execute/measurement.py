@@ -19,6 +19,19 @@ TOLERANCE = 1e-10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What a run on parameter servers found beside its steps."""
+
+    servers: int
+    worker_steps_per_s: float
+    """Of all workers together."""
+    worker_time: dict[str, float]
+    """Shares of the workers' time: computing, communicating (servers' work included), waiting."""
+    max_lead: int
+    """Clocks that a worker was ahead of the slowest at most, once a server had its gradient."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """Timed steps of a plan on real ranks."""
 
@@ -41,6 +54,12 @@ class Measurement:
     """Of the step nearest to the median; rank is the global rank."""
     gradient_sent_bytes: tuple[float, ...]
     """What each rank sent in a step to sum compressed gradients, counted; empty without compression."""
+    weight_versions: tuple[int, ...]
+    """The most that each rank kept at once, without a flush; else empty."""
+    staleness: tuple[dict[int, int], ...]
+    """How often each rank's gradients were so many updates old when they were applied; else empty."""
+    served: Served | None = None
+    """With parameter servers."""
     peak_memory_bytes: tuple[int, ...]
     """The CUDA allocator's peak on each rank; empty on a CPU."""
     world_size: int
@@ -101,6 +120,10 @@ def measurement_of(
             for r in ranks
             if r["gradient_payload_bytes"]
         ),
+        weight_versions=tuple(r["weight_versions"] for r in ranks if "weight_versions" in r),
+        staleness=tuple(
+            {int(age): count for age, count in r["staleness"].items()} for r in ranks if "staleness" in r
+        ),
         peak_memory_bytes=tuple(r["peak_bytes"] for r in ranks if r["peak_bytes"] is not None),
         world_size=len(ranks),
         warmup=case.warmup,
@@ -121,13 +144,19 @@ def _sent_bytes(payload_bytes: dict[str, float], ranks: int) -> float:
 
 def _timeline(ranks: Sequence[dict[str, Any]], case: Case) -> Timeline:
     """The median step of all ranks."""
+    return Timeline(spans=tuple(spans_of(ranks)), source="measured", title=case.plan.short())
+
+
+def spans_of(ranks: Sequence[dict[str, Any]]) -> list[Span]:
+    """The spans that all ranks left, in order."""
     spans = [
         Span(rank, stream, name, start_s, end_s, kind, stage, micro_batch)
         for rank, found in enumerate(ranks)
         for stream, name, kind, stage, micro_batch, start_s, end_s in found["spans"]
     ]
-    spans.sort(key=lambda span: (span.rank, STREAMS.index(span.stream), span.start_s, span.end_s))
-    return Timeline(spans=tuple(spans), source="measured", title=case.plan.short())
+    return sorted(
+        spans, key=lambda span: (span.rank, STREAMS.index(span.stream), span.start_s, span.end_s)
+    )
 
 
 def verification_of(ranks: Sequence[dict[str, Any]]) -> Verification:

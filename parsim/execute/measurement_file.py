@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from parsim.execute.measurement import Measurement, Verification
 from parsim.plan import STAGE_LISTS
 from parsim.timeline import breakdown_s
+
+
+def staleness_data(ages: Mapping[int, int]) -> dict[str, Any]:
+    """How old gradients were, as `simulate --ps` has it.
+
+    >>> staleness_data({0: 1, 2: 3})
+    {'mean': 1.5, 'max': 2, 'histogram': {'0': 1, '2': 3}}
+    """
+    total = sum(ages.values())
+    return {
+        "mean": sum(age * count for age, count in ages.items()) / total if total else 0.0,
+        "max": max(ages, default=0),
+        "histogram": {str(age): ages[age] for age in sorted(ages)},
+    }
 
 
 def measurement_data(
@@ -46,6 +60,10 @@ def measurement_data(
     if measurement.gradient_sent_bytes:
         data["gradient_sent_bytes"] = list(measurement.gradient_sent_bytes)
         data["predicted_gradient_sent_bytes"] = list(predicted_gradient_bytes)
+    if measurement.weight_versions:
+        data["weight_versions"] = list(measurement.weight_versions)
+    if measurement.staleness:
+        data["staleness"] = [staleness_data(ages) for ages in measurement.staleness]
     if verification is not None:
         data["verify"] = {
             "equal": verification.equal,

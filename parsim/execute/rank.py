@@ -15,10 +15,14 @@ from parsim.execute.checking import verify_case
 from parsim.execute.clocks import ranks_per_node
 from parsim.execute.emulation import emulate_case, join_alone
 from parsim.execute.heartbeat import Heartbeats
+from parsim.execute.ps_run import run_served_case
 from parsim.execute.recorder import Recorder
 from parsim.execute.request import decode_case
+from parsim.execute.stale_check import verify_stale_case
+from parsim.execute.stale_run import time_stale_case
 from parsim.execute.timing import time_case
 from parsim.execute.trainer import Trainer
+from parsim.plan import ASYNCHRONOUS_SCHEDULES
 
 Results = list[dict[str, Any]]
 """What a rank found for each case, as plain data."""
@@ -39,12 +43,16 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> d
     results: Results = []
     for index, case in enumerate(cases):
         recorder.say("building the model")
+        if case.servers is not None:
+            results.append(run_served_case(case, device, recorder, control, folder, index))
+            continue
         trainer = Trainer(case, device, recorder, control)
+        stale = case.plan.schedule in ASYNCHRONOUS_SCHEDULES
         if case.verify:
-            results.append(verify_case(case, trainer))
+            results.append((verify_stale_case if stale else verify_case)(case, trainer))
         else:
             with (folder / "progress.jsonl").open("a") as progress:
-                run = time_case if alone is None else emulate_case
+                run = time_stale_case if stale else time_case if alone is None else emulate_case
                 results.append(run(case, trainer, progress, index))
         del trainer  # before the next one takes its memory
         gc.collect()

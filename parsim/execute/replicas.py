@@ -75,6 +75,11 @@ class Bucket:
     def _padding(self) -> int:
         return int(self.flat.numel() - sum(self.sizes))
 
+    def snapshot(self) -> dict[str, nn.Parameter]:
+        """The parameters as they are now, on a copy that updates leave alone."""
+        parts = zip(self.parameters.items(), self.pieces(self.flat.clone()), self.shapes, strict=True)
+        return {name: like(parameter, part.view(shape)) for (name, parameter), part, shape in parts}
+
     def gather_gradients(self) -> torch.Tensor:
         """All gradients one after another, taken from the parameters."""
         dtype = self.master.dtype
@@ -118,9 +123,15 @@ class Replicas:
         for stage, module in stages.items():
             for parameters in list(_in_buckets(module)):
                 bucket = Bucket(stage, parameters, shards, index)
-                _adopt(module, bucket.parameters)
+                adopt(module, bucket.parameters)
                 self.buckets.append(bucket)
         self.optimizer = make_optimizer([bucket.master for bucket in self.buckets])
+
+    def adopt(self, module: nn.Module, parameters: list[dict[str, nn.Parameter]]) -> None:
+        """Let the one stage compute with these, by bucket, and leave its gradients on them."""
+        for bucket, own in zip(self.buckets, parameters, strict=True):
+            bucket.parameters = own
+            adopt(module, own)
 
     def before_backward(self, *, last: bool) -> None:
         """Nothing: gradients are summed over micro-batches where they arise."""
@@ -200,6 +211,13 @@ class Replicas:
                 # The input is a copy: not every backend takes a part of the output as input.
                 _all_gather(bucket.flat, bucket.shard.clone(), group=self.dp_group)
 
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole values) of every parameter, of replicas with whole optimizers; collective."""
+        for bucket in self.buckets:
+            for name, parameter in bucket.snapshot().items():
+                whole = parameter.detach()
+                yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole gradient) of every parameter, between reduce() and update(); collective."""
         for bucket in self.buckets:
@@ -231,7 +249,7 @@ def like(parameter: nn.Parameter, mine: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(mine)
 
 
-def _adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     """Put parameters in place of those of the same names, wherever the module uses them."""
     current = dict(module.named_parameters())
     replaced = {id(current[name]): parameter for name, parameter in parameters.items()}

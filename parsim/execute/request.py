@@ -25,6 +25,16 @@ class Checkpoints:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterServers:
+    """Ranks beyond those of the plan, which hold the parameters for its replicas."""
+
+    shares: tuple[float, ...]
+    """How much of the model each holds, in relation to each other."""
+    bound: float
+    """Clocks that a worker may be ahead of the slowest: 0 synchronous, infinite asynchronous."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """One plan to run: timed, or compared with single-process training."""
 
@@ -44,6 +54,13 @@ class Case:
     tokens: TokenFile | None = None
     """What is trained on; None: synthetic tokens by seed."""
     checkpoint: Checkpoints | None = None
+    servers: ParameterServers | None = None
+    """With them the replicas of the plan are workers; None: they sum gradients among themselves."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks: those of the plan, and servers."""
+        return self.plan.gpus + (len(self.servers.shares) if self.servers is not None else 0)
 
     @property
     def total_steps(self) -> int:
@@ -59,8 +76,11 @@ def encode_case(case: Case) -> dict[str, Any]:
     data["schedule"] = {
         "name": case.schedule.name,
         "ranks": [[str(action) for action in rank] for rank in case.schedule.ranks],
+        "update_every": case.schedule.update_every,
+        "steps": case.schedule.steps,
+        "steps_after": case.schedule.steps_after,
     }
-    for key in ("tokens", "checkpoint"):
+    for key in ("tokens", "checkpoint", "servers"):
         data[key] = data[key] and dataclasses.asdict(data[key])
     return data
 
@@ -76,8 +96,15 @@ def decode_case(data: dict[str, Any]) -> Case:
     nouns = {
         "tokens": data["tokens"] and TokenFile(**data["tokens"]),
         "checkpoint": data["checkpoint"] and Checkpoints(**data["checkpoint"]),
+        "servers": _servers(data["servers"]),
         "job": Job(**job),
         "plan": ParallelPlan(**plan),
-        "schedule": Schedule(name=schedule["name"], ranks=ranks),
+        "schedule": Schedule(**(schedule | {"ranks": ranks})),
     }
     return Case(**(data | nouns))
+
+
+def _servers(data: dict[str, Any] | None) -> ParameterServers | None:
+    if data is None:
+        return None
+    return ParameterServers(shares=tuple(data["shares"]), bound=data["bound"])

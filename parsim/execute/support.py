@@ -9,6 +9,7 @@ import dataclasses
 
 from parsim.cost.compression import keeps_residual
 from parsim.errors import ParsimError
+from parsim.execute.request import Case
 from parsim.model import ModelSpec
 from parsim.plan import (
     ASYNCHRONOUS_SCHEDULES,
@@ -41,8 +42,49 @@ def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: st
     _check_schedule(job, plan, schedule)
 
 
+def check_served(case: Case) -> None:
+    """Raise ParsimError for what does not go with parameter servers."""
+    plan = case.plan
+    if plan.gpus != plan.dp or plan.zero or plan.compression != "none" or plan.dp == 1:
+        raise ParsimError(
+            "parameter servers have several workers, each one rank that holds the model once",
+            where="--ps with PLAN",
+            got=plan.short(),
+            expected="dp of 2 or more, tp=1, pp=1, zero=0, compression=none",
+        )
+    if case.checkpoint is not None:
+        raise ParsimError(
+            "checkpoints do not hold the clocks of parameter servers", where="--checkpoint with --ps"
+        )
+
+
+def check_on_gpus(case: Case) -> None:
+    """Raise ParsimError for what runs on CPU ranks alone."""
+    plan = case.plan
+    if case.servers is not None:
+        raise ParsimError(
+            "parameter servers run on CPU ranks only",
+            where="--ps",
+            hint="--device cpu; a server takes requests from anybody, which NCCL cannot",
+        )
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        raise ParsimError(
+            "pipelines without a flush run on CPU ranks only",
+            where="schedule",
+            got=plan.schedule,
+            hint="--device cpu; NCCL would let sends and receives of neighbours wait for each other",
+        )
+
+
 def check_resumable(plan: ParallelPlan) -> None:
     """Raise ParsimError for plans whose training is more than weights and optimizer states."""
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        raise ParsimError(
+            "checkpoints do not hold the micro-batches under way in a pipeline without a flush",
+            where="--checkpoint",
+            got=f"schedule={plan.schedule}",
+            hint="schedule=1f1b ends every step with a flush",
+        )
     if keeps_residual(parse_compression(plan.compression)):
         raise ParsimError(
             "checkpoints do not hold what compression still has to send",
@@ -130,8 +172,13 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
         raise _refuse("ZeRO in groups smaller than dp", "zero_group", plan.zero_group)
     if plan.pp == 1 and plan.vpp > 1:
         raise _refuse("several model chunks without a pipeline", "vpp", plan.vpp)
-    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
-        raise _refuse("schedules with several versions of the weights", "schedule", plan.schedule)
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES and plan.compression != "none":
+        raise _refuse(
+            "compressed gradients in a pipeline without a flush",
+            "compression",
+            plan.compression,
+            "what is sent later would meet other weights; schedule=1f1b takes it",
+        )
     if plan.chains > 1:
         raise _refuse(
             "schedules that hold each stage on two ranks",
@@ -162,7 +209,7 @@ def _check_schedule(job: Job, plan: ParallelPlan, schedule: Schedule) -> None:
         )
     for problem in recompute_problems(job, plan):
         raise problem
-    micro_batches = plan.num_micro_batches(job)
+    micro_batches = plan.num_micro_batches(job) * schedule.steps
     for key, got, expected in (
         ("pipeline ranks", schedule.pp, plan.pp),
         ("stages", schedule.num_stages, plan.num_stages),

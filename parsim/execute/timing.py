@@ -62,13 +62,19 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
     timed_from = max(0, plan_since - case.warmup)  # what other plans took is no measurement
     timed = counted[timed_from:]
     median = median_step(timed, among=len(spans))
-    return {
+    return about_device(trainer.device) | {
         "steps": [record._asdict() for record in counted],
         "timed_from": timed_from,
         "spans": spans[median - len(timed)],
-        "peak_bytes": torch.cuda.max_memory_allocated() if trainer.device.type == "cuda" else None,
         "gradient_payload_bytes": _payload_bytes(trainer, case.total_steps - begin),
-        "device": device_name(trainer.device),
+    }
+
+
+def about_device(device: torch.device) -> dict[str, Any]:
+    """What a measurement says of the device it was made on."""
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "device": device_name(device),
         "torch": torch.__version__,
     }
 
@@ -91,11 +97,15 @@ def _checkpoint_is_due(case: Case, done: int) -> bool:
     return policy is not None and (done % policy.every == 0 or done == case.total_steps)
 
 
-class _Reading(NamedTuple):
+class Reading(NamedTuple):
     """Clocks of this rank around a step."""
 
     cpu_s: float
     machine_busy_s: float
+
+    def since(self, before: Reading) -> list[float]:
+        """What both have counted since an earlier reading."""
+        return [self.cpu_s - before.cpu_s, self.machine_busy_s - before.machine_busy_s]
 
 
 class Done(NamedTuple):
@@ -116,21 +126,20 @@ def run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> Done:
     to_shared_ns = clock_offset_ns(trainer.control)
     watch.clear()
     dist.barrier(group=trainer.control)
-    before = _reading()
+    before = reading()
     start_ns = recorder.begin_step(step)
     loss = trainer.forward_backward(tokens, targets)
     trainer.update()
     end_ns = recorder.end_step()
-    after = _reading()
+    after = reading()
     rows = recorder.rows()
     recorder.say("waiting: end of a step")
-    everyone = _gathered(
-        trainer,
+    everyone = gathered(
+        trainer.control,
         [
             start_ns + to_shared_ns,
             end_ns + to_shared_ns,
-            after.cpu_s - before.cpu_s,
-            after.machine_busy_s - before.machine_busy_s,
+            *after.since(before),
             0.0 if loss is None else loss.item(),
             loss is not None,
             sum(row.end_ns - row.begin_ns for row in rows if row.label.stream in (COMPUTE, HOST)) * 1e-9,
@@ -143,22 +152,22 @@ def run_step(trainer: Trainer, step: int, watch: FiniteWatch) -> Done:
     record = StepRecord(
         time_s=(max(row[1] for row in everyone) - zero_ns) * 1e-9,
         loss=sum(losses) / len(losses) if losses else math.nan,  # one rank alone may have no head
-        foreign_cpu_s=_foreign_cpu_s(everyone),
+        foreign_cpu_s=foreign_cpu_s([row[2:4] for row in everyone]),
     )
     return Done(record, _relative(rows, zero_ns - to_shared_ns), [row[6] for row in everyone])
 
 
-def _foreign_cpu_s(everyone: list[list[float]]) -> float:
-    """CPU time that other processes used, on the machine where it was most."""
+def foreign_cpu_s(since: list[list[float]]) -> float:
+    """CPU time that other processes used, on the machine where it was most, from all ranks' clocks."""
     size = ranks_per_node()
-    nodes = [everyone[first : first + size] for first in range(0, len(everyone), size)]
-    return max(0.0, *(max(row[3] for row in node) - sum(row[2] for row in node) for node in nodes))
+    nodes = [since[first : first + size] for first in range(0, len(since), size)]
+    return max(0.0, *(max(row[1] for row in node) - sum(row[0] for row in node) for node in nodes))
 
 
 def _blame_infinity(trainer: Trainer, step: int, losses: list[float], mine: Origin | None) -> NoReturn:
     """Stop for a loss that is not finite, with the ranks and the layer where it came up."""
     nowhere = Origin(sys.maxsize, 0)
-    found = _gathered(trainer, list(map(float, mine or nowhere)))
+    found = gathered(trainer.control, list(map(float, mine or nowhere)))
     first = min(found)
     ranks = [rank for rank, origin in enumerate(found) if origin == first]
     if dist.get_rank() != ranks[0]:
@@ -173,16 +182,17 @@ def _blame_infinity(trainer: Trainer, step: int, losses: list[float], mine: Orig
     )
 
 
-def _gathered(trainer: Trainer, mine: list[float]) -> list[list[float]]:
+def gathered(control: dist.ProcessGroup, mine: list[float]) -> list[list[float]]:
     """Numbers of every rank, on every rank; outside what is timed."""
     own = torch.tensor(mine, dtype=torch.float64)
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(trainer.control))]
-    dist.all_gather(everyone, own, group=trainer.control)
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(control))]
+    dist.all_gather(everyone, own, group=control)
     return [row.tolist() for row in everyone]
 
 
-def _reading() -> _Reading:
-    return _Reading(time.process_time(), _machine_busy_s())
+def reading() -> Reading:
+    """The clocks now."""
+    return Reading(time.process_time(), _machine_busy_s())
 
 
 def _machine_busy_s() -> float:

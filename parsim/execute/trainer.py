@@ -24,7 +24,7 @@ from parsim.execute.replicas import Replicas
 from parsim.execute.request import Case
 from parsim.execute.shards import Shards
 from parsim.execute.transformer import Part, Transformer, build
-from parsim.plan import parse_compression, recomputed_layers, stage_layers
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, parse_compression, recomputed_layers, stage_layers
 from parsim.schedule.action import FORWARD
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,7 +52,8 @@ class Trainer:
         self.compressor = self._compressor()
         self.data_parallel = self._data_parallel()
         self.num_micro_batches = plan.num_micro_batches(case.job)
-        self._pipeline = self._make_pipeline() if plan.pp > 1 else None
+        stale = plan.schedule in ASYNCHRONOUS_SCHEDULES  # those run on stale_pipeline
+        self._pipeline = self._make_pipeline() if plan.pp > 1 and not stale else None
 
     @property
     def sharded(self) -> bool:
@@ -149,21 +150,21 @@ class Trainer:
 
     def forward_backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
         """Gradients of the mean loss over the global batch; the replica's loss on the last stage."""
-        with self._within_step():
+        with self.within_step():
             if self._pipeline is not None:
                 losses = self._pipeline.run(tokens, targets)
             else:
                 losses = self._accumulate(tokens, targets)
-            self._require_gradients()
+            self.require_gradients()
             self.data_parallel.reduce()
         return torch.stack(losses).sum() if losses else None
 
     def update(self) -> None:
         """The optimizer step; gradients are gone afterwards."""
-        with self._within_step():
+        with self.within_step():
             self.data_parallel.update()
 
-    def _require_gradients(self) -> None:
+    def require_gradients(self) -> None:
         """Refuse to go on where torch left a parameter out, as it does under some combinations."""
         for stage, module in self.stages.items():
             missing = [name for name, p in module.named_parameters() if p.grad is None]
@@ -175,7 +176,8 @@ class Trainer:
                     hint="this combination must not be run; please report the plan",
                 )
 
-    def _within_step(self) -> contextlib.ExitStack:
+    def within_step(self) -> contextlib.ExitStack:
+        """The context of everything that computes or communicates for training."""
         stack = contextlib.ExitStack()
         stack.enter_context(recorded_collectives(self.recorder))
         if self.tp_mesh is not None:

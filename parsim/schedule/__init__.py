@@ -14,7 +14,7 @@ from parsim.schedule.interleaved import interleaved, micro_batches_per_round
 from parsim.schedule.interleaved_zb import interleaved_zb
 from parsim.schedule.looped_bfs import looped_bfs
 from parsim.schedule.one_f_one_b import one_f_one_b
-from parsim.schedule.pipedream import check_stale, pipedream
+from parsim.schedule.pipedream import check_stale, endless, pipedream
 from parsim.schedule.zb_h1 import zb_h1
 from parsim.schedule.zb_h2 import zb_h2
 from parsim.schedule.zbv import zbv
@@ -72,6 +72,18 @@ def make_schedule(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
         case "pipedream" | "pipedream-2bw":
             return pipedream(plan, num_micro_batches)
     raise unknown_schedule(plan.schedule)
+
+
+def running_schedule(plan: ParallelPlan, num_micro_batches: int, steps: int) -> Schedule:
+    """What a run of so many steps does: a step's schedule again and again, or, without a flush, one
+    schedule of all steps.
+
+    Raises ParsimError as `make_schedule` does.
+    """
+    if plan.schedule not in ASYNCHRONOUS_SCHEDULES:
+        return make_schedule(plan, num_micro_batches)
+    check_stale(plan, num_micro_batches)
+    return endless(plan, num_micro_batches, steps)
 
 
 def with_schedule(plan: ParallelPlan, name: str, vpp: int | None = None) -> ParallelPlan:

@@ -25,13 +25,20 @@ def pipedream(plan: ParallelPlan, num_micro_batches: int) -> Schedule:
     Raises ParsimError for fewer micro-batches than two versions of the weights can serve.
     """
     check_stale(plan, num_micro_batches)
+    before = math.ceil(4 * plan.pp / num_micro_batches)
+    return endless(plan, num_micro_batches, before + measured_steps(plan.pp, num_micro_batches))
+
+
+def endless(plan: ParallelPlan, num_micro_batches: int, steps: int) -> Schedule:
+    """So many steps of PipeDream, or of PipeDream-2BW, and those in which the pipeline runs empty."""
     m = num_micro_batches
-    before, after = math.ceil(4 * plan.pp / m), math.ceil(plan.pp / m)
-    steps = before + measured_steps(plan.pp, m) + after
-    endless = one_f_one_b(plan.pp, steps * m)
-    every = 1 if plan.schedule == "pipedream" else m
+    after = math.ceil(plan.pp / m)
     return Schedule(
-        name=plan.schedule, ranks=endless.ranks, steps=steps, update_every=every, steps_after=after
+        name=plan.schedule,
+        ranks=one_f_one_b(plan.pp, (steps + after) * m).ranks,
+        steps=steps + after,
+        update_every=1 if plan.schedule == "pipedream" else m,
+        steps_after=after,
     )
 
 
@@ -47,6 +54,23 @@ def weight_versions(plan: ParallelPlan, rank: int) -> int:
     if plan.schedule == "pipedream":
         return plan.pp - rank
     return 2 if plan.schedule == "pipedream-2bw" else 1
+
+
+def version_of(plan: ParallelPlan, rank: int, micro_batch: int, num_micro_batches: int) -> int:
+    """How many updates the weights have had that a rank takes for a micro-batch of a run.
+
+    Forward and backward take the same. PipeDream: the newest that the rank has, w(t − n + 1 + rank) for
+    micro-batch t on n ranks (section 3.3). PipeDream-2BW: on every rank the last but one, W(t − 1) for
+    all micro-batches of batch t.
+
+    >>> [version_of(ParallelPlan(pp=3, schedule="pipedream"), 0, t, 4) for t in range(5)]
+    [0, 0, 0, 1, 2]
+    >>> [version_of(ParallelPlan(pp=3, schedule="pipedream-2bw"), 0, t, 4) for t in (0, 4, 8, 12)]
+    [0, 0, 1, 2]
+    """
+    if plan.schedule == "pipedream":
+        return max(0, micro_batch - staleness(plan, rank))
+    return max(0, micro_batch // num_micro_batches - staleness(plan, rank))
 
 
 def staleness(plan: ParallelPlan, rank: int) -> int:

@@ -258,7 +258,7 @@ def test_the_search_has_them_only_where_they_are_asked_for(capsys: pytest.Captur
         f"simulate {MODEL} --plan pp=4,schedule=pipedream --jitter 0.1",
         f"simulate {MODEL} --plan pp=4,schedule=pipedream --schedule-csv new.csv",
         f"export pp=4,schedule=pipedream-2bw --to schedule-csv {MODEL}",
-        f"run pp=2,schedule=pipedream {MODEL}",
+        f"run pp=2,schedule=pipedream {MODEL} --checkpoint nowhere",
     ],
 )
 def test_what_asks_for_a_flush_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
