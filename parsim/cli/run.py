@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,16 @@ from parsim.cli.run_launch import (
     with_tokens,
 )
 from parsim.cli.run_one_rank import check_alone, one_rank_data, one_rank_lines, one_rank_step
+from parsim.cli.run_ps import (
+    RunPsOption,
+    read_run_ps,
+    served_data,
+    served_lines,
+    simulate_served,
+    simulated_timeline,
+    with_servers,
+)
+from parsim.cli.simulate_ps import plan_of_workers
 
 if TYPE_CHECKING:
     from parsim.execute.attempts import Launch
@@ -95,6 +106,7 @@ def run(
     rdzv_endpoint: Annotated[
         str, typer.Option("--rdzv-endpoint", help="host:port of machine 0, where all meet.")
     ] = "",
+    ps: RunPsOption = None,
     one_rank: Annotated[
         int | None,
         typer.Option("--one-rank", min=0, help="Run this rank of the plan alone; replay the step."),
@@ -115,6 +127,7 @@ def run(
       parsim run best.json --verify --chart comparison.png -o measurement.json
       parsim run best.json --steps 1000 --checkpoint ckpt --max-restarts 3 --tokens train.npy
       parsim run best.json --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500 --dry-run
+      parsim run micro_batch=2 --model tiny-llama-8l --ps workers=2,servers=1,mode=async --verify
       parsim run dp=16,tp=8,pp=8 --model tiny-llama-8l --one-rank 37 --steps 5
     """
     from parsim.execute.attempts import Launch
@@ -138,20 +151,21 @@ def run(
         on_step=show_step,
         on_note=say,
     )
-    setup, parallel_plan = load_plan(plan, flags)
+    settings = read_run_ps(ps)
+    setup, parallel_plan = load_plan(plan_of_workers(plan, settings), flags)
     for line in stage_lines(setup.partitioned):
         say(line.strip())
     case = timed_case(setup, parallel_plan, steps=steps, warmup=warmup, seed=seed)
-    case = with_tokens(case, tokens, tokens_dtype)
+    case = with_tokens(with_servers(case, settings), tokens, tokens_dtype)
     case = with_checkpoints(case, how, checkpoint, checkpoint_every, resume=resume, look_only=dry_run)
-    inputs = flags.given() | {"plan": plan, "steps": steps, "device": how.device}
+    inputs = flags.given() | {"plan": plan, "steps": steps, "device": how.device, "ps": ps}
     if dry_run:
         print_dry_run(case, how, inputs, as_json=as_json)
         return
     files = _Files(measurement=output, chart=chart, trace=trace)
     if one_rank is not None:
-        alone = {"--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1}
-        check_alone(setup, how, [flag for flag, given in alone.items() if given])
+        alone = {"--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1, "--ps": ps}
+        check_alone(setup, case.plan, how, [flag for flag, given in alone.items() if given])
         inputs |= {"one_rank": one_rank}
         _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
         return
@@ -181,6 +195,7 @@ def _run(
     from parsim.execute.measurement_file import measurement_data
 
     prediction, predicted = _predict(setup, case)
+    served = simulate_served(setup, case) if case.servers is not None else None
     measurement = measure(case, how, prediction)
     verification = _verify(case, how) if verify else None
     if measurement is None:
@@ -190,10 +205,13 @@ def _run(
         return
     data = measurement_data(
         measurement,
-        predicted_s=prediction.step_time_s,
+        predicted_s=prediction.step_time_s if served is None else case.plan.dp / served.steps_per_s,
         verification=verification,
         predicted_gradient_bytes=_gradient_bytes(setup, case),
     )
+    if served is not None:
+        data["parameter_server"] = served_data(case, measurement, served)
+        predicted = simulated_timeline(served, measurement.timeline.title)
     whole = document("run", inputs, data, seed=case.seed)
     _write(files, whole, predicted, measurement.timeline)
     if as_json:
@@ -288,7 +306,7 @@ def _verify(case: Case, how: Launch) -> Verification | None:
     checked = verification_case(
         job, case.plan, schedule, steps=VERIFIED_STEPS, seed=case.seed, tokens=tokens
     )
-    found = run_cases([checked], how)
+    found = run_cases([dataclasses.replace(checked, servers=case.servers)], how)
     if not found:
         return None
     assert isinstance(found[0], Verification)
@@ -314,10 +332,12 @@ def _lines(data: dict[str, Any]) -> list[str]:
         sent = format_bytes(max(data["gradient_sent_bytes"]))
         foreseen = format_bytes(max(data["predicted_gradient_sent_bytes"]))
         lines.append(f"gradients  {sent} sent by a rank in each step (predicted {foreseen})")
-    for key, what in (("weight_versions", "versions kept"), ("staleness", "updates late")):
-        if key in data:
-            by_rank = [each if key == "weight_versions" else each["max"] for each in data[key]]
-            lines.append(f"weights    {', '.join(map(str, by_rank))} {what}, by rank")
+    if "parameter_server" in data:
+        lines += served_lines(data["parameter_server"])
+    elif "staleness" in data:
+        late = ", ".join(str(each["max"]) for each in data["staleness"])
+        kept = ", ".join(map(str, data["weight_versions"]))
+        lines.append(f"weights    gradients {late} updates late, {kept} versions kept, by rank")
     lines += [f"restarted  {what}" for what in data["restarts"]]
     if "verify" in data:
         found = data["verify"]

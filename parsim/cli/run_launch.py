@@ -124,10 +124,11 @@ def print_dry_run(case: Case, how: Launch, inputs: dict[str, Any], *, as_json: b
         "ranks",
     ]
     for rank in data["ranks"][:RANKS_SHOWN]:
+        place = f"  {rank['rank']:>5}  machine {rank['node']}  {rank['device']:<8} "
+        if "server" in rank:
+            lines.append(f"{place}parameter server {rank['server']}")
+            continue
         stages = ", ".join(map(str, rank["stages"]))
-        lines.append(
-            f"  {rank['rank']:>5}  machine {rank['node']}  {rank['device']:<8} pp {rank['pp']}  "
-            f"dp {rank['dp']}  tp {rank['tp']}  stages {stages}"
-        )
+        lines.append(f"{place}pp {rank['pp']}  dp {rank['dp']}  tp {rank['tp']}  stages {stages}")
     more = data["world_size"] - RANKS_SHOWN
     print_lines(lines + ([f"  … and {more} more, which --json lists"] if more > 0 else []))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from parsim.execute.attempts import Launch, Progress
     from parsim.execute.one_rank import CountRow, OneRank
     from parsim.execute.request import Case
+    from parsim.plan import ParallelPlan
     from parsim.simulate.prediction import Prediction
     from parsim.timeline import Timeline
 
@@ -74,9 +75,19 @@ def one_rank_step(setup: Setup, case: Case, rank: int, how: Launch) -> OneRankSt
     )
 
 
-def check_alone(setup: Setup, how: Launch, others: list[str]) -> None:
-    """Raise ParsimError for flags that need all ranks, and for a profile of another kind of device."""
+def check_alone(setup: Setup, plan: ParallelPlan, how: Launch, others: list[str]) -> None:
+    """Raise ParsimError for flags and plans that need all ranks, and for a profile of another kind of
+    device.
+    """
     from parsim.errors import ParsimError
+    from parsim.plan import ASYNCHRONOUS_SCHEDULES
+
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES or plan.compression != "none":
+        raise ParsimError(
+            "one rank alone runs neither a pipeline without a flush nor compressed sums of gradients",
+            where="--one-rank",
+            got=plan.short(),
+        )
 
     if others:
         raise ParsimError("--one-rank runs one rank alone", where=others[0], got=", ".join(others))

@@ -18,7 +18,7 @@ def dry_run(case: Case, how: Launch) -> dict[str, Any]:
     Needs neither torch nor the devices. Raises ParsimError for a plan that the executor refuses.
     """
     check_executable(case.job, case.plan, case.schedule, case.dtype)
-    size = case.plan.gpus
+    size = case.world_size
     owners = case.schedule.stage_ranks()
     stages = {pp: [s for s, owner in owners.items() if owner == pp] for pp in range(case.plan.pp)}
     folder = Path(tempfile.gettempdir()) / "parsim-run-XXXXXXXX" / "start-0"
@@ -49,11 +49,15 @@ def dry_run(case: Case, how: Launch) -> dict[str, Any]:
 
 def _rank(case: Case, how: Launch, rank: int, stages: dict[int, list[int]]) -> dict[str, Any]:
     """Where a rank runs and what part of the mesh it is."""
+    device = device_of(rank, how.nodes, case.world_size, how.device)
+    if rank >= case.plan.gpus:
+        node = rank // how.nodes.ranks_per_node(case.world_size)
+        return {"rank": rank, "node": node, "device": device, "server": rank - case.plan.gpus}
     at = case.plan.coordinate(rank)
     return {
         "rank": rank,
-        "node": rank // how.nodes.ranks_per_node(case.plan.gpus),
-        "device": device_of(rank, how.nodes, case.plan.gpus, how.device),
+        "node": rank // how.nodes.ranks_per_node(case.world_size),
+        "device": device,
         "pp": at.pp,
         "dp": at.dp,
         "tp": at.tp,

@@ -121,5 +121,6 @@ def _timeline(
         start_s, end_s = max(0.0, start_s), min(middle, end_s)
         if start_s < end_s:
             spans.append(span._replace(start_s=start_s, end_s=end_s))
-    title = f"{case.plan.short()}, {case.world_size - case.plan.dp} parameter servers"
+    servers = case.world_size - case.plan.dp
+    title = f"{case.plan.short()}, {servers} parameter server{'s' * (servers > 1)}"
     return Timeline(spans=tuple(spans), source="measured", title=title)

@@ -31,18 +31,20 @@ Values = dict[str, torch.Tensor]
 def verify_stale_case(case: Case, trainer: Trainer) -> dict[str, Any]:
     """Largest relative errors of all losses, and of all updates together, on this rank.
 
-    The gradients' error is max |Δw| / max |w − w₀| of the worst parameter after the last update.
+    The gradients' error is max |Δw| of the worst parameter after the last update, over max |w − w₀| of
+    all parameters.
     """
     trainer.recorder.begin_step(0)
     pipeline = StalePipeline(trainer)
-    before = dict(pipeline.replicas.weights())
     pipeline.run()
     trainer.recorder.say("sequential emulation")
     reference = _Emulation(case, trainer.device) if dist.get_rank() == 0 else None
     losses = torch.zeros(case.schedule.num_micro_batches, dtype=torch.float64)
     if reference is not None:
         losses = torch.tensor(list(reference.run()), dtype=torch.float64)
-    dist.broadcast(losses, src=0)
+    moved = torch.tensor(reference.moved() if reference is not None else 0.0, dtype=torch.float64)
+    for known in (losses, moved):
+        dist.broadcast(known, src=0)
     mine = mean_losses(pipeline, trainer.control)
     worst, worst_name = 0.0, ""
     after = dict(pipeline.replicas.weights())
@@ -52,7 +54,6 @@ def verify_stale_case(case: Case, trainer: Trainer) -> dict[str, Any]:
             expected.copy_(reference.newest[name].detach())
         dist.broadcast(expected, src=0)
         if name in after:
-            moved = (expected - before[name]).abs().max()
             error = ((after[name] - expected).abs().max() / moved).item()
             if not error <= worst:
                 worst, worst_name = error, name
@@ -117,6 +118,15 @@ class _Emulation:
             if (i + 1) % every == 0:
                 self._update()
             yield loss.item()
+
+    def moved(self) -> float:
+        """How far the parameter that went farthest has gone."""
+        changes: list[float] = [
+            (self.newest[name] - first).abs().max().item()
+            for versions in self._versions
+            for name, first in versions[0].items()
+        ]
+        return max(changes)
 
     def _loss(self, parameters: Values, i: int, count: int) -> torch.Tensor:
         """Of the sequences that all replicas together take through as micro-batch i of the run."""
