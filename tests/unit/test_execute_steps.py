@@ -40,7 +40,7 @@ def test_the_median_step_of_an_even_number_is_one_of_the_two_in_the_middle() -> 
 
 
 def test_equal_means_gradients_and_loss() -> None:
-    found = {"parameter": "w", "steps": 3}
+    found = {"parameter": "w", "steps": 3, "against": "one process"}
     assert Verification(max_gradient_error=1e-13, max_loss_error=1e-16, **found).equal  # type: ignore[arg-type]
     assert not Verification(max_gradient_error=1e-9, max_loss_error=0.0, **found).equal  # type: ignore[arg-type]
     assert not Verification(max_gradient_error=0.0, max_loss_error=1e-9, **found).equal  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def test_steps_that_another_plan_took_are_listed_and_not_measured() -> None:
     taken = steps(9.0, 9.1, 1.0, 1.1, 1.3)
     rank = {
         "steps": [step._asdict() for step in taken], "timed_from": 2, "spans": [], "peak_bytes": None,
-        "device": "d", "torch": "t",
+        "gradient_payload_bytes": {}, "device": "d", "torch": "t",
     }  # fmt: skip
     found = measurement_of(case, [rank, rank], "cpu", ("rank 1 died",))
     assert found.steps_s == (9.0, 9.1, 1.0, 1.1, 1.3)
