@@ -195,9 +195,9 @@ class Examiner:
     ) -> Floats:
         """(P,): lower bounds of the plans of a family at `index`, all legal."""
         passes = self._passes(family, layout, priced, stages, index)
-        cell = index % (family.shape[1] * family.shape[2])
-        parts = PartFigures(*(p.reshape(len(p), -1)[:, cell] for p in priced.parts))
         if family.free_split:
+            cell = index % (family.shape[1] * family.shape[2])
+            parts = PartFigures(*(p.reshape(len(p), -1)[:, cell] for p in priced.parts))
             bounds_s = free_bounds_s(family.base, layout, passes, parts)
         else:
             again_s = self._least_recompute_s(family, layout, priced, fixed, index)
@@ -221,11 +221,10 @@ class Examiner:
             if not which.size:
                 continue
             parts = PartFigures(*(p[:, i, cell[which] % others] for p in priced.parts))
-            of_stages = PartFigures(*(stage_sums(layout, p) for p in parts))
             moments = layout.fullest_moments(self.job.global_batch // (base.dp * size))
             for h, (holding, moment) in enumerate(zip(layout.holdings, moments, strict=True)):
                 free = room[zero[which], h, i, cell[which] % others]
-                found[holding.rank, which] = least_recompute_s(layout, moment, parts, of_stages, free)
+                found[holding.rank, which] = least_recompute_s(layout, moment, parts, free)
         return found
 
     def tighter_bounds_s(self, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:

@@ -38,7 +38,7 @@ class FullestMoment(NamedTuple):
     """What a rank keeps at once, and what recomputing layers frees then."""
 
     kept: Floats
-    """(D,): micro-batches kept of each kind of stage, by all its chunks together."""
+    """(K,): how often the activations of each kind of part are kept."""
     freed: Floats
     """(C + 1,): layers times micro-batches that are freed where the layers of no chunk are recomputed,
     of the chunk with most micro-batches, of two …"""
@@ -103,8 +103,7 @@ class Layout:
         moments = np.array(full_moments(plan.schedule, plan.pp, plan.vpp, holding.rank, m), float)
         layers = self.layers[of]
         moment = moments[(moments @ layers).argmax()]
-        kept = np.zeros(len(self.stages))
-        np.add.at(kept, of, moment)
+        kept = moment @ self.counts[of]
         order = np.argsort(-moment, kind="stable")
         freed = np.cumsum([0.0, *(moment * layers)[order]])
         return FullestMoment(kept, freed, np.cumsum([0.0, *layers[order]]))

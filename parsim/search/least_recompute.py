@@ -14,18 +14,18 @@ NEAR = 1e-9
 
 
 def least_recompute_s(
-    layout: Layout, moment: FullestMoment, parts: PartFigures, stages: PartFigures, room_bytes: Floats
+    layout: Layout, moment: FullestMoment, parts: PartFigures, room_bytes: Floats
 ) -> Floats:
     """(P,): a rank recomputes no less of a micro-batch, whatever layers it chooses; nothing where it has
     room for all that its passes leave behind.
 
-    `parts` are (K, P), `stages` (D, P), `room_bytes` (P,) what the rank may keep beside a layer that is
+    `parts` are (K, P), `room_bytes` (P,) is what the rank may keep beside a layer that is
     recomputed. A recomputed layer frees its bytes as often as its chunk has micro-batches in flight:
     chunks with most come first.
     """
-    missing = moment.kept @ (stages.saved_bytes + stages.kept_bytes) - room_bytes
+    missing = moment.kept @ (parts.saved_bytes + parts.kept_bytes) - room_bytes
     # Without any such layer there is more room.
-    again = parts.recomputed_bytes[layout.has[moment.kept > 0].any(axis=0)].max(axis=0)
+    again = parts.recomputed_bytes[moment.kept > 0].max(axis=0)
     lacks = missing - again > NEAR * np.abs(room_bytes)
     if not moment.freed[-1]:  # no layer, none in flight
         return np.zeros(missing.shape)
