@@ -46,7 +46,7 @@ def case(text: str, model: ModelSpec = GQA) -> Case:
         precision="fp32",
     )
     schedule = make_schedule(plan, plan.num_micro_batches(job))
-    return Case(job=job, plan=plan, schedule=schedule, steps=1, warmup=1)
+    return Case(job=job, plan=plan, schedule=schedule, steps=1)
 
 
 def differences(found: OneRank) -> list[CountRow]:
