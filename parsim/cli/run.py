@@ -153,6 +153,12 @@ def run(
     )
     settings = read_run_ps(ps)
     setup, parallel_plan = load_plan(plan_of_workers(plan, settings), flags)
+    if one_rank is not None:
+        others = {
+            "--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1, "--ps": ps,
+            "--dry-run": dry_run,
+        }  # fmt: skip
+        check_alone(setup, parallel_plan, how, [flag for flag, given in others.items() if given])
     for line in stage_lines(setup.partitioned):
         say(line.strip())
     case = timed_case(setup, parallel_plan, steps=steps, warmup=warmup, seed=seed)
@@ -164,8 +170,6 @@ def run(
         return
     files = _Files(measurement=output, chart=chart, trace=trace)
     if one_rank is not None:
-        alone = {"--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1, "--ps": ps}
-        check_alone(setup, case.plan, how, [flag for flag, given in alone.items() if given])
         inputs |= {"one_rank": one_rank}
         _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
         return

@@ -88,7 +88,6 @@ def check_alone(setup: Setup, plan: ParallelPlan, how: Launch, others: list[str]
             where="--one-rank",
             got=plan.short(),
         )
-
     if others:
         raise ParsimError("--one-rank runs one rank alone", where=others[0], got=", ".join(others))
     cluster = setup.cluster
