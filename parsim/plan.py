@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 from parsim.errors import ParsimError, did_you_mean
 from parsim.model import ModelSpec
+from parsim.settings_text import numbers_text, parse_numbers
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -273,7 +274,7 @@ class ParallelPlan:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name in always or value != default.get(f.name, f.default):
-                text = "-".join(map(str, value)) if f.name in STAGE_LISTS else str(value).lower()
+                text = numbers_text(value) if f.name in STAGE_LISTS else str(value).lower()
                 parts.append(f"{f.name}={text}")
         return ",".join(parts)
 
@@ -320,7 +321,8 @@ def parse_plan(text: str) -> ParallelPlan:
     """A plan from its short form, e.g. "dp=8,tp=8,pp=8,micro_batch=1,schedule=1f1b".
 
     Fields left out: every size 1, schedule 1f1b, vpp 1 (2 for V-shaped schedules), zero 0, recompute
-    none, sequence_parallel where tp > 1. Lists of numbers by stage have dashes: stage_split=8-9-9-6.
+    none, sequence_parallel where tp > 1. Lists of numbers by stage have dashes, and x for a number that
+    repeats: stage_split=8-9x14-6.
 
     Raises ParsimError for an unknown field, a field given twice, or a value of the wrong type.
     """
@@ -360,11 +362,13 @@ def _parse_value(key: str, value: str) -> object:
         return words[value.lower()]
     try:
         if key in STAGE_LISTS:
-            return tuple(int(part) for part in value.split("-"))
+            return parse_numbers(value)
         return int(value)
     except ValueError:
         what = (
-            "has whole numbers with dashes between them" if key in STAGE_LISTS else "is a whole number"
+            "has whole numbers with dashes between them, or 8x14 for 14 times 8"
+            if key in STAGE_LISTS
+            else "is a whole number"
         )
         raise ParsimError(f"this field {what}", where=key, got=value) from None
 

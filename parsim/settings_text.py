@@ -1,14 +1,20 @@
-"""Settings in one word of a command line: `name,key=value,…` or `key=value,…`.
+"""Settings in one word of a command line: `name,key=value,…` or `key=value,…`, and numbers by stage.
 
 Standard library only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from parsim.errors import ParsimError, did_you_mean
+
+LONG_RUN = 5
+"""So many equal numbers in a row are counted instead of written out."""
+MOST_NUMBERS = 10_000
+"""More than any plan has stages: what a slip of the finger shall not fill the memory with."""
 
 
 class Settings(NamedTuple):
@@ -105,3 +111,32 @@ def _read(reader: Callable[[str], Any], value: str, where: str) -> Any:
     except ValueError:
         expected = {int: "a whole number", float: "a number"}.get(reader)  # type: ignore[call-overload]
         raise ParsimError("cannot read this value", where=where, got=value, expected=expected) from None
+
+
+def numbers_text(numbers: Sequence[int]) -> str:
+    """A number for every stage as the short form has them; long runs are counted.
+
+    >>> numbers_text([9, 8, 8, 8, 8, 8, 7, 7])
+    '9-8x5-7-7'
+    """
+    runs = ((number, len(list(run))) for number, run in groupby(numbers))
+    return "-".join(
+        f"{number}x{count}" if count >= LONG_RUN else "-".join([str(number)] * count)
+        for number, count in runs
+    )
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """What numbers_text writes. Raises ValueError for anything else, and for more than MOST_NUMBERS.
+
+    >>> parse_numbers("9-8x5-7-7")
+    (9, 8, 8, 8, 8, 8, 7, 7)
+    """
+    numbers: list[int] = []
+    for part in text.split("-"):
+        number, times, text_of_count = part.partition("x")
+        count = int(text_of_count) if times else 1
+        if not 1 <= count <= MOST_NUMBERS - len(numbers):
+            raise ValueError("no number, or too many")
+        numbers += [int(number)] * count
+    return tuple(numbers)

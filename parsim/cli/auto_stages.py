@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from parsim.cli.output import Section
+from parsim.settings_text import numbers_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from parsim.search.partition.chosen import Loads, Partitioned
 
 
@@ -35,19 +34,20 @@ def _layers(chosen: Partitioned) -> str:
     if plan.pp == 1:
         return f"{after.layers[0]}: without a pipeline there is one stage"
     if plan.num_stages > plan.pp:
-        return f"{_numbers(after.layers)}, the usual: a rank's chunks share its memory"
+        return f"{numbers_text(after.layers)}, the usual: a rank's chunks share its memory"
     if before.layers == after.layers:
-        return f"{_numbers(after.layers)}, the usual: none is faster that fits"
-    return f"{_numbers(after.layers)} instead of {_numbers(before.layers)}"
+        return f"{numbers_text(after.layers)}, the usual: none is faster that fits"
+    return f"{numbers_text(after.layers)} instead of {numbers_text(before.layers)}"
 
 
 def _recomputed(chosen: Partitioned) -> str:
     before, after = chosen.before, chosen.after
     if not after.fits:
-        return f"{_numbers(after.recomputed)} by stage"
+        return f"{numbers_text(after.recomputed)} by stage"
     if not any(after.recomputed):
         return "no layer: all fit without"
-    return f"{_numbers(after.recomputed)} by stage, the fewest that fit, of {_numbers(before.layers)}"
+    of = numbers_text(before.layers)
+    return f"{numbers_text(after.recomputed)} by stage, the fewest that fit, of {of}"
 
 
 def _why(chosen: Partitioned) -> str:
@@ -78,11 +78,6 @@ def _pace(loads: Loads) -> str:
     from parsim.units import format_duration
 
     return f"{format_duration(loads.ranks[loads.slowest].seconds)} a micro-batch"
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    """Of every stage, as the short form has them."""
-    return "-".join(map(str, numbers))
 
 
 def _to_data(chosen: Partitioned) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_an_exported_plan_is_said_on_stderr(capsys: pytest.CaptureFixture[str]) 
 
 def test_text_says_what_was_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     for plan, said in (
-        ("tp=8,pp=8,stage_split=auto", "instead of 10-10-10-10-10-10-10-10"),
+        ("tp=8,pp=8,stage_split=auto", "instead of 10x8"),
         ("tp=8,dp=2,zero=1,recompute=full,stage_split=auto", "80: without a pipeline"),
         ("tp=8,pp=4,vpp=2,schedule=interleaved,stage_split=auto", "share its memory"),
         ("tp=8,pp=8,recompute=full,recompute_layers=auto", "no layer: all fit without"),

@@ -40,6 +40,16 @@ def test_short_form_round_trip(plan: ParallelPlan) -> None:
     assert parse_plan(plan.short()) == plan
 
 
+@given(st.lists(st.tuples(st.integers(1, 99), st.integers(1, 20)), min_size=1, max_size=8))
+def test_long_runs_of_stages_are_counted_and_read_back(runs: list[tuple[int, int]]) -> None:
+    split = tuple(number for number, count in runs for _ in range(count))
+    plan = ParallelPlan(pp=len(split), stage_split=split)
+    assert parse_plan(plan.short()) == plan
+    assert parse_plan(f"pp={len(split)},stage_split={'-'.join(map(str, split))}") == plan
+    written = plan.short().rpartition("=")[2].split("-")
+    assert not any(written[i : i + 5] == [written[i]] * 5 for i in range(len(written)))
+
+
 def test_defaults_of_the_short_form() -> None:
     assert parse_plan("") == ParallelPlan()
     assert parse_plan("tp=2").sequence_parallel
@@ -66,6 +76,9 @@ def test_defaults_of_the_short_form() -> None:
         ("pp=4,stage_split=4-four", "numbers with dashes"),
         ("pp=4,recompute=full,recompute_layers=4-4", "4 numbers"),
         ("pp=2,recompute=full,recompute_layers=4--4", "numbers with dashes"),
+        ("pp=2,stage_split=4-4x0", "numbers with dashes"),
+        ("pp=2,stage_split=4x", "numbers with dashes"),
+        ("pp=2,stage_split=4x999999999999", "numbers with dashes"),
         ("pp=2,recompute_layers=1-1", "selective or full beside it"),
     ],
 )
