@@ -18,6 +18,7 @@ from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import is_local
 from parsim.cost.sync import StageSync, stage_sync
+from parsim.cost.weights import NO_WEIGHTS, StageWeights
 from parsim.errors import ParsimError
 from parsim.hardware import peak_flops_per_s
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
@@ -45,6 +46,11 @@ NEAR = 1e-9
 order differ in their last digits."""
 
 Problems = Iterator[ParsimError]
+
+_BESIDE_REPLICAS: dict[str, Any] = {
+    "schedule": "1f1b", "stage_split": (), "recompute": "none", "recompute_layers": (),
+}  # fmt: skip
+"""Of a plan, what replicas of a stage do not depend on once the stage is known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +230,7 @@ class Examiner:
             moments = layout.fullest_moments(self.job.global_batch // (base.dp * size))
             for h, (holding, moment) in enumerate(zip(layout.holdings, moments, strict=True)):
                 free = room[zero[which], h, i, cell[which] % others]
-                found[holding.rank, which] = least_recompute_s(layout, moment, parts, free)
+                found[holding.rank, which] = least_recompute_s(layout, holding, moment, parts, free)
         return found
 
     def tighter_bounds_s(self, chosen: Sequence[tuple[Family, Ints]]) -> list[Floats]:
@@ -278,24 +284,33 @@ class Examiner:
         plan = family.plan(int(legal.argmax()))
         return [self.costs.stage(cell_of(self.job, plan), kinds) for kinds in layout.stages]
 
-    def _stage_syncs(self, family: Family, stages: list[StageCost]) -> list[list[StageSync]]:
+    def _stage_syncs(
+        self, family: Family, layout: Layout, stages: list[StageCost]
+    ) -> list[list[StageSync]]:
         """(Z, D): replicas of each kind of stage."""
-        base, found = family.base, []
+        weights, found = self._stage_weights(family.base, layout), []
         for zero in family.zero:
-            plan = replace(base, zero=zero)
+            plan = replace(family.base, zero=zero, **_BESIDE_REPLICAS)
             row = []
-            for stage in stages:
-                key = (
-                    stage.dense_parameters, stage.expert_parameters, stage.num_layers, zero,
-                    base.dp, base.tp, base.cp, base.ep, base.pp, base.vpp, base.placement,
-                )  # fmt: skip
+            for stage, tensors in zip(stages, weights, strict=True):
+                sizes = stage.dense_parameters, stage.expert_parameters, stage.num_layers
+                key = *sizes, tensors, plan
                 if key not in self._syncs:
                     self._syncs[key] = stage_sync(
-                        stage, self.job, plan, self.costs.cluster, self.costs.stack
+                        stage, self.job, plan, self.costs.cluster, self.costs.stack, tensors
                     )
                 row.append(self._syncs[key])
             found.append(row)
         return found
+
+    def _stage_weights(self, plan: ParallelPlan, layout: Layout) -> list[StageWeights]:
+        """The tensors of each kind of stage, where gradients are reduced or compressed one by one."""
+        if plan.aggregation != "tensor" and plan.compression == "none":
+            return [NO_WEIGHTS] * len(layout.stages)
+        split = stage_layers(self.job.model, plan)
+        weights = self.costs.stage_weights(cell_of(self.job, plan), split) * plan.chains
+        kind = layout.kind.tolist()
+        return [weights[kind.index(d)] for d in range(len(layout.stages))]
 
     def _fits(self, family: Family, needed: Floats) -> Bools:
         limits = self._limits(family)
@@ -331,7 +346,7 @@ class Examiner:
         base, (_, sizes, others) = family.base, family.shape
         zero, cell = np.divmod(index, sizes * others)
         micro_batches = [self.job.global_batch // (base.dp * size) for size in family.micro_batch]
-        syncs = self._stage_syncs(family, stages)
+        syncs = self._stage_syncs(family, layout, stages)
         replicas = np.array([
             [replica_time(sync, stage, self.costs.stack) for sync in row]
             for stage, row in zip(family.zero, syncs, strict=True)

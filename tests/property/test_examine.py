@@ -68,6 +68,36 @@ def test_arrays_say_of_every_plan_what_the_scalar_functions_say(case: Case, data
         assert bounds_s[index] == pytest.approx(bound_s, rel=1e-12)
 
 
+@given(CASES)
+@settings(max_examples=80, deadline=None)
+def test_plans_that_reduce_otherwise_share_an_examiner(case: Case) -> None:
+    # What it remembers of the replicas of one is not taken for those of the next.
+    job, plan, costs = case
+    examiner = Examiner(job, costs)
+    plain: dict[str, Any] = {"aggregation": "bucket", "compression": "none"}
+    others: list[dict[str, Any]] = [
+        {"zero": 0, "zero_group": 0, "aggregation": "tensor", "weighted": True},
+        {"zero": 0, "zero_group": 0, "aggregation": "layer", "compression": "powersgd-2"},
+        plain | {"zero": 1, "zero_group": 0},
+        plain | {"zero": 1, "zero_group": 1},
+        plain | {"zero": 0, "zero_group": 0},
+    ]
+    for p in (plan, *(replace(plan, **changes) for changes in others)):
+        if next(plan_problems(job, p, costs.cluster), None) is not None:
+            continue
+        family = Family(
+            base=p,
+            zero=(p.zero,),
+            micro_batch=(p.micro_batch,),
+            sequence_parallel=(p.sequence_parallel,),
+            tp_overlap=(p.tp_overlap,),
+            recompute=(p.recompute,),
+        )
+        _, bounds_s = examiner.figures(family, np.ones(family.shape, bool))
+        bound_s = lower_bound_s(step_cost(job, p, costs), job, p, costs.stack)
+        assert bounds_s.item() == pytest.approx(bound_s, rel=1e-12)
+
+
 @given(CASES, st.data())
 @settings(max_examples=40, deadline=None)
 def test_what_does_not_fit_has_no_bound(case: Case, data: st.DataObject) -> None:

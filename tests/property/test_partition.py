@@ -137,6 +137,26 @@ def _no_stage_fits_with_fewer(
             assert needed_bytes(job, less, [costs] * plan.pp)[stage] > limit * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["pipedream", "gpipe"])
+@pytest.mark.parametrize("fast_rank", [0, 1, 3])
+def test_a_much_faster_device_may_get_most_layers(schedule: str, fast_rank: int) -> None:
+    # Seven times as fast: 18 layers, more than the stages that are looked at first have. Without a flush
+    # the slowest rank alone counts, and with hundreds of micro-batches hardly anything else does.
+    model = small_model(layers=24, hidden=4096, heads=32, ffn_hidden=16384, vocab=64)
+    job, plan = Job(model=model, seq_len=4096, global_batch=512), ParallelPlan(pp=4, schedule=schedule)
+    costs = with_memory(CostModel(model, round_cluster(), plain_stack()), 1e15)
+    device = costs.cluster.device
+    rates = {dtype: 7 * rate for dtype, rate in device.peak_flops_per_s.items()}
+    bandwidth = 7 * device.memory_bandwidth_bytes_per_s
+    fast = replace(device, peak_flops_per_s=rates, memory_bandwidth_bytes_per_s=bandwidth)
+    by_rank = [costs] * 4
+    by_rank[fast_rank] = CostModel(model, replace(costs.cluster, device=fast), costs.stack)
+    chosen = Partitioner(job).partition(plan, by_rank, split=True, counts=False)
+    slow = [n for rank, n in enumerate(chosen.stage_split) if rank != fast_rank]
+    assert max(slow) == 2
+    assert sum(chosen.stage_split) == 24
+
+
 SEVERAL_CHUNKS = ("interleaved", "looped-bfs", "interleaved-zb", "zbv", "dualpipe", "dualpipev")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from parsim.cost.cell import cell_of
 from parsim.cost.stage import CostModel
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, recomputed_layers, stage_layers
-from parsim.schedule import ONE_CHUNK_SCHEDULES, SPLIT_SCHEDULES
+from parsim.schedule import ONE_CHUNK_SCHEDULES
 from parsim.search.partition.chunks import counts_of_chunks
 from parsim.search.partition.split import EVENNESS, Floats, Split, best_split, least_slowest, split_of
 from parsim.search.partition.table import Counts, Rows, StageTable, TableMaker, table_of
@@ -83,17 +83,16 @@ class Partitioner:
             others_s, added_s = np.maximum(others_s, (m - 1) * rows.stream_s), seconds
         return np.where(fits, others_s, np.inf), np.where(fits, added_s, np.inf)
 
-    def _before_s(self, plan: ParallelPlan, makers: Sequence[TableMaker]) -> Floats:
-        """(L + 1,): the least that a micro-batch takes before the stage that begins with a layer."""
-        passes = ("forward",) if plan.schedule in SPLIT_SCHEDULES else ("forward", "backward")
+    def _least_s(self, plan: ParallelPlan, makers: Sequence[TableMaker]) -> float:
+        """The least that a micro-batch takes on all stages together, each layer on its fastest device;
+        nothing without a flush, where that does not count.
+        """
+        if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+            return 0.0
         cell = cell_of(self.job, plan)._replace(recompute="none")
-        found = []
-        for maker in {id(maker): maker for maker in makers}.values():
-            (kinds,) = maker.costs.kinds((self.job.model.layers,))
-            parts = [maker.costs.part(cell, kind).time for kind in kinds[: self.job.model.layers + 1]]
-            seconds = [sum(getattr(part, name).total_s for name in passes) for part in parts]
-            found.append(np.cumsum(seconds))
-        return np.asarray(np.min(found, axis=0))
+        (kinds,) = makers[0].costs.kinds((self.job.model.layers,))
+        different = {id(maker): maker for maker in makers}.values()
+        return sum(min(maker.seconds(cell, kind) for maker in different) for kind in kinds)
 
     def _stages(
         self,
@@ -125,7 +124,7 @@ class Partitioner:
     ) -> tuple[StageTable, Split | None]:
         """The fastest split, the plan's own where none is faster; and the table that has it."""
         layers, own = self.job.model.layers, stage_layers(self.job.model, plan)
-        least_s, share = float(self._before_s(plan, makers)[-1]), AHEAD_SHARE.get(plan.schedule, 0.0)
+        least_s, share = self._least_s(plan, makers), AHEAD_SHARE.get(plan.schedule, 0.0)
         longest = self._longest(plan)
         while True:
             table = table_of(plan, makers, longest, counts)

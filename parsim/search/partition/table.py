@@ -202,6 +202,10 @@ class TableMaker:
             self._parts[cell, kind] = np.array([*times, part.saved_bytes, part.recomputed_bytes])
         return self._parts[cell, kind]
 
+    def seconds(self, cell: Cell, kind: str) -> float:
+        """A part's forward and backward of a micro-batch."""
+        return float(self.part(cell, kind)[1])
+
     def _state_bytes(self, plan: ParallelPlan, runs: Runs, ends: Ends, rank: int) -> Floats:
         """(G,): what a stage keeps whatever its micro-batches are, without slack."""
         versions = weight_versions(plan, rank)
