@@ -23,6 +23,7 @@ from parsim.execute.replicas import Replicas
 from parsim.execute.trainer import Trainer
 from parsim.schedule.action import FORWARD, Action
 from parsim.schedule.pipedream import version_of
+from parsim.timeline import HOST
 
 Parameters = list[dict[str, nn.Parameter]]
 """Those of a stage, by bucket."""
@@ -137,7 +138,8 @@ class StalePipeline:
 
     def _stash(self) -> None:
         """Keep the newest weights for the forwards to come, apart from those that updates change."""
-        self._versions[self.updates] = [bucket.snapshot() for bucket in self.replicas.buckets]
+        with self.trainer.recorder.span(Label(HOST, "keep weights", "host", self._stage)):
+            self._versions[self.updates] = [bucket.snapshot() for bucket in self.replicas.buckets]
 
     def _use(self, version: int) -> None:
         self.replicas.adopt(self._module, self._versions[version])
