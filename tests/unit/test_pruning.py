@@ -137,3 +137,9 @@ def test_the_command_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> 
     assert "one model" in capsys.readouterr().err
     assert run_command(["models", "llama-3.1-8b", "--prune", "layer=0.5"]) == 2
     assert "did you mean" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("layers", [0, 33])
+def test_pruning_leaves_some_and_adds_none(layers: int) -> None:
+    with pytest.raises(ParsimError, match="leaves some and adds none"):
+        pruned(load_model("llama-3.1-8b"), Keep(layers=layers))
