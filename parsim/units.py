@@ -227,13 +227,13 @@ def format_duration(seconds: float) -> str:
 def format_count(count: float) -> str:
     """A count for reading, as parameters and tokens are counted.
 
-    >>> format_count(405_853_388_800)
-    '405.9B'
+    >>> format_count(405_853_388_800), format_count(32.50417)
+    ('405.9B', '32.5')
     """
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
             return f"{count / size:.1f}{suffix}"
-    return f"{count:g}"
+    return f"{count:.4g}"
 
 
 def format_usd(usd: float) -> str:

@@ -234,10 +234,10 @@ def _print_table(options: Sequence[Option], limits: Limits, pue: float | None) -
             format_duration(prediction.step_time_s), f"{prediction.mfu:.1%}", f"{option.goodput:.1%}",
             _days(option), format_count(option.gpu_hours),
             "?" if option.usd is None else format_usd(option.usd),
-            f"{option.energy.kwh / 1000:,.0f}", f"{option.headroom:.0%}",
+            _mwh(option.energy.kwh), f"{option.headroom:.0%}",
         ]  # fmt: skip
         if pue is not None:
-            row.insert(-1, f"{option.energy.facility_kwh(pue) / 1000:,.0f}")
+            row.insert(-1, _mwh(option.energy.facility_kwh(pue)))
         for value, limit in ((option.wall_s, limits.deadline_s), (option.usd, limits.budget_usd)):
             if limit is not None:
                 probability = probability_within(option, value, limit)
@@ -256,8 +256,12 @@ def _days(option: Option) -> str:
     if not math.isfinite(option.wall_s):
         return "never"
     days = option.wall_s / 86400
-    digits = 0 if days >= 100 else 1
-    return f"{days:.{digits}f} ({days / option.spread:.{digits}f}–{days * option.spread:.{digits}f})"
+    form = ".0f" if days >= 100 else ".1f" if days >= 1 else ".2g"
+    return f"{days:{form}} ({days / option.spread:{form}}–{days * option.spread:{form}})"
+
+
+def _mwh(kwh: float) -> str:
+    return f"{kwh / 1000:,.0f}" if kwh >= 100_000 else f"{kwh / 1000:.3g}"
 
 
 def _binding_lines(options: Sequence[Option]) -> list[str]:
@@ -266,6 +270,7 @@ def _binding_lines(options: Sequence[Option]) -> list[str]:
 
 
 def _answer_lines(options: Sequence[Option], limits: Limits) -> list[str]:
+    from parsim.search.capacity import Limits
     from parsim.units import format_duration, format_usd
 
     if not options:
@@ -278,16 +283,21 @@ def _answer_lines(options: Sequence[Option], limits: Limits) -> list[str]:
     condition = " " + " and ".join(within) if within else ""
     (found,) = answers_by_model(options, limits).values()
     if not found:
-        return [f"no cluster trains it{condition}"]
-    lines = []
-    for answer in found:
-        option = answer.choice
-        cost = "" if option.usd is None else f", {format_usd(option.usd)}"
-        lines.append(
-            f"{answer.objective}{condition}: {option.case.gpus:,} × {option.case.hardware}, "
-            f"{_days(option)} days{cost}; {answer.reason}{_tight(option)}"
-        )
-    return lines
+        unlimited = answers_by_model(options, Limits()).values()
+        nearest = (a for some in unlimited for a in some if a.objective != "smallest")
+        lines = [f"{a.objective} of all: {_result(a.choice)}" for a in nearest]
+        return [f"no cluster trains it{condition}", *lines]
+    return [
+        f"{a.objective}{condition}: {_result(a.choice)}; {a.reason}{_tight(a.choice)}" for a in found
+    ]
+
+
+def _result(option: Option) -> str:
+    """What an option comes to."""
+    from parsim.units import format_usd
+
+    cost = "" if option.usd is None else f", {format_usd(option.usd)}"
+    return f"{option.case.gpus:,} × {option.case.hardware}, {_days(option)} days{cost}"
 
 
 def _tight(option: Option) -> str:

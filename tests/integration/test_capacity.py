@@ -83,7 +83,13 @@ def test_the_answer_may_be_no(capsys: pytest.CaptureFixture[str]) -> None:
     assert nothing["rows"] == []
     assert "no plan fits" in nothing["refused"][0]["reason"]
     assert run_command([*SMALL, "--gpus", "4", "--deadline", "1h"]) == 1
-    assert "no cluster trains it within 1.0 h" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "no cluster trains it within 1.0 h" in text
+    days = late["rows"][0]["days"]
+    assert f"fastest of all: 4 × h100-sxm-80gb, {days:.1f} (" in text
+    hours, kwh = late["rows"][0]["gpu_hours"], late["rows"][0]["energy_kwh"]
+    assert f" {hours:.1f} " in text or f" {hours / 1000:.1f}k " in text
+    assert f" {kwh / 1000:.3g} " in text
 
 
 def test_the_report_says_what_stands_behind_it(capsys: pytest.CaptureFixture[str]) -> None:
