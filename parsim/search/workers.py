@@ -52,6 +52,8 @@ class Workers:
         # Bytes, so that a process knows by comparing them that it has seen this job before.
         costs = CostModel(self.costs.model, self.costs.cluster, self.costs.stack)  # nothing priced yet
         setup = pickle.dumps((self.job, costs, os.getpid()))
+        # A process that has grown ends, and another takes its place: that is no matter of the user's.
+        warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
         parallel = Parallel(
             n_jobs=self.processes, backend="loky", return_as="generator", batch_size=1, max_nbytes=None
         )
