@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Generic, NamedTuple, TypeVar
 
 from parsim.cost.sync import StageSync
@@ -43,7 +42,7 @@ def replica_time(sync: StageSync, zero: int, stack: Stack) -> ReplicaTime[float]
     each = zero >= 2 and not sync.accumulates
     beside = each or (zero < 2 and stack.dp_overlap)
     ahead = zero in (1, 2) and stack.dp_overlap and not stack.zero_broadcast_s
-    at_once = ahead and stack.zero_prefetch == math.inf
+    at_once = ahead and stack.zero_prefetch is None
     behind = zero in (1, 2) and not ahead
     return ReplicaTime(
         # Where gradients accumulate, many passes find their parameters there; the bound counts none.

@@ -97,3 +97,21 @@ def test_layers_that_live_on_little_leave_more_room(schedule: str, recomputed: i
     nothing_s = estimate(job, ParallelPlan(schedule=schedule), costs).step_time_s
     assert bound_s is not None
     assert nothing_s < bound_s <= estimate(job, plan, costs).step_time_s / ROUNDING
+
+
+@pytest.mark.parametrize("num_micro_batches", [2, 32])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "zb-h2", "pipedream"])
+def test_no_split_beside_a_long_head_is_faster_than_the_bound(
+    schedule: str, num_micro_batches: int
+) -> None:
+    # The head takes as long as some layers; every split of 13 layers on two ranks is replayed.
+    model = small_model(layers=13, vocab=12288)
+    job = Job(model=model, seq_len=256, global_batch=num_micro_batches)
+    costs = CostModel(model, round_cluster(), plain_stack(pp_overlap=True))
+    plan = ParallelPlan(pp=2, schedule=schedule)
+    family = alone(plan, "none", even_split=False)
+    _, bound_s = Examiner(job, costs).figures(family, np.ones(family.shape, bool))
+    best_s = min(
+        estimate(job, replace(plan, stage_split=(n, 13 - n)), costs).step_time_s for n in range(1, 14)
+    )
+    assert 0.5 * best_s < bound_s.item() <= best_s / ROUNDING
