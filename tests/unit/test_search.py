@@ -16,7 +16,7 @@ from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import SCHEDULES
 from parsim.schedule.check import plan_problems
-from parsim.search.search import OUT_OF_MEMORY, SearchResult, search
+from parsim.search.search import OUT_OF_MEMORY, SearchResult, search, together
 from parsim.search.space import Constraints
 from parsim.simulate.prediction import Prediction, predict
 from tests.builders import plain_stack, round_cluster, small_model
@@ -171,6 +171,15 @@ def test_what_the_search_says_of_a_plan_is_what_a_replay_says() -> None:
         assert found.step_time_s == pytest.approx(replayed.step_time_s, rel=1e-12)
         assert found.breakdown_s == pytest.approx(replayed.breakdown_s, abs=1e-12)
         assert found.memory == replayed.memory
+
+
+def test_parts_of_a_space_together_are_the_whole() -> None:
+    of = SPACES["8 GPUs"]
+    parts = [find(of, replace(USUAL, tp=(tp,)), top=20) for tp in (4, 2, 1)]
+    whole, joined = find(of, replace(USUAL, tp=(1, 2, 4)), top=20), together(parts, 20)
+    assert [p.step_time_s for p in joined.plans] == [p.step_time_s for p in whole.plans]
+    assert joined.space == whole.space
+    assert len({p.plan.tp for p in joined.plans[:6]}) > 1  # they lie among each other
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
