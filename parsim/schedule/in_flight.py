@@ -55,9 +55,10 @@ def full_moments(
             # more forwards came ahead, and makes all ranks alike.
             ahead = (vpp - 1) * micro_batches_per_round(pp, m) + pp - 1
             return _interleaved(pp, vpp, min(ahead, vpp * m), m)
-    plan = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule)
-    stages = plan.rank_stages()[rank]
-    return _walked(_actions(schedule, pp, vpp, min(m, STEADY_ROUNDS * pp))[rank], stages)
+    if m > STEADY_ROUNDS * pp:
+        return full_moments(schedule, pp, vpp, rank, STEADY_ROUNDS * pp)
+    stages = ParallelPlan(pp=pp, vpp=vpp, schedule=schedule).rank_stages()[rank]
+    return _walked(_actions(schedule, pp, vpp, m)[rank], stages)
 
 
 @lru_cache(maxsize=4)
