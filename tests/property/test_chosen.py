@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.stage import CostModel
 from parsim.model import MoeSpec
-from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.schedule.check import plan_problems
 from parsim.search.examine import Examiner
 from parsim.search.fullest import fullest_rank
@@ -68,7 +68,9 @@ def bound_where_it_just_fits_s(case: Case, *, even_split: bool) -> float | None:
 def test_no_split_and_no_counts_are_faster_than_the_bound(case: Case, data: st.DataObject) -> None:
     job, plan, costs = case
     plan = usual(plan)
-    free = plan.vpp == 1 and plan.pp > 1
+    if plan.vpp == 1 and not data.draw(st.integers(0, 3)):
+        plan = replace(plan, schedule=data.draw(st.sampled_from(ASYNCHRONOUS_SCHEDULES)))
+    free = plan.vpp == 1 and plan.pp > 1 and data.draw(st.booleans())
     split = stage_layers(job.model, plan)
     if free:
         inner = [data.draw(st.integers(1, 3)) for _ in split[1:]]
@@ -95,6 +97,19 @@ def test_layers_that_live_on_little_leave_more_room(schedule: str, recomputed: i
     costs = CostModel(model, round_cluster(), plain_stack())
     bound_s = bound_where_it_just_fits_s((job, plan, costs), even_split=True)
     nothing_s = estimate(job, ParallelPlan(schedule=schedule), costs).step_time_s
+    assert bound_s is not None
+    assert nothing_s < bound_s <= estimate(job, plan, costs).step_time_s / ROUNDING
+
+
+@pytest.mark.parametrize("schedule", ASYNCHRONOUS_SCHEDULES)
+def test_without_a_flush_the_rank_that_must_recompute_sets_the_pace(schedule: str) -> None:
+    # The first rank keeps more versions of its weights and more micro-batches, and no head.
+    plan = ParallelPlan(pp=2, schedule=schedule, recompute="full", recompute_layers=(4, 0))
+    model = small_model(layers=8)
+    job = Job(model=model, seq_len=256, global_batch=16)
+    costs = CostModel(model, round_cluster(), plain_stack())
+    bound_s = bound_where_it_just_fits_s((job, plan, costs), even_split=True)
+    nothing_s = estimate(job, ParallelPlan(pp=2, schedule=schedule), costs).step_time_s
     assert bound_s is not None
     assert nothing_s < bound_s <= estimate(job, plan, costs).step_time_s / ROUNDING
 

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from parsim.cost.memory import ENOUGH_HEADROOM
 from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits, ParsimError
 from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import SCHEDULES
 from parsim.schedule.check import plan_problems
+from parsim.search.fullest import fullest_rank
 from parsim.search.search import OUT_OF_MEMORY, SearchResult, search, together
 from parsim.search.space import Constraints
 from parsim.simulate.prediction import Prediction, predict
@@ -137,6 +139,26 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
     assert result.space.rejected[OUT_OF_MEMORY] > 0
     assert result.space.enumerated == len(truth.fitting) + sum(truth.rejected.values())
     assert result.space.legal == len(truth.fitting) + truth.rejected[OUT_OF_MEMORY]
+
+
+def test_a_plan_that_two_choices_come_to_is_listed_once() -> None:
+    # Where no layer can be kept, as few as fit are recomputed are all of them.
+    of = space(1, 1e12)
+    whole = ParallelPlan(recompute="full")
+    needed = fullest_rank(of.job, whole, of.costs).peak + of.costs.stack.context_bytes
+    tight = space(1, needed * 1.0001 / (1 - ENOUGH_HEADROOM))
+    choices = Constraints(recompute=("full", "partial"), micro_batch=(1,))
+    result = find(tight, choices)
+    assert result.optimal
+    assert result.space.fits == result.replayed == 2
+    assert [p.plan for p in result.plans] == [whole]
+    # With room for a layer they are two plans, and the one that keeps it is faster.
+    kept = fullest_rank(of.job, ParallelPlan(), of.costs).peak + of.costs.stack.context_bytes
+    roomy = space(1, (needed + kept) / 2 / (1 - ENOUGH_HEADROOM))
+    first, second = (p.plan for p in find(roomy, choices).plans)
+    assert first == replace(whole, recompute_layers=first.recompute_layers)
+    assert 0 < first.recompute_layers[0] < of.job.model.layers
+    assert second == whole
 
 
 def test_reasons_are_named() -> None:
