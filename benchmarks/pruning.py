@@ -14,9 +14,9 @@ import torch
 from parsim.config import load_cluster, load_model, load_stack
 from parsim.cost.flops import model_flops
 from parsim.cost.stage import CostModel
-from parsim.execute.parallelize import token_loss
-from parsim.execute.trainer import make_optimizer
-from parsim.execute.transformer import build, synthetic_tokens, whole
+from parsim.execute.training.parallelize import token_loss
+from parsim.execute.training.trainer import make_optimizer
+from parsim.execute.training.transformer import build, synthetic_tokens, whole
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.pruning import Keep, pruned

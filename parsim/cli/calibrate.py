@@ -13,7 +13,7 @@ from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, progress, say
 
 if TYPE_CHECKING:
-    from parsim.execute.calibrate import Calibration
+    from parsim.execute.calibrate.calibration import Calibration
 
 
 class DeviceKind(StrEnum):
@@ -94,7 +94,7 @@ def calibrate(
 def _calibrate_hardware(
     output: Path, device: DeviceKind, ranks: int | None, budget_s: float, as_json: bool
 ) -> None:
-    from parsim.execute.calibrate_profile import write_profile
+    from parsim.execute.calibrate.profile import write_profile
 
     found = run_calibration(device, ranks, budget_s)
     write_profile(found.cluster, output)
@@ -115,7 +115,7 @@ def run_calibration(device: DeviceKind, ranks: int | None, budget_s: float) -> C
     """Calibrate with progress on stderr."""
     import os
 
-    from parsim.execute.calibrate import calibrate as measure
+    from parsim.execute.calibrate.calibration import calibrate as measure
     from parsim.execute.devices import available_gpus
 
     gpus = available_gpus() if device is not DeviceKind.CPU else 0

@@ -83,7 +83,7 @@ def _calibrated(
     import os
 
     from parsim.config import load_model, load_stack
-    from parsim.execute.calibrate_profile import write_profile
+    from parsim.execute.calibrate.profile import write_profile
     from parsim.execute.devices import available_gpus
     from parsim.hardware import default_precision
     from parsim.plan import Job
@@ -145,7 +145,7 @@ def _tried(
     from parsim.charts.gantt import draw_gantt
     from parsim.cli.run_launch import measure, show_step, timed_case
     from parsim.config import dump_json, write_file
-    from parsim.execute.attempts import Launch
+    from parsim.execute.launch.attempts import Launch
     from parsim.execute.measurement_file import measurement_data
     from parsim.export.chrome_trace import write_chrome_trace
     from parsim.simulate.fold import unfolded

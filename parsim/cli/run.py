@@ -46,7 +46,7 @@ from parsim.cli.run_ps import (
 from parsim.cli.simulate_ps import plan_of_workers
 
 if TYPE_CHECKING:
-    from parsim.execute.attempts import Launch
+    from parsim.execute.launch.attempts import Launch
     from parsim.execute.measurement import Verification
     from parsim.execute.request import Case
     from parsim.simulate.prediction import Prediction
@@ -130,9 +130,9 @@ def run(
       parsim run micro_batch=2 --model tiny-llama-8l --ps workers=2,servers=1,mode=async --verify
       parsim run dp=16,tp=8,pp=8 --model tiny-llama-8l --one-rank 37 --steps 5
     """
-    from parsim.execute.attempts import Launch
     from parsim.execute.devices import available_gpus
-    from parsim.execute.torchrun import Nodes
+    from parsim.execute.launch.attempts import Launch
+    from parsim.execute.launch.torchrun import Nodes
 
     use_gpus = device is DeviceKind.CUDA or (device is DeviceKind.AUTO and available_gpus() > 0)
     flags = Flags(
@@ -295,7 +295,7 @@ def _gradient_bytes(setup: Setup, case: Case) -> list[float]:
 
 def _verify(case: Case, how: Launch) -> Verification | None:
     """Compare with single-process training, on a shrunken model where the full one is large."""
-    from parsim.execute.launch import run_cases, verification_case
+    from parsim.execute.launch.cases import run_cases, verification_case
     from parsim.execute.measurement import Verification
     from parsim.execute.support import shrunken
     from parsim.model import num_parameters

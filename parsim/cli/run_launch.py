@@ -11,7 +11,7 @@ from parsim.cli.options import Setup
 from parsim.cli.output import document, print_json, print_lines, say
 
 if TYPE_CHECKING:
-    from parsim.execute.attempts import Launch, Progress
+    from parsim.execute.launch.attempts import Launch, Progress
     from parsim.execute.measurement import Measurement
     from parsim.execute.request import Case
     from parsim.plan import ParallelPlan
@@ -58,7 +58,7 @@ def with_checkpoints(
 ) -> Case:
     """The case with checkpoints, beginning at the newest if it resumes; `look_only` writes nothing."""
     from parsim.errors import ParsimError
-    from parsim.execute.launch import resumed
+    from parsim.execute.launch.cases import resumed
     from parsim.execute.request import Checkpoints
 
     if folder is None:
@@ -82,7 +82,7 @@ def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | No
     """Execute, unless the ranks cannot fit into this machine's memory; None but on machine 0."""
     from parsim.errors import ParsimError
     from parsim.execute.devices import available_memory_bytes
-    from parsim.execute.launch import run_cases
+    from parsim.execute.launch.cases import run_cases
     from parsim.execute.measurement import Measurement
     from parsim.units import format_bytes
 
@@ -104,7 +104,7 @@ def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | No
 
 def print_dry_run(case: Case, how: Launch, inputs: dict[str, Any], *, as_json: bool) -> None:
     """What would be started, on stdout."""
-    from parsim.execute.dry_run import dry_run
+    from parsim.execute.launch.dry_run import dry_run
 
     data = dry_run(case, how)
     if as_json:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from parsim.cost.memory import MemoryUse
     from parsim.cost.stage import CostModel
-    from parsim.execute.attempts import Launch, Progress
-    from parsim.execute.one_rank import CountRow, OneRank
+    from parsim.execute.launch.attempts import Launch, Progress
+    from parsim.execute.one_rank.one_rank import CountRow, OneRank
     from parsim.execute.request import Case
     from parsim.plan import ParallelPlan
     from parsim.simulate.prediction import Prediction
@@ -43,7 +43,7 @@ def one_rank_step(setup: Setup, case: Case, rank: int, how: Launch) -> OneRankSt
     """Measure one rank of the plan on this machine and replay the step with it."""
     from parsim.cost.price import PassTime
     from parsim.cost.step import step_cost
-    from parsim.execute.one_rank import count_rows, measure_one_rank
+    from parsim.execute.one_rank.one_rank import count_rows, measure_one_rank
     from parsim.schedule.lower import pass_times
     from parsim.schedule.measured import measured_cost
     from parsim.simulate.prediction import predict, program_of

@@ -15,16 +15,16 @@ from parsim.config import load_cluster, to_toml
 from parsim.cost.collective import Group, collective_s
 from parsim.cost.gemm import gemm_s
 from parsim.errors import ParsimError
-from parsim.execute import calibrate as calibrate_module
-from parsim.execute.calibrate import Calibration, calibrate
-from parsim.execute.calibrate_points import DTYPES, ESSENTIAL, Point, points
-from parsim.execute.calibrate_profile import (
+from parsim.execute.calibrate import calibration as calibrate_module
+from parsim.execute.calibrate.calibration import Calibration, calibrate
+from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
+from parsim.execute.calibrate.profile import (
     TimedPoint,
     cluster_of,
     cpu_facts,
     write_profile,
 )
-from parsim.execute.calibrate_ranks import usable_cores
+from parsim.execute.calibrate.ranks import usable_cores
 
 pytest.importorskip("torch", reason="the executor needs torch")
 two_cores = pytest.mark.skipif(len(usable_cores()) < 2, reason="two ranks need two cores")
@@ -42,7 +42,7 @@ def workers() -> list[int]:
             command = (entry / "cmdline").read_text()
         except OSError:
             continue
-        if f"PPid:\t{os.getpid()}\n" in status and "calibrate_worker" in command:
+        if f"PPid:\t{os.getpid()}\n" in status and "calibrate.worker" in command:
             found.append(int(entry.name))
     return sorted(found)
 

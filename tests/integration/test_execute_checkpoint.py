@@ -19,19 +19,19 @@ from pathlib import Path
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.attempts import Launch, Progress
-from parsim.execute.checkpoint_folder import newest
-from parsim.execute.launch import run_cases
+from parsim.execute.launch.attempts import Launch, Progress
+from parsim.execute.launch.cases import run_cases
+from parsim.execute.launch.checkpoint_folder import newest
+from parsim.execute.launch.torchrun import Nodes
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints
-from parsim.execute.torchrun import Nodes
 from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 
 torch = pytest.importorskip("torch")
 
-from parsim.execute.checkpoint import IndexReader  # noqa: E402 - needs torch
+from parsim.execute.training.checkpoint import IndexReader  # noqa: E402 - needs torch
 from tests.integration.test_execute_run import leftovers, workers  # noqa: E402 - skips without torch
 
 MODEL = ModelSpec(

@@ -11,8 +11,8 @@ from parsim.cost.compression import INT8_BLOCK
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
 from parsim.errors import ParsimError
-from parsim.execute.attempts import Launch
-from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints
 from parsim.model import ModelSpec, num_parameters

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from parsim.execute.attempts import Launch
-from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.measurement import Verification
 from parsim.execute.request import Case
 from parsim.model import ModelSpec

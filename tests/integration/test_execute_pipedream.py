@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.attempts import Launch
-from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints
 from parsim.model import ModelSpec

@@ -11,8 +11,8 @@ import pytest
 
 from parsim.cli.main import run_command
 from parsim.errors import ParsimError
-from parsim.execute.attempts import Launch
-from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints, ParameterServers
 from parsim.model import ModelSpec

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.attempts import Launch, Progress
-from parsim.execute.checkpoint_folder import newest
-from parsim.execute.launch import execute, run_cases
+from parsim.execute.launch.attempts import Launch, Progress
+from parsim.execute.launch.cases import execute, run_cases
+from parsim.execute.launch.checkpoint_folder import newest
+from parsim.execute.launch.watch import Ranks
 from parsim.execute.measurement import Measurement
 from parsim.execute.request import Case, Checkpoints
-from parsim.execute.watch import Ranks
 from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
@@ -162,7 +162,7 @@ def workers(temporary: Path) -> dict[int, int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
-            if b"parsim.execute.worker" in command and os.fsencode(temporary) in command:
+            if b"parsim.execute.launch.worker" in command and os.fsencode(temporary) in command:
                 environment = (process / "environ").read_bytes().split(b"\0")
                 rank = next((e[5:] for e in environment if e.startswith(b"RANK=")), None)
                 if rank is not None:

@@ -10,8 +10,8 @@ import pytest
 from parsim.cli.main import run_command
 from parsim.config import load_cluster, load_stack
 from parsim.cost.stage import CostModel
-from parsim.execute.attempts import Launch
-from parsim.execute.one_rank import CountRow, OneRank, count_rows, measure_one_rank
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.one_rank.one_rank import CountRow, OneRank, count_rows, measure_one_rank
 from parsim.execute.request import Case
 from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan

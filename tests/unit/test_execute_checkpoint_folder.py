@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.checkpoint_folder import (
+from parsim.execute.launch.checkpoint_folder import (
     check_fits,
     complete,
     newest,
@@ -175,7 +175,7 @@ def test_an_index_from_elsewhere_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch")
-    from parsim.execute.checkpoint import IndexReader
+    from parsim.execute.training.checkpoint import IndexReader
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ParsimError, match="something other than an index") as caught:

@@ -19,7 +19,7 @@ rank = int(os.environ["RANK"])
 true_clock = time.perf_counter_ns
 time.perf_counter_ns = lambda: true_clock() + (rank // 2) * {AHEAD_NS}
 import torch.distributed as dist
-from parsim.execute.clocks import clock_offset_ns
+from parsim.execute.launch.clocks import clock_offset_ns
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=rank, world_size=4)
 print(clock_offset_ns(dist.group.WORLD))
 """

@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from parsim.execute.compress import (  # noqa: E402
+from parsim.execute.training.compress import (  # noqa: E402
     INT8_BLOCK,
     GradientBucket,
     dequantised,
@@ -14,7 +14,7 @@ from parsim.execute.compress import (  # noqa: E402
     padded,
     quantised,
 )
-from parsim.execute.compress_check import ByHand  # noqa: E402
+from parsim.execute.training.compress_check import ByHand  # noqa: E402
 from parsim.plan import parse_compression  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parsim.execute.ps_ledger import PULL, PUSH, Event, Ledger
+from parsim.execute.asynchronous.ps_ledger import PULL, PUSH, Event, Ledger
 
 STEPS = 6
 

@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from parsim.execute.heartbeat import Heartbeats  # noqa: E402
-from parsim.execute.recorder import Label, Recorder, Row  # noqa: E402
+from parsim.execute.launch.heartbeat import Heartbeats  # noqa: E402
+from parsim.execute.training.recorder import Label, Recorder, Row  # noqa: E402
 from parsim.schedule.action import parse_action  # noqa: E402
 from parsim.timeline import COMPUTE, DP, TP  # noqa: E402
 

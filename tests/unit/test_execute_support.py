@@ -8,7 +8,7 @@ import json
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.execute.launch import run_cases, verification_case
+from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.request import Case, decode_case, encode_case
 from parsim.execute.support import check_executable, shrunken
 from parsim.model import MlaSpec, ModelSpec, MoeSpec

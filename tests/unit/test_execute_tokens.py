@@ -36,7 +36,7 @@ def test_every_rank_reads_its_own_part_of_one_global_batch(
     tmp_path: Path, dtype: str, suffix: str
 ) -> None:
     pytest.importorskip("torch")
-    from parsim.execute.batches import replica_batch, whole_batch
+    from parsim.execute.training.batches import replica_batch, whole_batch
 
     row = np.random.default_rng(1).integers(0, 5000, 8 * 10 + 5).astype(dtype)
     path = write(tmp_path / f"t{suffix}", row)
@@ -57,7 +57,7 @@ def test_every_rank_reads_its_own_part_of_one_global_batch(
 
 def test_a_file_that_shrank_after_it_was_checked_is_noticed(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from parsim.execute.batches import whole_batch
+    from parsim.execute.training.batches import whole_batch
 
     path = write(tmp_path / "t.npy", np.zeros(100, np.uint16))
     file = open_tokens(path, None, JOB, steps=1)

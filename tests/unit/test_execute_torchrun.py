@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from parsim.cli.main import app
 from parsim.errors import ParsimError
-from parsim.execute.torchrun import Nodes, command, device_of, variables
+from parsim.execute.launch.torchrun import Nodes, command, device_of, variables
 
 TWO = {"count": 2, "endpoint": "node0:29500"}
 
@@ -32,7 +32,8 @@ def test_torch_reads_the_arguments_as_they_are_meant() -> None:
     read = run.parse_args(given[3:])
     assert (read.nnodes, read.nproc_per_node, read.node_rank) == ("2", "4", 1)
     assert (read.rdzv_backend, read.master_addr, read.master_port) == ("static", "node0", 29500)
-    assert (read.max_restarts, read.module, read.training_script) == (0, True, "parsim.execute.worker")
+    assert (read.max_restarts, read.module) == (0, True)
+    assert read.training_script == "parsim.execute.launch.worker"
     assert read.training_script_args == ["/folder"]
     alone = run.parse_args(command(Nodes(), 8, "/folder")[3:])
     assert (alone.rdzv_backend, alone.rdzv_endpoint, alone.local_addr) == (
@@ -74,7 +75,7 @@ def test_a_dry_run_starts_nothing_and_shows_every_rank(tmp_path: Path) -> None:
         "--checkpoint", str(tmp_path / "checkpoints"), "--dry-run",
     ]  # fmt: skip
     shown = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["dry_run"]
-    assert shown["command"][-2:] == ["parsim.execute.worker", shown["files"]["request"][:-13]]
+    assert shown["command"][-2:] == ["parsim.execute.launch.worker", shown["files"]["request"][:-13]]
     assert len(shown["ranks"]) == 64
     assert shown["ranks"][43] == {
         "rank": 43, "node": 5, "device": "cuda:3", "pp": 1, "dp": 1, "tp": 3, "stages": [1]

@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from parsim.execute.checking import gradient_error  # noqa: E402
-from parsim.execute.transformer import (  # noqa: E402
+from parsim.execute.training.checking import gradient_error  # noqa: E402
+from parsim.execute.training.transformer import (  # noqa: E402
     Part,
     Transformer,
     build,
@@ -105,7 +105,7 @@ def test_no_token_sees_those_after_it(spec: ModelSpec) -> None:
 
 def test_rotary_scores_depend_on_distance_alone() -> None:
     """Su et al. 2021, section 3.2: the product of rotated q and k is a function of m − n."""
-    from parsim.execute.transformer import rope_angles, rotate
+    from parsim.execute.training.transformer import rope_angles, rotate
 
     angles = rope_angles(12, 8)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 12, 1, 8)

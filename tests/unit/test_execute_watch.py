@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from parsim.execute.heartbeat import Heartbeats
-from parsim.execute.watch import RankLost, Ranks
+from parsim.execute.launch.heartbeat import Heartbeats
+from parsim.execute.launch.watch import RankLost, Ranks
 
 SAID = {
     "one computes": (["waiting: gradients 0", "1F3"], range(2), "rank 1 hangs"),

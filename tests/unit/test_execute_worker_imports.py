@@ -27,10 +27,10 @@ def test_the_blocker_blocks() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_a_rank_needs_torch_and_the_standard_library_alone() -> None:
-    done = run("import parsim.execute.worker, parsim.execute.rank", ABSENT)
+    done = run("import parsim.execute.launch.worker, parsim.execute.launch.rank", ABSENT)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_parent_needs_no_torch_until_it_runs_a_plan() -> None:
-    done = run("import parsim.execute.launch", ABSENT | {"torch"})
+    done = run("import parsim.execute.launch.cases", ABSENT | {"torch"})
     assert done.returncode == 0, done.stderr

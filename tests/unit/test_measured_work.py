@@ -10,7 +10,7 @@ from parsim.cost.cell import cell_of
 from parsim.cost.price import PassTime
 from parsim.cost.stage import EMBEDDING, HEAD, CostModel
 from parsim.cost.step import step_cost
-from parsim.execute.emulation_work import work_of
+from parsim.execute.one_rank.emulation_work import work_of
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.schedule.lower import pass_times

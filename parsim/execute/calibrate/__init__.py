@@ -1,0 +1,1 @@
+"""Microbenchmarks of this machine, as a hardware profile."""

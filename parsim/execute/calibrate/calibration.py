@@ -1,0 +1,127 @@
+"""`parsim calibrate`: microbenchmarks of this machine, as a hardware profile.
+
+calibrate() starts one worker a rank (parsim.execute.calibrate.worker), all busy at once as in training,
+merges what they timed and builds the Cluster that predictions for this machine use.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parsim.errors import ParsimError
+from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
+from parsim.execute.calibrate.profile import TimedPoint, cluster_of, cpu_facts
+from parsim.execute.calibrate.ranks import listen, usable_cores
+from parsim.hardware import Cluster
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """A measured machine."""
+
+    cluster: Cluster
+    timed: tuple[TimedPoint, ...]
+    torch_version: str
+    date: str
+    elapsed_s: float
+    complete: bool
+    """Whether every point was timed; False when the time was spent or the run interrupted before."""
+
+
+def calibrate(
+    *,
+    device: Literal["cpu", "cuda"],
+    ranks: int,
+    budget_s: float = 60.0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Time this machine's kernels and collectives with `ranks` devices busy at once.
+
+    `budget_s` is for everything; a small one gives a coarser profile, never less than the essential
+    points. `progress` is told what is timed and the share done. Ctrl-C gives what there is so far, as
+    long as the essential points are in; else KeyboardInterrupt goes on.
+
+    Raises ParsimError for impossible arguments, and when a rank dies or hangs.
+    """
+    _check(device, ranks, budget_s)
+    start = time.monotonic()
+    cores = usable_cores()
+    config = {"device": device, "dtypes": DTYPES[device], "deadline": start + 0.95 * budget_s}
+    configs = [{**config, "core": cores[rank % len(cores)]} for rank in range(ranks)]
+    plan = points(device, ranks, DTYPES[device])
+    lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    head: dict[str, Any] = {}
+    try:
+        for rank, line in listen(configs):
+            if "point" not in line:
+                head = line if rank == 0 else head
+                continue
+            lines[line["point"]].append(line)
+            if progress is not None and rank == 0:
+                done = max(line["point"] / len(plan), (time.monotonic() - start) / budget_s)
+                progress(_label(plan[line["point"]]), min(done, 1.0))
+    except KeyboardInterrupt:
+        essential = sum(point.level == ESSENTIAL for point in plan)
+        if sum(len(lines[at]) == ranks for at in range(essential)) < essential:
+            raise
+    timed = tuple(_merged(plan[at], lines[at]) for at in sorted(lines) if len(lines[at]) == ranks)
+    facts = head["facts"] or cpu_facts(ranks)
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Calibration(
+        cluster=cluster_of(device, ranks, facts, timed, torch_version=head["torch"], date=date),
+        timed=timed,
+        torch_version=head["torch"],
+        date=date,
+        elapsed_s=time.monotonic() - start,
+        complete=len(timed) == len(plan),
+    )
+
+
+def _check(device: str, ranks: int, budget_s: float) -> None:
+    if device not in DTYPES:
+        raise ParsimError("unknown device", where="device", got=device, expected="cpu or cuda")
+    if ranks < 1:
+        raise ParsimError("at least one rank is needed", where="ranks", got=ranks)
+    if not budget_s > 0:
+        raise ParsimError("the time to spend must be positive", where="budget_s", got=budget_s)
+    cores = len(usable_cores())
+    if device == "cpu" and ranks > cores:
+        raise ParsimError(
+            "more ranks than cores would time each other's waiting",
+            where="ranks",
+            got=ranks,
+            expected=f"at most {cores}",
+        )
+    if device == "cuda":
+        import torch
+
+        if torch.cuda.device_count() < ranks:
+            raise ParsimError(
+                "there are fewer GPUs than ranks",
+                where="ranks",
+                got=ranks,
+                expected=f"at most {torch.cuda.device_count()}",
+            )
+
+
+def _label(point: Point) -> str:
+    return " ".join(filter(None, (point.family, point.variant, point.dtype)))
+
+
+def _merged(point: Point, lines: Sequence[Mapping[str, Any]]) -> TimedPoint:
+    return TimedPoint(
+        point=point,
+        # Four digits are more than the repeats agree on, and keep the profile readable.
+        seconds=float(f"{statistics.fmean(line['seconds'] for line in lines):.4g}"),
+        spread=round(max(line["spread"] for line in lines), 4),
+        repeats=min(line["repeats"] for line in lines),
+        disturbed=sum(line["disturbed"] for line in lines),
+    )

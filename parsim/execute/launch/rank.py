@@ -1,0 +1,93 @@
+"""What one rank does with its cases: join the others, build its share, run the steps."""
+
+from __future__ import annotations
+
+import gc
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parsim.execute.asynchronous.ps_run import run_served_case
+from parsim.execute.asynchronous.stale_check import verify_stale_case
+from parsim.execute.asynchronous.stale_run import time_stale_case
+from parsim.execute.launch.clocks import ranks_per_node
+from parsim.execute.launch.heartbeat import Heartbeats
+from parsim.execute.one_rank.emulation import emulate_case, join_alone
+from parsim.execute.request import decode_case
+from parsim.execute.training.checking import verify_case
+from parsim.execute.training.recorder import Recorder
+from parsim.execute.training.timing import time_case
+from parsim.execute.training.trainer import Trainer
+from parsim.plan import ASYNCHRONOUS_SCHEDULES
+
+Results = list[dict[str, Any]]
+"""What a rank found for each case, as plain data."""
+
+
+def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> dict[int, Results]:
+    """The results of all cases on this rank; on rank 0 also those from other machines, by rank."""
+    rank = int(os.environ["RANK"])
+    device = _own_device(request["device"], int(os.environ["LOCAL_RANK"]))
+    recorder = Recorder(rank, heartbeats, device)
+    recorder.say("joining the other ranks")
+    cases = [decode_case(data) for data in request["cases"]]
+    alone: int | None = request["one_rank"]
+    if alone is None:
+        control = _join(device, request["library_timeout_s"])
+    else:
+        control = join_alone(alone, cases[0].plan.gpus)
+    results: Results = []
+    for index, case in enumerate(cases):
+        recorder.say("building the model")
+        if case.servers is not None:
+            results.append(run_served_case(case, device, recorder, control, folder, index))
+            continue
+        trainer = Trainer(case, device, recorder, control)
+        stale = case.plan.schedule in ASYNCHRONOUS_SCHEDULES
+        if case.verify:
+            results.append((verify_stale_case if stale else verify_case)(case, trainer))
+        else:
+            with (folder / "progress.jsonl").open("a") as progress:
+                run = time_stale_case if stale else time_case if alone is None else emulate_case
+                results.append(run(case, trainer, progress, index))
+        del trainer  # before the next one takes its memory
+        gc.collect()
+    recorder.say("waiting: end")
+    dist.barrier(group=control)
+    found = {rank: results} | _from_elsewhere(results, control)
+    dist.destroy_process_group()
+    return found
+
+
+def _join(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """Meet the other ranks; the group for what is no part of training."""
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s)
+    )
+    return dist.new_group(backend="gloo")
+
+
+def _from_elsewhere(mine: Results, control: dist.ProcessGroup) -> dict[int, Results]:
+    """On rank 0 what the ranks of other machines found, whose files it cannot see; collective."""
+    size, here = dist.get_world_size(control), ranks_per_node()
+    if size == here:
+        return {}
+    everyone: list[Any] | None = [None] * size if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone, dst=0, group=control)
+    return {} if everyone is None else dict(enumerate(everyone[here:], start=here))
+
+
+def _own_device(kind: str, rank: int) -> torch.device:
+    """The GPU of the machine's rank of this number, or the one CPU core that it is bound to."""
+    if kind == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+        return device
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})  # before the libraries start their threads
+    torch.set_num_threads(1)
+    return torch.device("cpu")
