@@ -132,18 +132,19 @@ _BREAKDOWN = (
 )
 
 
-def breakdown_s(timeline: Timeline) -> dict[str, float]:
-    """Step time by what it is spent on: means over ranks of wall time, adding up to the step time.
+def rank_breakdowns_s(timeline: Timeline) -> dict[int, dict[str, float]]:
+    """Wall time of each rank by what it is spent on; every rank's parts add up to the step time.
 
-    Each instant of a rank is given to one key: compute first, then communication by kind (so only its
-    exposed part counts), then optimizer and host overhead; what is left is the bubble.
+    Each instant is given to one key: compute first, then communication by kind (so only its exposed part
+    counts), then optimizer and host overhead; what is left is the bubble.
     """
-    copies = dict(enumerate(timeline.copies))
     by_rank: dict[int, list[Span]] = {}
     for span in timeline.spans:
         by_rank.setdefault(span.rank, []).append(span)
-    totals = dict.fromkeys((key for key, _ in _BREAKDOWN), 0.0)
-    for rank, spans in by_rank.items():
+    step_s = timeline.end_s
+    found: dict[int, dict[str, float]] = {}
+    for rank, spans in sorted(by_rank.items()):
+        parts = found[rank] = dict.fromkeys((key for key, _ in _BREAKDOWN), 0.0)
         covered: list[tuple[float, float]] = []
         covered_s = 0.0
         for key, kinds in _BREAKDOWN:
@@ -151,8 +152,46 @@ def breakdown_s(timeline: Timeline) -> dict[str, float]:
             if own:
                 covered = merged([*covered, *own])
                 now_s = sum(end - start for start, end in covered)
-                totals[key] += copies.get(rank, 1) * (now_s - covered_s)
+                parts[key] = now_s - covered_s
                 covered_s = now_s
+        parts["bubble"] = max(0.0, step_s - covered_s)
+    return found
+
+
+def breakdown_s(timeline: Timeline) -> dict[str, float]:
+    """Step time by what it is spent on: means over ranks of `rank_breakdowns_s`, adding up to it."""
+    copies = dict(enumerate(timeline.copies))
+    by_rank = rank_breakdowns_s(timeline)
     num_ranks = max(1, sum(copies.get(rank, 1) for rank in by_rank))
-    means = {key: total / num_ranks for key, total in totals.items()}
+    means = {
+        key: sum(copies.get(rank, 1) * parts[key] for rank, parts in by_rank.items()) / num_ranks
+        for key, _ in _BREAKDOWN
+    }
     return means | {"bubble": max(0.0, timeline.end_s - sum(means.values()))}
+
+
+def transfers(spans: Iterable[Span]) -> list[tuple[Span, Span]]:
+    """The two ends of each pipeline transfer: (send, receive), in order of the send.
+
+    Both ends bear the name of the action whose result travels. A measured end may show as several spans,
+    such as the call and the wait for it: a send begins with its first, a receive ends with its last.
+    Replicas of the pipeline have the same names; they pair in order of rank, since the ranks of every
+    stage count their replicas alike.
+    """
+    sends: dict[str, dict[int, Span]] = {}
+    receives: dict[str, dict[int, Span]] = {}
+    for span in sorted(spans, key=attrgetter("start_s")):
+        if span.stream.startswith("pp_send"):
+            sends.setdefault(span.name, {}).setdefault(span.rank, span)
+        elif span.stream.startswith("pp_recv"):
+            receives.setdefault(span.name, {})[span.rank] = span
+    pairs: list[tuple[Span, Span]] = []
+    for name, senders in sends.items():
+        receivers = receives.get(name, {})
+        if len(senders) == len(receivers):
+            pairs += zip(
+                (span for _, span in sorted(senders.items())),
+                (span for _, span in sorted(receivers.items())),
+                strict=True,
+            )
+    return sorted(pairs)

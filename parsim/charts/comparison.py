@@ -41,18 +41,18 @@ _PAIR_GAP = 0.35
 """Space between the pairs of two ranks, in rows."""
 
 
-def draw_comparison(predicted: Timeline, measured: Timeline, path: Path) -> None:
+def draw_comparison(predicted: Timeline, measured: Timeline, path: Path, *, because: str = "") -> None:
     """Write predicted above measured (or replayed), rank by rank on one time axis, to a .png, .svg or
-    .pdf file.
+    .pdf file; `because` says what makes them differ.
 
     Ranks that only one of the two has are left out, and the chart says so. Raises ParsimError for
     another suffix, a timeline without spans, or two timelines without a common rank.
     """
     file_format(path)
-    save(comparison_figure(predicted, measured), path)
+    save(comparison_figure(predicted, measured, because=because), path)
 
 
-def comparison_figure(predicted: Timeline, measured: Timeline) -> Figure:
+def comparison_figure(predicted: Timeline, measured: Timeline, *, because: str = "") -> Figure:
     """Predicted above measured, rank by rank, as a figure."""
     for timeline in (predicted, measured):
         require_spans(timeline)
@@ -81,7 +81,7 @@ def comparison_figure(predicted: Timeline, measured: Timeline) -> Figure:
         header_in = header(
             figure,
             _comparison_finding(predicted, measured),
-            _comparison_note(predicted, measured, left_out),
+            "; ".join(filter(None, (because, _comparison_note(predicted, measured, left_out)))),
             legend_entries([predicted, measured]),
             name=measured.title or predicted.title,
         )

@@ -197,6 +197,7 @@ def _run(
 ) -> None:
     """Predict, run, verify if asked, and answer."""
     from parsim.execute.measurement_file import measurement_data
+    from parsim.export.timeline_json import timeline_to_data
 
     prediction, predicted = _predict(setup, case)
     served = simulate_served(setup, case) if case.servers is not None else None
@@ -216,7 +217,8 @@ def _run(
     if served is not None:
         data["parameter_server"] = served_data(case, measurement, served)
         predicted = simulated_timeline(served, measurement.timeline.title)
-    whole = document("run", inputs, data, seed=case.seed)
+    timeline = {"timeline": timeline_to_data(measurement.timeline)}
+    whole = document("run", inputs, data | timeline, seed=case.seed)
     _write(files, whole, predicted, measurement.timeline)
     if as_json:
         print_json(whole)

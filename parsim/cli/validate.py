@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from parsim.cli.options import Flags, HardwareOption, JsonOption, load_machine
-from parsim.cli.output import document, print_json, print_lines, print_table, progress
+from parsim.cli.output import document, print_json, print_lines, progress
+from parsim.cli.validate_step import StepFiles, validate_step
 
 
 def validate(
@@ -32,13 +33,22 @@ def validate(
         float | None,
         typer.Option("--tolerance", min=0, help="Exit 1 where the (mean) error is larger, e.g. 0.1."),
     ] = None,
+    chart: Annotated[
+        Path | None, typer.Option("--chart", help="Predicted above measured: .png, .svg or .pdf.")
+    ] = None,
+    waterfall: Annotated[
+        Path | None, typer.Option("--waterfall", help="From predicted to measured, cause by cause.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Both timelines as one Chrome trace.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare predictions with what was measured: one step, a table of runs, or a table of kernels.
 
     \b
     Examples:
-      parsim validate prediction.json measurement.json
+      parsim validate prediction.json measurement.json --chart step.png --waterfall error.png
       parsim validate --runs runs.csv --tolerance 0.1
       parsim validate --published
       parsim validate --kernels gemm.csv.gz --hardware h100-sxm-80gb
@@ -51,6 +61,12 @@ def validate(
             "validate compares one thing",
             expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F",
         )
+    files = StepFiles(chart=chart, waterfall=waterfall, trace=trace)
+    if prediction is None and files.given():
+        flag, path = next(iter(files.given().items()))
+        raise ParsimError(
+            f"{flag} is about one step", where=str(path), expected="PREDICTION MEASUREMENT"
+        )
     error: float | None
     if published or runs is not None:
         error = _runs(runs, as_json)
@@ -59,35 +75,9 @@ def validate(
     else:
         assert prediction is not None
         assert measurement is not None
-        error = _step(prediction, measurement, as_json)
+        error = validate_step(prediction, measurement, files, as_json=as_json)
     if tolerance is not None and (error is None or abs(error) > tolerance):
         raise typer.Exit(1)
-
-
-def _step(prediction: Path, measurement: Path, as_json: bool) -> float:
-    """One step; returns its relative error."""
-    from parsim.compare.steps import compare_documents
-    from parsim.config import read_json
-    from parsim.units import format_duration
-
-    where = (str(prediction), str(measurement))
-    found = compare_documents(read_json(prediction), read_json(measurement), where=where)
-    if as_json:
-        inputs = {"prediction": where[0], "measurement": where[1]}
-        print_json(document("validate", inputs, found.to_data()))
-        return found.error
-    rows = [
-        [part.what, format_duration(part.predicted_s), format_duration(part.measured_s),
-         f"{part.difference_s / found.measured_s:+.1%}"]
-        for part in found.parts
-    ]  # fmt: skip
-    whole = [
-        format_duration(found.predicted_s),
-        format_duration(found.measured_s),
-        f"{found.error:+.1%}",
-    ]
-    print_table(["", "predicted", "measured", "of the step"], [*rows, ["step", *whole]])
-    return found.error
 
 
 def _runs(path: Path | None, as_json: bool) -> float | None:

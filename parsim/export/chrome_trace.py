@@ -10,7 +10,7 @@ Format: Google's "Trace Event Format", which perfetto.dev describes under "Other
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from parsim import __version__
 from parsim.config import write_file
 from parsim.errors import ParsimError
-from parsim.timeline import STREAMS, MemorySample, Span, Timeline
+from parsim.timeline import STREAMS, MemorySample, Span, Timeline, transfers
 
 Event = dict[str, Any]
 """One event of the trace, with the keys of the format: ph is its phase, ts and dur are in µs."""
@@ -114,23 +114,6 @@ def without_overlap(spans: Iterable[Span]) -> list[tuple[Span, ...]]:
         else:
             free.append(span)
     return [tuple(thread) for thread in threads]
-
-
-def transfers(spans: Iterable[Span]) -> list[tuple[Span, Span]]:
-    """The two ends of each pipeline transfer: (send, receive), in order of the send.
-
-    Both ends bear the name of the action whose result travels. Replicas of the pipeline have the same
-    names; they pair in order of rank, since the ranks of every stage count their replicas alike.
-    """
-    ends: dict[str, tuple[list[Span], list[Span]]] = defaultdict(lambda: ([], []))
-    for span in spans:
-        if span.stream.startswith("pp_"):
-            ends[span.name][span.stream.startswith("pp_recv")].append(span)
-    pairs: list[tuple[Span, Span]] = []
-    for sends, receives in ends.values():
-        if len(sends) == len(receives):
-            pairs += zip(sorted(sends), sorted(receives), strict=True)
-    return sorted(pairs)
 
 
 def _ns(time_s: float) -> int:

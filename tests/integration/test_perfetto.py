@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from parsim.export.chrome_trace import transfers, write_chrome_trace
-from parsim.timeline import STREAMS, MemorySample, Span, Timeline
+from parsim.export.chrome_trace import write_chrome_trace
+from parsim.timeline import STREAMS, MemorySample, Span, Timeline, transfers
 
 PIPE = Path(__file__).with_name("perfetto_pipe.js")
 APPEND, FINALIZE, QUERY = 1, 2, 3

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from parsim.errors import ParsimError
-from parsim.export.chrome_trace import chrome_trace, group_names, transfers, write_chrome_trace
-from parsim.timeline import Span, Timeline
+from parsim.export.chrome_trace import chrome_trace, group_names, write_chrome_trace
+from parsim.timeline import Span, Timeline, transfers
 
 LayOut = Callable[..., Timeline]
 
@@ -121,6 +121,16 @@ def test_arrows_of_replicas_join_ranks_at_the_same_place_in_their_stage() -> Non
 
 def test_an_end_without_its_other_end_gets_no_arrow() -> None:
     assert transfers([Span(0, "pp_send_next", "0F0", 0.0, 1.0, "pp", 0, 0)]) == []
+
+
+def test_a_measured_send_that_shows_twice_is_one_transfer() -> None:
+    """The executor's sends are a call and, at the end, a wait for it."""
+    spans = [
+        Span(0, "pp_send_next", "0F0", 1.0, 1.1, "pp", 0, 0),
+        Span(0, "pp_send_next", "0F0", 5.0, 5.1, "pp", 0, 0),
+        Span(1, "pp_recv_prev", "0F0", 0.0, 1.5, "pp", 0, 0),
+    ]
+    assert transfers(spans) == [(spans[0], spans[2])]
 
 
 def test_memory_is_a_counter_in_bytes(lay_out: LayOut) -> None:

@@ -1,0 +1,262 @@
+"""`parsim validate PREDICTION MEASUREMENT`: one step, itemised, drawn and traced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parsim.cli.options import Flags, load_plan
+from parsim.cli.output import document, print_json, print_lines, print_table, say
+
+if TYPE_CHECKING:
+    from parsim.compare.itemised import ItemisedComparison
+    from parsim.plan import ParallelPlan
+    from parsim.schedule.program import Program
+    from parsim.timeline import Timeline
+
+RANKS_SHOWN = 16
+ACTIONS_SHOWN = 12
+SAME_STEP = 1e-6
+"""Relative difference up to which a replayed step is the one that was predicted."""
+SHOWN_AS_ONE = 0.002
+"""Relative difference of step times that a reader does not notice."""
+_REPLAYED = (
+    "the predicted step is replayed with what was measured of one part after another; percentages are "
+    "of the measured step"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFiles:
+    """Pictures and traces of a compared step that are to be written."""
+
+    chart: Path | None = None
+    waterfall: Path | None = None
+    trace: Path | None = None
+
+    def given(self) -> dict[str, Path]:
+        """Those that were asked for, by flag."""
+        flags = {"--chart": self.chart, "--waterfall": self.waterfall, "--trace": self.trace}
+        return {flag: path for flag, path in flags.items() if path is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Predicted:
+    """What a prediction's document says, replayed."""
+
+    plan: ParallelPlan
+    step_time_s: float
+    program: Program
+    timeline: Timeline
+
+
+def validate_step(prediction: Path, measurement: Path, files: StepFiles, *, as_json: bool) -> float:
+    """Compare and answer; returns the relative error of the step time."""
+    from parsim.compare.itemised import ItemisedComparison, itemise
+    from parsim.compare.steps import compare_documents
+    from parsim.config import read_json
+
+    where = str(prediction), str(measurement)
+    documents = read_json(prediction), read_json(measurement)
+    whole = compare_documents(*documents, where=where)
+    measured = _measured_timeline(documents[1], where[1])
+    predicted = None if measured is None else _replayed(where[0], whole.predicted_s)
+    if measured is None or predicted is None:
+        _refuse_files(files)
+        found = ItemisedComparison(whole=whole)
+    else:
+        found = itemise(
+            predicted.timeline,
+            measured,
+            predicted.plan,
+            predicted_s=whole.predicted_s,
+            measured_s=whole.measured_s,
+            program=predicted.program,
+        )
+        write_step(files, predicted.timeline, measured, predicted.plan, found)
+    if as_json:
+        inputs = {"prediction": where[0], "measurement": where[1]}
+        print_json(document("validate", inputs, found.to_data()))
+    else:
+        _show(found)
+    return whole.error
+
+
+def _measured_timeline(data: Any, where: str) -> Timeline | None:
+    """The timeline in a measurement's document; None in one of parsim 0.1, which had none."""
+    from parsim.export.timeline_json import timeline_from_data
+
+    if "timeline" not in data:
+        return None
+    timeline = timeline_from_data(data["timeline"], where=f"{where}: timeline")
+    return timeline if timeline.spans else None
+
+
+def _replayed(prediction: str, step_time_s: float) -> _Predicted | None:
+    """The prediction of a document once more, for its spans; None where that gives another step time.
+
+    It does where the prediction came about with more than the document holds (a fabric, stragglers), or
+    where a profile has changed since.
+    """
+    from parsim.errors import ParsimError
+    from parsim.plan import ASYNCHRONOUS_SCHEDULES
+    from parsim.schedule.program import task_times, timeline_of
+    from parsim.simulate.fold import unfolded
+    from parsim.simulate.prediction import program_of
+
+    try:
+        setup, plan = load_plan(prediction, Flags())
+    except ParsimError as error:
+        say(f"no spans of the prediction: {error.what} ({error.where})")
+        return None
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        say(f"no spans are compared: schedule={plan.schedule} has no step that begins and ends")
+        return None
+    program, _ = program_of(setup.job, plan, setup.costs())
+    timeline = unfolded(timeline_of(program, task_times(program)), plan)
+    if abs(timeline.end_s / step_time_s - 1) > SAME_STEP:
+        say(
+            f"no spans are compared: {prediction} was made with more than it says (--fabric, "
+            "--straggler, --schedule-csv), or its hardware profile has changed since"
+        )
+        return None
+    return _Predicted(plan=plan, step_time_s=step_time_s, program=program, timeline=timeline)
+
+
+def _refuse_files(files: StepFiles) -> None:
+    """Raise ParsimError where something is to be drawn of steps without spans."""
+    from parsim.errors import ParsimError
+
+    for flag, path in files.given().items():
+        raise ParsimError(
+            f"{flag} needs the spans of both steps",
+            where=str(path),
+            hint="`parsim run -o` writes those of the measurement; those of the prediction are "
+            "replayed from what `parsim simulate --json` wrote",
+        )
+
+
+def write_step(
+    files: StepFiles,
+    predicted: Timeline,
+    measured: Timeline,
+    plan: ParallelPlan,
+    found: ItemisedComparison,
+) -> None:
+    """The pictures and the trace that were asked for."""
+    if files.chart is not None:
+        from parsim.charts.comparison import draw_comparison
+        from parsim.compare.waiting import without_waiting
+        from parsim.units import format_duration
+
+        shown = without_waiting(measured, plan, collectives=False)
+        because = found.because.replace("%", " %")
+        if abs(measured.end_s / found.whole.measured_s - 1) > SHOWN_AS_ONE:
+            because += "; measured is the step nearest to the median of "
+            because += format_duration(found.whole.measured_s)
+        draw_comparison(predicted, shown, files.chart, because=because.removeprefix("; "))
+    if files.waterfall is not None:
+        from parsim.charts.waterfall import Waterfall, draw_waterfall
+        from parsim.compare.itemised import WORDS
+
+        waterfall = Waterfall(
+            name=measured.title or predicted.title,
+            finding=found.verdict.replace("%", " %"),
+            note="; ".join(filter(None, (found.because.replace("%", " %"), _REPLAYED))),
+            parts=tuple((WORDS[cause.what], -cause.difference_s) for cause in found.causes),
+            begin="predicted",
+            begin_s=found.whole.predicted_s,
+            end="measured",
+        )
+        draw_waterfall(waterfall, files.waterfall)
+    if files.trace is not None:
+        from parsim.export.chrome_trace import write_chrome_trace
+
+        write_chrome_trace(files.trace, [predicted, measured])
+    for path in files.given().values():
+        say(f"wrote {path}")
+
+
+def _show(found: ItemisedComparison) -> None:
+    """Tables, from the whole to single actions, and the sentence that sums them up."""
+    from parsim.units import format_duration
+
+    whole = found.whole
+
+    def row(what: str, predicted_s: float, measured_s: float, *, of: float) -> list[str]:
+        shown = [format_duration(predicted_s), format_duration(measured_s)]
+        return [what, *shown, f"{(predicted_s - measured_s) / of:+.1%}"]
+
+    heads = ["predicted", "measured", "of the step"]
+    rows = [row(p.what, p.predicted_s, p.measured_s, of=whole.measured_s) for p in whole.parts]
+    total = row("step", whole.predicted_s, whole.measured_s, of=whole.measured_s)
+    print_table(["where the time goes", *heads], [*rows, total])
+    if found.causes:
+        rows = [
+            [
+                cause.what,
+                format_duration(cause.predicted_work_s),
+                format_duration(cause.measured_work_s),
+                format_duration(cause.step_time_s),
+                f"{cause.difference_s / whole.measured_s:+.1%}",
+            ]
+            for cause in found.causes
+        ]
+        heads = ["predicted", "measured", "step becomes", "of the step"]
+        total = ["step", *total[1:3], "", total[3]]
+        print_table(["replayed with what was measured of", *heads], [*rows, total])
+    if found.ranks:
+        _show_ranks(found)
+    if found.actions:
+        _show_actions(found)
+    print_lines([found.finding])
+
+
+def _show_ranks(found: ItemisedComparison) -> None:
+    """What each rank spends its step on, predicted → measured."""
+    from parsim.units import format_duration
+
+    keys = [
+        part.what
+        for part in found.whole.parts
+        if any(p.what == part.what for row in found.ranks for p in row.parts)
+    ]
+    rows = []
+    for rank in found.ranks[:RANKS_SHOWN]:
+        parts = {part.what: part for part in rank.parts}
+        rows.append(
+            [
+                str(rank.rank),
+                *(
+                    f"{format_duration(parts[key].predicted_s)} → "
+                    f"{format_duration(parts[key].measured_s)}"
+                    for key in keys
+                ),
+            ]
+        )
+    print_table(["rank", *keys], rows)
+    if len(found.ranks) > RANKS_SHOWN:
+        say(f"{len(found.ranks) - RANKS_SHOWN} more ranks are in --json")
+
+
+def _show_actions(found: ItemisedComparison) -> None:
+    """Actions by stage and kind, those first that cost or save most in all."""
+    from parsim.units import format_duration
+
+    rows = [
+        [
+            action.name,
+            str(action.number),
+            format_duration(action.predicted_s),
+            format_duration(action.measured_s),
+            f"{action.predicted_s / action.measured_s - 1:+.1%}",
+            f"{format_duration(action.fastest_s)} to {format_duration(action.slowest_s)}",
+            action.slowest,
+        ]
+        for action in found.actions[:ACTIONS_SHOWN]
+    ]
+    heads = ["number", "predicted", "measured", "error", "measured range", "slowest"]
+    print_table(["actions", *heads], rows)
+    if len(found.actions) > ACTIONS_SHOWN:
+        say(f"{len(found.actions) - ACTIONS_SHOWN} more kinds of action are in --json")

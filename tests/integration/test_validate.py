@@ -1,0 +1,64 @@
+"""`parsim validate PREDICTION MEASUREMENT`: a step's error itemised, drawn and traced."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parsim.cli.main import run_command
+from parsim.cli.options import Flags, load_plan
+from parsim.export.timeline_json import timeline_to_data
+from parsim.schedule.program import task_times, timeline_of
+from parsim.simulate.fold import unfolded
+from parsim.simulate.prediction import program_of
+from parsim.timeline import breakdown_s
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run_command([*arguments, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_validate_itemises_a_step_with_its_spans(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A step of which all compute took a quarter longer: validate replays the prediction and says so."""
+    plan = "dp=2,tp=2,pp=2,micro_batch=1,schedule=1f1b"
+    flags = ["--model", "tiny-llama-8l", "--hardware", "local-cpu", "--seq-len", "128"]
+    prediction = answer(capsys, "simulate", *flags, "--plan", plan)
+    (tmp_path / "prediction.json").write_text(json.dumps(prediction))
+    setup, parsed = load_plan(str(tmp_path / "prediction.json"), Flags())
+    program, _ = program_of(setup.job, parsed, setup.costs())
+    slower = tuple(
+        t._replace(duration_s=1.25 * t.duration_s) if t.stream == "compute" else t for t in program.tasks
+    )
+    program = dataclasses.replace(program, tasks=slower)
+    timeline = unfolded(timeline_of(program, task_times(program)), parsed)
+    timeline = dataclasses.replace(timeline, source="measured")
+    measurement = {
+        "step_time_s": timeline.end_s,
+        "plan": prediction["plan"],
+        "breakdown_s": breakdown_s(timeline),
+        "timeline": timeline_to_data(timeline),
+    }
+    (tmp_path / "measurement.json").write_text(json.dumps(measurement))
+    paths = [str(tmp_path / name) for name in ("prediction.json", "measurement.json")]
+    pictures = {flag: tmp_path / f"{flag[2:]}.svg" for flag in ("--chart", "--waterfall")}
+    trace = tmp_path / "both.json"
+    extra = [str(word) for pair in pictures.items() for word in pair]
+    found = answer(capsys, "validate", *paths, *extra, "--trace", str(trace))
+    causes = {cause["what"]: cause["difference_s"] for cause in found["causes"]}
+    error_s = found["predicted_s"] - found["measured_s"]
+    assert sum(causes.values()) == pytest.approx(error_s, rel=1e-9)
+    assert causes["compute"] + causes["optimizer"] == pytest.approx(error_s, rel=1e-6)
+    assert "because of compute" in found["finding"]
+    assert [row["rank"] for row in found["ranks"]] == list(range(8))
+    assert all("because of compute" in path.read_text() for path in pictures.values())
+    processes = {
+        event["args"]["name"]
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event["name"] == "process_name"
+    }
+    assert processes == {f"{source} rank {i}" for source in ("simulated", "measured") for i in range(8)}

@@ -1,0 +1,177 @@
+"""Why a step was mispredicted: known errors are put into a step, and must be found again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parsim.compare.causes import causes_of
+from parsim.compare.itemised import ItemisedComparison, itemise
+from parsim.compare.waiting import fair_breakdowns_s, without_waiting
+from parsim.config import load_cluster, load_model, load_stack
+from parsim.cost.stage import CostModel
+from parsim.plan import Job, ParallelPlan
+from parsim.schedule.program import Program, Task, task_times, timeline_of
+from parsim.simulate.fold import unfolded
+from parsim.simulate.prediction import program_of
+from parsim.timeline import Span, Timeline
+
+PLAN = ParallelPlan(dp=2, tp=2, pp=2, micro_batch=1, schedule="1f1b")
+PIPELINE = ParallelPlan(pp=2, micro_batch=1, schedule="1f1b")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return program_for(PLAN)
+
+
+def program_for(plan: ParallelPlan) -> Program:
+    cluster = load_cluster("local-cpu")
+    job = Job(model=load_model("tiny-llama-8l"), seq_len=256, global_batch=8, precision="fp32")
+    costs = CostModel(job.model, cluster, load_stack("parsim-executor"))
+    return program_of(job, plan, costs)[0]
+
+
+def stretched(program: Program, factors: dict[str, float]) -> Program:
+    """The program with tasks of some kinds so many times as long."""
+    tasks = tuple(t._replace(duration_s=t.duration_s * factors.get(t.kind, 1.0)) for t in program.tasks)
+    return dataclasses.replace(program, tasks=tasks)
+
+
+def measured_of(program: Program, plan: ParallelPlan = PLAN) -> Timeline:
+    """What running the program would measure on every rank."""
+    timeline = unfolded(timeline_of(program, task_times(program)), plan)
+    return dataclasses.replace(timeline, source="measured")
+
+
+def compared(program: Program, measured: Timeline, plan: ParallelPlan = PLAN) -> ItemisedComparison:
+    predicted = unfolded(timeline_of(program, task_times(program)), plan)
+    ends = predicted.end_s, measured.end_s
+    return itemise(predicted, measured, plan, predicted_s=ends[0], measured_s=ends[1], program=program)
+
+
+@pytest.mark.parametrize(
+    ("what", "kinds"),
+    [
+        ("compute", ["forward", "backward"]),
+        ("tp", ["tp"]),
+        ("dp", ["dp"]),
+        ("optimizer", ["optimizer"]),
+        ("overhead", ["host"]),
+    ],
+)
+def test_one_wrong_part_explains_the_whole_error(program: Program, what: str, kinds: list[str]) -> None:
+    measured = measured_of(stretched(program, dict.fromkeys(kinds, 1.5)))
+    found = compared(program, measured)
+    by_what = {cause.what: cause for cause in found.causes}
+    whole_s = found.whole.predicted_s - found.whole.measured_s
+    assert whole_s < 0
+    assert by_what[what].difference_s == pytest.approx(whole_s, rel=1e-6)
+    assert by_what[what].measured_work_s == pytest.approx(1.5 * by_what[what].predicted_work_s)
+    assert sum(abs(c.difference_s) for c in found.causes if c.what != what) < 1e-6 * abs(whole_s)
+
+
+def test_a_slow_link_between_stages_is_named() -> None:
+    program = program_for(PIPELINE)
+    measured = measured_of(stretched(program, {"pp": 300.0}), PIPELINE)
+    found = compared(program, measured, PIPELINE)
+    by_what = {cause.what: cause.difference_s for cause in found.causes}
+    assert by_what["pp"] == pytest.approx(found.whole.predicted_s - found.whole.measured_s, rel=1e-6)
+    assert "pipeline transfers" in found.because
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    factors=st.dictionaries(
+        st.sampled_from(["forward", "backward", "tp", "dp", "optimizer", "host"]),
+        st.floats(0.25, 4.0),
+    ),
+    longer=st.floats(0.8, 1.25),
+)
+def test_causes_and_parts_add_up_whatever_was_measured(
+    program: Program, factors: dict[str, float], longer: float
+) -> None:
+    measured = measured_of(stretched(program, factors))
+    measured_s = longer * measured.end_s
+    predicted = measured_of(program)
+    found = itemise(
+        predicted, measured, PLAN, predicted_s=predicted.end_s, measured_s=measured_s, program=program
+    )
+    error_s = predicted.end_s - measured_s
+    assert sum(c.difference_s for c in found.causes) == pytest.approx(error_s, abs=1e-12)
+    assert sum(p.difference_s for p in found.whole.parts) == pytest.approx(error_s, abs=1e-9)
+    for row in found.ranks:
+        assert sum(p.measured_s for p in row.parts) == pytest.approx(measured_s)
+        assert sum(p.predicted_s for p in row.parts) == pytest.approx(predicted.end_s)
+
+
+def test_a_perfect_prediction_has_nothing_to_explain(program: Program) -> None:
+    found = compared(program, measured_of(program))
+    assert found.because == ""
+    assert max(abs(cause.difference_s) for cause in found.causes) < 1e-9 * found.whole.measured_s
+
+
+def test_a_slow_replica_is_imbalance_and_compute() -> None:
+    """Rank 1 computes a second longer: half of it is the mean rank's compute, half is waiting for it."""
+    plan = ParallelPlan(dp=2)
+    tasks = (
+        Task(0, "compute", "0F0", "forward", 1.0, ()),
+        Task(0, "dp", "gradients 0", "dp", 0.5, (0,)),
+    )
+    program = Program(tasks=tasks)
+    measured = Timeline(
+        source="measured",
+        spans=(
+            Span(0, "compute", "0F0", 0.0, 1.0, "forward"),
+            Span(0, "dp", "gradients 0", 1.0, 2.5, "dp"),
+            Span(1, "compute", "0F0", 0.0, 2.0, "forward"),
+            Span(1, "dp", "gradients 0", 2.0, 2.5, "dp"),
+        ),
+    )
+    causes = {c.what: c.difference_s for c in causes_of(program, plan, measured, 2.5)}
+    assert causes == pytest.approx({"compute": -0.5, "dp": 0.0, "imbalance": -0.5, "rest": 0.0})
+    parts = fair_breakdowns_s(measured, plan)
+    assert (parts[0]["imbalance"], parts[0]["dp_exposed"], parts[0]["bubble"]) == (1.0, 0.5, 0.0)
+    assert (parts[1]["imbalance"], parts[1]["compute"]) == (0.0, 2.0)
+
+
+def test_waiting_for_another_stage_is_bubble() -> None:
+    plan = ParallelPlan(pp=2)
+    spans = (
+        Span(0, "compute", "0F0", 0.0, 2.0, "forward", 0, 0),
+        Span(0, "pp_send_next", "0F0", 2.0, 2.1, "pp", 0, 0),
+        Span(1, "pp_recv_prev", "0F0", 0.0, 2.5, "pp", 0, 0),
+        Span(1, "compute", "1F0", 2.5, 4.0, "forward", 1, 0),
+    )
+    parts = fair_breakdowns_s(Timeline(spans=spans, source="measured"), plan)
+    assert parts[1]["pp_exposed"] == pytest.approx(0.5)
+    assert parts[1]["bubble"] == pytest.approx(2.0)
+    assert parts[1]["imbalance"] == 0.0
+
+
+def test_collectives_that_do_not_match_stay_as_they_are() -> None:
+    spans = (
+        Span(0, "tp", "0F0", 0.0, 2.0, "tp"),
+        Span(0, "tp", "0F0", 2.0, 3.0, "tp"),
+        Span(1, "tp", "0F0", 1.0, 2.0, "tp"),
+    )
+    timeline = Timeline(spans=spans, source="measured")
+    assert without_waiting(timeline, ParallelPlan(tp=2)) == timeline
+
+
+def test_actions_are_grouped_and_the_slowest_is_named(program: Program) -> None:
+    measured = measured_of(program)
+    slow = next(s for s in measured.spans if s.rank == 5 and s.name == "1B2" and s.stream == "compute")
+    spans = tuple(s._replace(end_s=s.end_s + 0.001) if s is slow else s for s in measured.spans)
+    found = compared(program, dataclasses.replace(measured, spans=spans))
+    first = found.actions[0]
+    assert (first.name, first.slowest) == ("1B", "rank 5 1B2")
+    assert first.number == 4 * PLAN.num_micro_batches(job_of_eight())
+    assert first.slowest_s - first.fastest_s == pytest.approx(0.001, rel=1e-3)
+
+
+def job_of_eight() -> Job:
+    return Job(model=load_model("tiny-llama-8l"), seq_len=256, global_batch=8)
