@@ -105,6 +105,10 @@ class Stack:
     """A column-parallel product's backward reduces its input's gradient beside the weight gradient and,
     with sequence parallelism, gathers the input again beside the input gradient (Megatron-LM from
     2021-10, Korthikanti et al. 2022, section 4.2.2)."""
+    context_exchange: Literal["ring", "all_gather"] = "ring"
+    """How context-parallel ranks come by the keys and values of others. ring: part by part, beside the
+    attention to the part before; all_gather: all before the attention, kept for its backward, whose
+    gradients a reduce-scatter brings home (Llama Team 2024, arXiv 2407.21783, section 3.3.2)."""
     overlap_cost: float = 0.2
     """Share of tensor-parallel communication beside a GEMM that costs time all the same: it takes SMs
     and memory bandwidth from the GEMM."""

@@ -299,7 +299,7 @@ def _verify(case: Case, how: Launch) -> Verification | None:
     """Compare with single-process training, on a shrunken model where the full one is large."""
     from parsim.execute.launch.cases import run_cases, verification_case
     from parsim.execute.measurement import Verification
-    from parsim.execute.support import shrunken
+    from parsim.execute.shrink import shrunken
     from parsim.model import num_parameters
     from parsim.schedule import running_schedule
     from parsim.units import format_count

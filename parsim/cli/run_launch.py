@@ -78,23 +78,30 @@ def show_step(step: Progress) -> None:
     say(f"{name}: {format_duration(step.time_s)}, loss {step.loss:.6f}")
 
 
-def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | None:
-    """Execute, unless the ranks cannot fit into this machine's memory; None but on machine 0."""
+def require_memory(case: Case, how: Launch, prediction: Prediction) -> None:
+    """Raise ParsimError where the ranks cannot fit into this machine's memory."""
     from parsim.errors import ParsimError
     from parsim.execute.devices import available_memory_bytes
-    from parsim.execute.launch.cases import run_cases
-    from parsim.execute.measurement import Measurement
     from parsim.units import format_bytes
 
-    ranks = how.nodes.ranks_per_node(case.world_size)
+    ranks = how.ranks_here(case)
     needed, there = prediction.memory.peak * ranks, available_memory_bytes()
     if how.device == "cpu" and needed > there:
         raise ParsimError(
             "the ranks of this plan do not fit into this machine's memory",
             got=f"{ranks} ranks of about {format_bytes(prediction.memory.peak)}",
             expected=f"at most {format_bytes(there)} in all",
-            hint="a smaller model: `parsim models` lists some whose name contains 'tiny'",
+            hint="a smaller model: `parsim models` lists some whose name contains 'tiny'; --verify "
+            "alone shrinks it",
         )
+
+
+def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | None:
+    """Execute, unless the ranks cannot fit into this machine's memory; None where others answer."""
+    from parsim.execute.launch.cases import run_cases
+    from parsim.execute.measurement import Measurement
+
+    require_memory(case, how, prediction)
     found = run_cases([case], how)
     if not found:
         return None

@@ -1,4 +1,5 @@
-"""Self-attention as operations on one rank: grouped-query and latent, fused and unfused, ring.
+"""Self-attention as operations on one rank: grouped-query and latent, fused and unfused, and what
+context parallelism adds to it.
 
 Letters as in the papers: s sequence, b micro-batch, h hidden, a heads, t = tp, c = cp, f = ffn_hidden,
 T = b·s/c tokens of a rank, e bytes of an activation.
@@ -24,7 +25,10 @@ def attention_operations(
     kv_heads = math.ceil(model.kv_heads / cell.tp)
     columns = (heads * d, kv_heads * d, kv_heads * d)
     qkv_width = sum(columns)
-    core = _core(cell, stack, heads, kv_heads, d, d, window, qkv_bytes=T * qkv_width * e)
+    core = _core(
+        cell, stack, heads, kv_heads, d, d, window,
+        qkv_bytes=T * qkv_width * e, kv_bytes=T * 2 * kv_heads * d * e,
+    )  # fmt: skip
     rotated = T * (heads + kv_heads) * d * e
     passes = 2 if stack.fused_elementwise else 6
     if stack.complex_rotary:  # cast to fp32, multiplied, cast back: 2 + 4, 4 + 4, 4 + 2 bytes a value
@@ -36,9 +40,9 @@ def attention_operations(
     return (
         *linear("qkv", T, qkv_width, h, cell, stack, saved_bytes=x, columns=columns, after_norm=True),
         *((rope,) if model.position == "rope" else ()),
-        *_ring(cell, 2 * kv_heads * d),
+        *_keys_and_values(cell, stack, 2 * kv_heads * d),
         *core,
-        *_merges(cell, heads * d),
+        *_merges(cell, stack, heads * d),
         *linear(
             "attention output",
             T,
@@ -89,24 +93,33 @@ def latent_attention_operations(model: ModelSpec, cell: Cell, stack: Stack) -> t
         forward_bytes=2 * T * heads * 2 * qk_dim * e,
         backward_bytes=2 * T * heads * 2 * qk_dim * e,
     )
-    core = _core(cell, stack, heads, heads, qk_dim, mla.v_head_dim, 0, qkv_bytes=qkv_bytes)
+    core = _core(
+        cell, stack, heads, heads, qk_dim, mla.v_head_dim, 0,
+        qkv_bytes=qkv_bytes, kv_bytes=T * heads * (qk_dim + mla.v_head_dim) * e,
+    )  # fmt: skip
     width = heads * mla.v_head_dim
-    ring = _ring(cell, heads * (qk_dim + mla.v_head_dim))
+    exchange = _keys_and_values(cell, stack, heads * (qk_dim + mla.v_head_dim))
     output = linear(
         "attention output", T, h, width, cell, stack, saved_bytes=T * width * e, before_residual=True
     )
-    merges = _merges(cell, heads * mla.v_head_dim)
-    return (*operations, assembled, *ring, *core, *merges, *output)
+    merges = _merges(cell, stack, heads * mla.v_head_dim)
+    return (*operations, assembled, *exchange, *core, *merges, *output)
 
 
-def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
-    """Context parallelism: keys and values go round the ring beside the attention they feed.
+def _keys_and_values(cell: Cell, stack: Stack, kv_width: int) -> tuple[Transfer, ...]:
+    """Context parallelism: keys and values go round the ring beside the attention they feed, or are
+    gathered before it.
 
-    Source: Liu et al. 2023 (ring attention), arXiv 2310.01889. The backward passes the gradients too.
+    Source: Liu et al. 2023 (ring attention), arXiv 2310.01889: the backward passes the gradients too.
     """
     if cell.cp == 1:
         return ()
     size = cell.tokens * cell.cp * kv_width * cell.activation_bytes
+    if stack.context_exchange == "all_gather":
+        return tuple(
+            Transfer(name="keys and values", stream="cp", kind=kind, num_bytes=size, when=when)
+            for when, kind in zip(PASSES, ("all_gather", "reduce_scatter"), strict=True)
+        )
     return tuple(
         Transfer(
             name="keys and values",
@@ -120,7 +133,7 @@ def _ring(cell: Cell, kv_width: int) -> tuple[Transfer, ...]:
     )
 
 
-def _merges(cell: Cell, width: int) -> tuple[Elementwise, ...]:
+def _merges(cell: Cell, stack: Stack, width: int) -> tuple[Elementwise, ...]:
     """Sums over the steps of a ring: each but the first reads its part of the output, or of the gradient
     of the queries, and adds it to a sum kept in fp32.
 
@@ -128,7 +141,7 @@ def _merges(cell: Cell, width: int) -> tuple[Elementwise, ...]:
     the same work, half of these steps have all queries and half have half of them. Source: Transformer
     Engine's attention over point-to-point transfers.
     """
-    if cell.cp == 1:
+    if cell.cp == 1 or stack.context_exchange == "all_gather":
         return ()
     values = 0.75 * (cell.cp - 1) * cell.tokens * width
     moved = values * (cell.activation_bytes + 2 * 4)
@@ -145,6 +158,7 @@ def _core(
     window: int,
     *,
     qkv_bytes: float,
+    kv_bytes: float,
 ) -> tuple[Operation, ...]:
     """softmax(QKᵀ)V: one fused kernel, or two batched GEMMs around kernels over the s² scores."""
     b, s, e = cell.micro_batch, cell.seq_len, cell.activation_bytes
@@ -154,6 +168,8 @@ def _core(
     # Flash keeps a logarithm a query (fp32); else 5·b·a·s² bytes of softmax output, dropout mask and
     # dropout output stay (Korthikanti et al. 2022, section 4.1).
     kept = 4.0 * b * heads * queries if fused else scores * (e + (1 + e if stack.dropout else 0))
+    if stack.context_exchange == "all_gather":
+        kept += (cell.cp - 1) * kv_bytes  # other ranks' keys and values
     attention = Attention(
         batch=b,
         seq_len=s,

@@ -16,6 +16,7 @@ from parsim.cost.operation import Attention, Gemm, Operation, Transfer
 from parsim.cost.recompute import recomputed, recomputed_shares
 from parsim.cost.stage import CostModel
 from parsim.plan import Job, ParallelPlan, stage_layers
+from parsim.stack import Stack
 
 
 class Collectives(NamedTuple):
@@ -31,7 +32,8 @@ class Tally:
     """Compute and communication inside the layers of some stages, for one micro-batch on one rank."""
 
     flops: float
-    """Hardware FLOPs: what is recomputed counts again, and attention under its causal mask in full."""
+    """Hardware FLOPs: what is recomputed counts again, and attention under its causal mask in full, but
+    for what ranks that gather a sequence leave out of it: chunks behind their own."""
     collectives: dict[tuple[str, str], Collectives]
     """By stream (tp, cp, ep) and kind."""
 
@@ -51,7 +53,7 @@ def micro_batch_tally(job: Job, plan: ParallelPlan, costs: CostModel, stages: It
                 recomputed(priced, costs.stack),
                 stops_early=costs.stack.recompute_stops_early,
             )
-            flops += sum(map(_flops, operations, again))
+            flops += sum(_flops(*each, costs.stack) for each in zip(operations, again, strict=True))
             for op, share in zip(operations, again, strict=True):
                 if isinstance(op, Transfer):
                     times = 1 + (share if op.when == "forward" else 0)
@@ -63,12 +65,16 @@ def micro_batch_tally(job: Job, plan: ParallelPlan, costs: CostModel, stages: It
     )
 
 
-def _flops(op: Operation, again: float) -> float:
+def _flops(op: Operation, again: float, stack: Stack) -> float:
     """Forward, backward, and the share of the forward that runs again."""
     if isinstance(op, Gemm):
         return (3 + again) * op.flops
     if isinstance(op, Attention):
         # Without a fused kernel the backward has two products for each of the forward's two.
         backward = BACKWARD_FLOPS_RATIO if op.fused else 2.0
-        return (1 + backward + again) * op.flops
+        ranks, seen = op.context_ranks, 1.0
+        if ranks > 1 and stack.context_exchange == "all_gather":
+            # Chunks i and 2·cp − 1 − i see i + 1 and 2·cp − i of 2·cp chunks, whatever i is.
+            seen = (2 * ranks + 1) / (4 * ranks)
+        return (1 + backward + again) * op.flops * seen
     return 0.0

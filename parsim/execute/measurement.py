@@ -58,6 +58,8 @@ class Measurement:
     """The most that each rank kept at once, without a flush; else empty."""
     staleness: tuple[dict[int, int], ...]
     """How often each rank's gradients were so many updates old when they were applied; else empty."""
+    loss_scale: dict[str, float]
+    """In fp16 the steps left out (`skipped_steps`) and the scale at the end (`final`); else empty."""
     served: Served | None = None
     """With parameter servers."""
     peak_memory_bytes: tuple[int, ...]
@@ -116,7 +118,7 @@ def measurement_of(
         spread=(max(clean) - min(clean)) / middle,
         timeline=_timeline(ranks, case),
         gradient_sent_bytes=tuple(
-            _sent_bytes(r["gradient_payload_bytes"], case.plan.dp)
+            _sent_bytes(r["gradient_payload_bytes"], case.plan.dp * case.plan.cp)
             for r in ranks
             if r["gradient_payload_bytes"]
         ),
@@ -124,6 +126,7 @@ def measurement_of(
         staleness=tuple(
             {int(age): count for age, count in r["staleness"].items()} for r in ranks if "staleness" in r
         ),
+        loss_scale=first.get("loss_scale", {}),
         peak_memory_bytes=tuple(r["peak_bytes"] for r in ranks if r["peak_bytes"] is not None),
         world_size=len(ranks),
         warmup=case.warmup,

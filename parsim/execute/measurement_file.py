@@ -60,6 +60,8 @@ def measurement_data(
     if measurement.gradient_sent_bytes:
         data["gradient_sent_bytes"] = list(measurement.gradient_sent_bytes)
         data["predicted_gradient_sent_bytes"] = list(predicted_gradient_bytes)
+    if measurement.loss_scale:
+        data["loss_scale"] = dict(measurement.loss_scale)
     if measurement.weight_versions:
         data["weight_versions"] = list(measurement.weight_versions)
     if measurement.staleness:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parsim.execute.token_file import TokenFile
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import STAGE_LISTS, Job, ParallelPlan
 from parsim.schedule.action import Schedule, parse_action
 
@@ -48,7 +48,9 @@ class Case:
     seed: int = 0
     """Of the parameters and of the tokens."""
     dtype: str = "fp32"
-    """What the ranks compute in: fp64, fp32 or bf16 (with fp32 optimizer states)."""
+    """What the ranks compute in: fp64, fp32, or bf16 or fp16 with fp32 optimizer states."""
+    loss_scale: float = 65536.0
+    """What an fp16 loss is multiplied by at first."""
     verify: bool = False
     """Compare gradients and loss with single-process training instead of timing."""
     tokens: TokenFile | None = None
@@ -88,9 +90,9 @@ def encode_case(case: Case) -> dict[str, Any]:
 def decode_case(data: dict[str, Any]) -> Case:
     """The Case that `encode_case` made plain; models with parts that never run are refused earlier."""
     job, plan, schedule = dict(data["job"]), dict(data["plan"]), data["schedule"]
-    assert job["model"]["moe"] is None
-    assert job["model"]["mla"] is None
-    job["model"] = ModelSpec(**job["model"])
+    model = dict(job["model"])
+    assert model["mla"] is None
+    job["model"] = ModelSpec(**(model | {"moe": model["moe"] and MoeSpec(**model["moe"])}))
     plan |= {key: tuple(plan[key]) for key in STAGE_LISTS}
     ranks = tuple(tuple(map(parse_action, rank)) for rank in schedule["ranks"])
     nouns = {

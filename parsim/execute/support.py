@@ -5,12 +5,10 @@ A plan is refused where torch lacks a part of it or computes it wrong; nothing i
 
 from __future__ import annotations
 
-import dataclasses
-
 from parsim.cost.compression import keeps_residual
 from parsim.errors import ParsimError
 from parsim.execute.request import Case
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import (
     ASYNCHRONOUS_SCHEDULES,
     USUAL_PLACEMENT,
@@ -23,7 +21,7 @@ from parsim.schedule.action import INPUT_GRAD, Schedule
 from parsim.schedule.check import divisors, recompute_problems
 from parsim.schedule.check_actions import check_schedule
 
-DTYPES = ("fp64", "fp32", "bf16")
+DTYPES = ("fp64", "fp32", "bf16", "fp16")
 
 
 def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: str) -> None:
@@ -34,7 +32,7 @@ def check_executable(job: Job, plan: ParallelPlan, schedule: Schedule, dtype: st
             where="precision",
             got=dtype,
             expected=", ".join(DTYPES),
-            hint="fp16 would need loss scaling, fp8 kernels that torch does not choose by itself",
+            hint="fp8 has kernels that torch does not choose by itself",
         )
     _check_model(job.model, plan)
     _check_sizes(job, plan)
@@ -100,7 +98,9 @@ def _refuse(part: str, where: str, got: object, hint: str | None = None) -> Pars
 
 def _check_model(model: ModelSpec, plan: ParallelPlan) -> None:
     if model.moe is not None:
-        raise _refuse("mixtures of experts", "model.moe", f"{model.moe.experts} experts")
+        _check_experts(model.moe, plan)
+    elif plan.ep > 1:
+        raise _refuse("expert parallelism without experts", "ep", plan.ep)
     if model.mla is not None:
         raise _refuse("multi-head latent attention", "model.mla", "MLA")
     if model.mtp_layers:
@@ -124,12 +124,58 @@ def _check_model(model: ModelSpec, plan: ParallelPlan) -> None:
         )
 
 
+def _check_experts(moe: MoeSpec, plan: ParallelPlan) -> None:
+    if moe.router_bias:
+        raise _refuse(
+            "routing biases that balance the load",
+            "model.moe.router_bias",
+            True,
+            "they are set by counts of tokens, not by gradients",
+        )
+    if plan.expert_tp > 1:
+        raise _refuse("experts cut over tensor-parallel ranks", "expert_tp", plan.expert_tp)
+    if plan.tp > 1 and not plan.sequence_parallel:
+        raise _refuse(
+            "experts on tensor-parallel ranks that all have the same tokens",
+            "sequence_parallel",
+            False,
+            "with sequence_parallel=yes each routes its own",
+        )
+    for key, size in (
+        ("experts", moe.experts),
+        ("dp·cp·tp", plan.dp * plan.cp * plan.tp),
+    ):
+        if size % plan.ep:
+            raise ParsimError(
+                f"ep must divide {key}",
+                where="ep",
+                got=f"ep {plan.ep}, {key} {size}",
+                hint=f"legal for {key}: {divisors(size)}",
+            )
+    if plan.compression != "none" and (plan.ep > 1 or plan.tp > 1):
+        raise _refuse(
+            "compressed gradients of experts that other ranks hold than the dense layers",
+            "compression",
+            plan.compression,
+        )
+
+
 def _check_sizes(job: Job, plan: ParallelPlan) -> None:
     model = job.model
-    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "ffn_hidden": model.ffn_hidden}
-    sizes["vocab"] = model.vocab
+    sizes = {"heads": model.heads, "kv_heads": model.kv_heads, "vocab": model.vocab}
+    if not all(map(model.is_moe_layer, range(model.layers))):
+        sizes["ffn_hidden"] = model.ffn_hidden
+    if model.moe is not None and model.moe.shared_ffn_hidden:
+        sizes["moe.shared_ffn_hidden"] = model.moe.shared_ffn_hidden
+    if plan.cp > 1 and job.seq_len % (2 * plan.cp):
+        raise ParsimError(
+            "context parallelism cuts a causal sequence into 2·cp chunks",
+            where="cp",
+            got=f"cp {plan.cp}, seq_len {job.seq_len}",
+            expected=f"a sequence length that is a multiple of {2 * plan.cp}",
+        )
     if plan.sequence_parallel:
-        sizes["seq_len"] = job.seq_len
+        sizes["seq_len / cp"] = job.seq_len // plan.cp
     if model.position == "learned":
         sizes["position_rows"] = rows = model.position_rows or model.max_seq_len
         if job.seq_len > rows:
@@ -157,10 +203,10 @@ def _check_sizes(job: Job, plan: ParallelPlan) -> None:
 
 
 def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
-    if plan.cp > 1:
-        raise _refuse("context parallelism", "cp", plan.cp)
-    if plan.ep > 1:
-        raise _refuse("expert parallelism", "ep", plan.ep)
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
+        for key in ("cp", "ep"):
+            if getattr(plan, key) > 1:
+                raise _refuse(f"{key} in a pipeline without a flush", key, getattr(plan, key))
     if plan.placement != USUAL_PLACEMENT:
         raise _refuse("another placement than usual", "placement", plan.placement)
     if plan.tp_overlap:
@@ -168,8 +214,8 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
     for key, usual in (("aggregation", "bucket"), ("weighted", False)):
         if getattr(plan, key) != usual:
             raise _refuse("gradients reduced in other ways than by buckets", key, getattr(plan, key))
-    if plan.shard_group not in (1, plan.dp):
-        raise _refuse("ZeRO in groups smaller than dp", "zero_group", plan.zero_group)
+    if plan.zero and plan.shard_group != plan.dp * plan.cp:
+        raise _refuse("ZeRO in groups smaller than dp·cp", "zero_group", plan.zero_group)
     if plan.pp == 1 and plan.vpp > 1:
         raise _refuse("several model chunks without a pipeline", "vpp", plan.vpp)
     if plan.schedule in ASYNCHRONOUS_SCHEDULES and plan.compression != "none":
@@ -189,7 +235,7 @@ def _check_plan(plan: ParallelPlan, schedule: Schedule) -> None:
     splits = any(a.kind == INPUT_GRAD for a in schedule.actions())
     if splits and plan.pp == 1:
         raise _refuse("split backwards without a pipeline", "schedule", plan.schedule)
-    if splits and plan.zero == 3 and plan.dp > 1:
+    if splits and plan.zero == 3 and plan.dp * plan.cp > 1:
         raise ParsimError(
             "torch leaves gradients out under ZeRO 3 with backwards split into I and W",
             where="zero",
@@ -223,32 +269,3 @@ def _check_schedule(job: Job, plan: ParallelPlan, schedule: Schedule) -> None:
                 expected=str(expected),
             )
     check_schedule(schedule)
-
-
-def shrunken(job: Job, plan: ParallelPlan) -> Job:
-    """A job with the same structure, small enough to verify: fewer layers, narrower, shorter.
-
-    The plan runs it as it runs the original: the same divisions and remainders, the same number of
-    micro-batches and the same kinds of layers.
-    """
-    model = job.model
-    kv_heads = plan.tp * min(model.kv_heads // plan.tp, 2)
-    heads = kv_heads * min(model.heads // model.kv_heads, 2)
-    head_dim = min(model.head_dim, 8)
-    layers = model.layers
-    if not (plan.stage_split or plan.recompute_layers):
-        layers = min(layers, plan.num_stages + layers % plan.num_stages)
-    seq_len = min(job.seq_len, 16 * plan.tp)
-    small = dataclasses.replace(
-        model,
-        layers=layers,
-        hidden=heads * head_dim,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ffn_hidden=plan.tp * 24,
-        vocab=plan.tp * 48,
-        max_seq_len=seq_len,
-        position_rows=0,
-    )
-    return dataclasses.replace(job, model=small, seq_len=seq_len)

@@ -25,7 +25,7 @@ from parsim.execute.launch.checkpoint_folder import newest
 from parsim.execute.launch.torchrun import Nodes
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 
@@ -39,6 +39,9 @@ MODEL = ModelSpec(
     max_seq_len=16,
 )  # fmt: skip
 TIED = dataclasses.replace(MODEL, name="tied", tied_embeddings=True, qk_norm=True, linear_bias=True)
+EXPERTS = dataclasses.replace(
+    MODEL, name="experts", moe=MoeSpec(experts=4, top_k=2, ffn_hidden=24, dense_layers=1)
+)
 STEPS, HALF = 4, 2
 
 
@@ -77,6 +80,8 @@ TWO_RANKS: tuple[Chain, ...] = (
             "tp=2,micro_batch=8,sequence_parallel=no", "dp=2,zero=3,micro_batch=4")),
     (MODEL, ("pp=2,recompute=full", "pp=2,vpp=2,schedule=interleaved", "dp=2,zero=3,micro_batch=4",
              "pp=2,schedule=zbv,micro_batch=2")),
+    (EXPERTS, ("dp=2,ep=2,zero=1,micro_batch=4", "dp=2,zero=3,micro_batch=4", "cp=2,micro_batch=8",
+               "tp=2,ep=2,micro_batch=8")),
 )  # fmt: skip
 FOUR_RANKS: tuple[Chain, ...] = (
     (MODEL, ("dp=2,tp=2,zero=3,micro_batch=4", "tp=2,pp=2,micro_batch=8,stage_split=1-3",

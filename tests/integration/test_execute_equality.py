@@ -10,7 +10,7 @@ from parsim.execute.launch.attempts import Launch
 from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.measurement import Verification
 from parsim.execute.request import Case
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule, parse_action
@@ -32,7 +32,17 @@ GPT = dataclasses.replace(
 )
 QWEN = dataclasses.replace(LLAMA, name="qwen", head_dim=6, qkv_bias=True, qk_norm=True)
 TIED = dataclasses.replace(LLAMA, name="tied", tied_embeddings=True)
-MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, TIED)}
+MIXTRAL = dataclasses.replace(LLAMA, name="mixtral", moe=MoeSpec(experts=4, top_k=2, ffn_hidden=24))
+# A dense layer first, an expert that every token visits, biases.
+DEEPSEEK = dataclasses.replace(
+    LLAMA,
+    name="deepseek",
+    moe=MoeSpec(
+        experts=4, top_k=2, ffn_hidden=24, shared_ffn_hidden=32, dense_layers=1, expert_bias=True,
+        shared_gate=True,
+    ),
+)  # fmt: skip
+MODELS = {model.name: model for model in (LLAMA, GPT, QWEN, TIED, MIXTRAL, DEEPSEEK)}
 
 
 def listed(name: str, *rows: str) -> Schedule:
@@ -97,6 +107,17 @@ TWO_RANKS = (
     "gpt pp=2,recompute=full | split",
     "qwen tp=2",
     "qwen dp=2,zero=3,recompute=selective",
+    "llama cp=2",
+    "llama cp=2,zero=3",
+    "gpt cp=2,zero=1,recompute=full",
+    "qwen cp=2,recompute=selective",
+    "mixtral dp=2,ep=2",
+    "mixtral dp=2,zero=3,recompute=full",
+    "mixtral pp=2,schedule=zb-h1",
+    "deepseek dp=2,ep=2,zero=1",
+    "deepseek dp=2,ep=2,zero=3,recompute=full",
+    "deepseek tp=2",
+    "deepseek cp=2,ep=2,zero=2",
     "tied tp=2",
     "tied dp=2,zero=3",
 )
@@ -115,8 +136,22 @@ FOUR_RANKS = (
     "llama dp=2,pp=2,vpp=2,zero=3,schedule=looped-bfs",
     "qwen tp=2,pp=2,schedule=dualpipev",
     "llama pp=4,schedule=zb-h2 2",
+    "llama dp=2,cp=2,zero=3",
+    "gpt tp=2,cp=2,zero=3",
+    "qwen cp=2,pp=2,schedule=zb-h1",
+    "llama cp=2,pp=2,zero=2,schedule=dualpipev",
+    "deepseek dp=2,tp=2,ep=2,zero=3",
+    "deepseek dp=2,tp=2,ep=4,zero=3",
+    "deepseek dp=2,tp=2,zero=1",
+    "deepseek dp=2,pp=2,ep=2,zero=2,schedule=zbv",
+    "mixtral dp=2,pp=2,ep=2,zero=3",
 )
-EIGHT_RANKS = ("llama dp=2,tp=2,pp=2", "gpt dp=2,tp=2,pp=2,zero=3")
+EIGHT_RANKS = (
+    "llama dp=2,tp=2,pp=2",
+    "gpt dp=2,tp=2,pp=2,zero=3",
+    "deepseek dp=2,tp=2,cp=2,ep=4,zero=2",
+    "mixtral tp=2,cp=2,pp=2,ep=2,zero=3,recompute=full",
+)
 
 
 def launched(texts: tuple[str, ...]) -> dict[str, Verification]:

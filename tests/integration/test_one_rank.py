@@ -75,6 +75,9 @@ EIGHT_RANKS = (
     case("dp=4,pp=2,zero=3,schedule=interleaved,vpp=2"),
     case("dp=2,tp=2,pp=2,zero=1,schedule=zbv,vpp=2", NORMED_HEADS),
     case("tp=4,pp=2,recompute=full,recompute_layers=2-1"),
+    case("cp=8,zero=3,recompute=full"),
+    case("dp=2,cp=2,tp=2,zero=1", BIASED),
+    case("cp=2,tp=2,pp=2,recompute=selective"),
 )
 
 

@@ -12,6 +12,7 @@ from parsim.cost.gemm import DEFAULT_LAUNCH_S, DEFAULT_MEMORY_EFFICIENCY
 from parsim.cost.layer import embedding_operations, layer_operations
 from parsim.cost.operation import Attention, Elementwise, Gemm, Operation, Transfer
 from parsim.cost.price import PartTime, PassTime, part_time
+from parsim.cost.self_attention import attention_operations
 from parsim.cost.stage import CostModel
 from parsim.cost.step import step_cost
 from parsim.model import MlaSpec, ModelSpec, num_parameters
@@ -273,6 +274,27 @@ def test_recomputing_the_attention_core_repeats_its_ring() -> None:
     plan = ParallelPlan(cp=16, recompute="selective")  # a ring over two nodes that attention cannot hide
     time = CostModel(GPT, round_cluster(), plain_stack()).layer(cell_of(job, plan), 0).time
     assert time.recompute.cp_s == time.forward.cp_s > 0
+
+
+def test_gathered_keys_and_values_are_sent_once_each_way_and_kept() -> None:
+    """Llama Team 2024, section 3.3.2: an all-gather before the attention, a reduce-scatter behind it."""
+    plan = ParallelPlan(cp=4)
+    cell = cell_of(Job(model=GPT, seq_len=2048, global_batch=1), plan)
+    ring, gathered = (
+        attention_operations(GPT, cell, plain_stack(context_exchange=how), 0)
+        for how in ("ring", "all_gather")
+    )
+    whole = 2048 * 2 * GPT.kv_heads * GPT.head_dim * 2.0
+    sent = [(op.kind, op.num_bytes, op.beside) for op in gathered if isinstance(op, Transfer)]
+    assert sent == [("all_gather", whole, None), ("reduce_scatter", whole, None)]
+    assert sum(op.num_bytes for op in ring if isinstance(op, Transfer)) == 3 * whole
+    kept = [
+        op.qkv_bytes + op.saved_bytes
+        for operations in (ring, gathered)
+        for op in operations
+        if isinstance(op, Attention)
+    ]
+    assert kept[1] - kept[0] == whole * 3 / 4  # what the other three have
 
 
 def norm_bytes(model: ModelSpec, plan: ParallelPlan, layer: int = 0) -> tuple[float, float]:

@@ -7,11 +7,13 @@ import json
 
 import pytest
 
+from parsim.config import load_model
 from parsim.errors import ParsimError
 from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.request import Case, decode_case, encode_case
-from parsim.execute.support import check_executable, shrunken
-from parsim.model import MlaSpec, ModelSpec, MoeSpec
+from parsim.execute.shrink import fewer_replicas, shrunken
+from parsim.execute.support import check_executable
+from parsim.model import MlaSpec, ModelSpec, MoeSpec, num_parameters
 from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Action, Schedule, parse_action
@@ -20,6 +22,7 @@ MODEL = ModelSpec(
     name="small", layers=8, hidden=64, heads=8, kv_heads=4, ffn_hidden=96, gated_mlp=True, vocab=128,
     max_seq_len=32,
 )  # fmt: skip
+MOE = MoeSpec(experts=8, top_k=2, ffn_hidden=32)
 JOB = Job(model=MODEL, seq_len=32, global_batch=16)
 
 
@@ -37,6 +40,9 @@ def check(plan: str | ParallelPlan, *, dtype: str = "fp32", **model: object) -> 
         ("tp=4,pp=2", {}),
         ("dp=2,tp=2,pp=4,vpp=2,schedule=interleaved", {}),
         ("tp=2", {"tied_embeddings": True}),
+        ("dp=2,cp=4,zero=3", {}),
+        ("dp=2,tp=2,ep=4", {"moe": MOE}),
+        ("dp=2,compression=bf16", {"moe": MOE}),
         ("pp=2", {"position": "learned", "norm": "layernorm", "linear_bias": True}),
         ("pp=8,recompute=selective", {"qk_norm": True, "qkv_bias": True}),
     ],
@@ -48,7 +54,7 @@ def test_what_runs_is_let_through(plan: str, model: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"moe": MoeSpec(experts=4, top_k=2, ffn_hidden=32)}, "mixtures of experts"),
+        ({"moe": dataclasses.replace(MOE, router_bias=True)}, "routing biases"),
         (
             {
                 "mla": MlaSpec(kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
@@ -74,11 +80,13 @@ def test_parts_that_torch_has_no_code_for_here_are_refused(model: dict[str, obje
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
-        ("cp=2", "context parallelism"),
-        ("ep=2,dp=2", "expert parallelism"),
+        ("cp=3", "2·cp chunks"),
+        ("cp=2,schedule=pipedream,pp=2", "cp in a pipeline without a flush"),
+        ("ep=2,dp=2", "without experts"),
         ("tp=2,tp_overlap=yes", "overlapped"),
         ("dp=2,tp=2,placement=dp-tp-cp-pp", "another placement"),
-        ("dp=4,zero=1,zero_group=2", "groups smaller than dp"),
+        ("dp=4,zero=1,zero_group=2", "groups smaller than dp·cp"),
+        ("dp=2,cp=2,zero=3,zero_group=2", "groups smaller than dp·cp"),
         ("tp=8", "tp must divide kv_heads"),
         ("dp=3", "must divide the global batch"),
         ("dp=2,micro_batch=16", "must divide the global batch"),
@@ -89,6 +97,22 @@ def test_parts_that_torch_has_no_code_for_here_are_refused(model: dict[str, obje
 def test_plans_that_cannot_run_are_refused(plan: str, said: str) -> None:
     with pytest.raises(ParsimError, match=said):
         check(plan)
+
+
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        ("tp=2,sequence_parallel=no", "all have the same tokens"),
+        ("tp=2,ep=2,expert_tp=2", "cut over tensor-parallel ranks"),
+        ("dp=3,ep=3", "ep must divide experts"),
+        ("dp=2,ep=8", "ep must divide dp·cp·tp"),
+        ("dp=2,ep=2,compression=bf16", "other ranks hold"),
+        ("dp=2,pp=2,ep=2,schedule=pipedream", "ep in a pipeline without a flush"),
+    ],
+)
+def test_experts_are_refused_where_ranks_would_not_share_them_evenly(plan: str, said: str) -> None:
+    with pytest.raises(ParsimError, match=said):
+        check(plan, moe=MOE)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +141,7 @@ def test_a_tied_embedding_cannot_be_on_two_stages() -> None:
 
 def test_unknown_dtypes_are_refused() -> None:
     with pytest.raises(ParsimError, match="dtype"):
-        check("dp=2", dtype="fp16")
+        check("dp=2", dtype="fp8")
 
 
 def rows(*texts: str) -> Schedule:
@@ -182,10 +206,64 @@ def test_a_shrunken_job_keeps_what_the_plan_divides(text: str) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama-3.1-405b", "tp=2,pp=2,vpp=2,schedule=interleaved"),
+        ("mixtral-8x7b", "dp=4,tp=2,pp=4,ep=8,zero=1"),
+        ("mixtral-8x7b", "dp=2,cp=2,ep=2,zero=3,recompute=full"),
+        ("qwen3-235b-a22b", "dp=4,tp=4,pp=2,ep=16"),
+        ("llama-3.2-1b", "dp=2,tp=8"),
+        ("gpt3-175b", "dp=4,tp=8,zero=2"),
+    ],
+)
+def test_shipped_models_shrink_to_ones_that_run_alike(name: str, text: str) -> None:
+    model, plan = load_model(name), parse_plan(text)
+    job = Job(model=model, seq_len=2048, global_batch=8 * plan.dp)
+    small = shrunken(job, plan)
+    assert num_parameters(small.model) < 3e6
+    check_executable(small, plan, make_schedule(plan, plan.num_micro_batches(small)), "fp64")
+    assert plan.num_micro_batches(small) == 8
+    for key in ("tied_embeddings", "qk_norm", "gated_mlp", "norm", "position", "linear_bias"):
+        assert getattr(small.model, key) == getattr(model, key)
+    assert small.model.attention_kind == model.attention_kind
+    kinds, small_kinds = (
+        {m.is_moe_layer(layer) for layer in range(m.layers)} for m in (model, small.model)
+    )
+    assert small_kinds == kinds
+    large, little = stage_layers(model, plan), stage_layers(small.model, plan)
+    assert [n - min(large) for n in large] == [n - min(little) for n in little]
+
+
+def test_a_model_with_dense_and_expert_layers_keeps_both() -> None:
+    moe = MoeSpec(experts=64, top_k=6, ffn_hidden=1408, shared_ffn_hidden=2816, dense_layers=3, every=2)
+    model = dataclasses.replace(MODEL, layers=32, moe=moe)
+    small = shrunken(dataclasses.replace(JOB, model=model), parse_plan("dp=2,ep=2")).model
+    assert {small.is_moe_layer(layer) for layer in range(small.layers)} == {False, True}
+    assert small.moe is not None
+    assert (small.moe.experts, small.moe.top_k) == (4, 2)
+    assert small.layers == 3  # dense, dense, experts: the fewest with both
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "dp", "ep_ranks"),
+    [("dp=64,tp=2", 16, 2, 4), ("dp=64,ep=16", 32, 16, 16), ("dp=4,tp=2", 8, 4, 8), ("tp=16", 8, 1, 16)],
+)
+def test_replicas_beyond_two_are_left_out_where_ranks_are_too_many(
+    text: str, ranks: int, dp: int, ep_ranks: int
+) -> None:
+    plan = parse_plan(text)
+    job = dataclasses.replace(JOB, global_batch=3 * plan.dp)
+    small_job, small = fewer_replicas(job, plan, ranks)
+    assert (small.dp, small.gpus) == (dp, ep_ranks)
+    assert small.num_micro_batches(small_job) == plan.num_micro_batches(job)
+
+
 def test_a_request_survives_json() -> None:
     plan = parse_plan("pp=2,dp=2,zero=2,stage_split=3-5,recompute=full,recompute_layers=1-5")
     case = Case(
-        job=JOB, plan=plan, schedule=make_schedule(plan, plan.num_micro_batches(JOB)), steps=3, seed=7,
+        job=dataclasses.replace(JOB, model=dataclasses.replace(MODEL, moe=MOE)), plan=plan,
+        schedule=make_schedule(plan, plan.num_micro_batches(JOB)), steps=3, seed=7,
         dtype="fp64", verify=True,
     )  # fmt: skip
     assert decode_case(json.loads(json.dumps(encode_case(case)))) == case

@@ -18,7 +18,7 @@ from parsim.execute.training.transformer import (  # noqa: E402
     synthetic_tokens,
     whole,
 )
-from parsim.model import ModelSpec, num_parameters  # noqa: E402
+from parsim.model import ModelSpec, MoeSpec, num_parameters  # noqa: E402
 
 LLAMA = ModelSpec(
     name="llama", layers=3, hidden=32, heads=4, kv_heads=2, ffn_hidden=48, gated_mlp=True, vocab=64,
@@ -30,7 +30,15 @@ GPT = dataclasses.replace(
 BLOOM = dataclasses.replace(GPT, position="none", embedding_norm=True, tied_embeddings=True)
 OPT = dataclasses.replace(GPT, position_rows=18, norm_bias=False)
 QWEN = dataclasses.replace(LLAMA, head_dim=6, qkv_bias=True, qk_norm=True, final_norm=False)
-MODELS = pytest.mark.parametrize("spec", [LLAMA, GPT, BLOOM, OPT, QWEN])
+MIXTRAL = dataclasses.replace(LLAMA, moe=MoeSpec(experts=4, top_k=2, ffn_hidden=24))
+DEEPSEEK = dataclasses.replace(
+    LLAMA,
+    moe=MoeSpec(
+        experts=4, top_k=3, ffn_hidden=24, shared_ffn_hidden=32, dense_layers=1, expert_bias=True,
+        shared_gate=True,
+    ),
+)  # fmt: skip
+MODELS = pytest.mark.parametrize("spec", [LLAMA, GPT, BLOOM, OPT, QWEN, MIXTRAL, DEEPSEEK])
 
 
 def made(spec: ModelSpec, part: Part | None = None, **options: Any) -> Transformer:
@@ -99,7 +107,7 @@ def test_no_token_sees_those_after_it(spec: ModelSpec) -> None:
     other[0, 9] = (other[0, 9] + 1) % spec.vocab
     model = made(spec)
     before, after = model(tokens), model(other)
-    assert torch.equal(before[:, :9], after[:, :9])
+    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
@@ -107,7 +115,7 @@ def test_rotary_scores_depend_on_distance_alone() -> None:
     """Su et al. 2021, section 3.2: the product of rotated q and k is a function of m − n."""
     from parsim.execute.training.transformer import rope_angles, rotate
 
-    angles = rope_angles(12, 8)
+    angles = rope_angles(torch.arange(12), 8)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 12, 1, 8)
     q, k = rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())
     scores = torch.einsum("bmhd,bnhd->mn", q, k)
@@ -155,3 +163,37 @@ def test_gradients_that_are_zero_but_for_rounding_do_not_count() -> None:
     reference = Told(weight=[1.0], bias=[1e-18])
     mine = {"weight": torch.ones(1).double(), "bias": -2e-18 * torch.ones(1).double()}
     assert gradient_error(reference, mine)[0] < 1e-11  # type: ignore[arg-type]
+
+
+def test_a_token_gets_the_weighted_sum_of_its_best_experts() -> None:
+    """Jiang et al. 2024, section 2.1: Softmax(TopK(x·W_g))_i · SwiGLU_i(x), token by token."""
+    model = made(MIXTRAL)
+    layer = model.layers["0"].feed_forward
+    x = torch.randn(2, 8, MIXTRAL.hidden, dtype=torch.float64)
+    found = layer(x)
+    for b, s in [(0, 0), (0, 5), (1, 7)]:
+        scores = layer.router(x[b, s])
+        best = scores.argsort(descending=True)[:2]
+        weights = scores[best].softmax(dim=0)
+        parts = [w * layer.experts[str(int(e))](x[b, s]) for w, e in zip(weights, best, strict=True)]
+        torch.testing.assert_close(found[b, s], parts[0] + parts[1], rtol=1e-12, atol=1e-12)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
+    layer = made(MIXTRAL).layers["0"].feed_forward
+    with torch.no_grad():
+        layer.router.weight[3] = 0.0
+    x = layer.router.weight[:3].sum(dim=0).detach().expand(1, 4, -1)  # the others score higher
+    layer(x).sum().backward()
+    gradients = [p.grad for p in layer.experts["3"].parameters()]
+    assert all(g is not None and not g.any() for g in gradients)
+    assert any(p.grad.any() for p in layer.experts["0"].parameters())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_context_ranks_have_the_whole_sequence_and_equal_work(ranks: int) -> None:
+    from parsim.execute.training.context import chunks_of
+
+    chunks = [chunks_of(i, ranks) for i in range(ranks)]
+    assert sorted(sum(chunks, ())) == list(range(2 * ranks))
+    assert len({first + second for first, second in chunks}) == 1  # chunks seen, but for a constant

@@ -59,6 +59,7 @@ def served_measurement(
         gradient_sent_bytes=(),
         weight_versions=(),
         staleness=tuple(_staleness(servers, worker) for worker in range(case.plan.dp)),
+        loss_scale={},
         peak_memory_bytes=(),
         served=Served(
             servers=len(servers),

@@ -50,7 +50,7 @@ def whole_model(case: Case, device: torch.device) -> tuple[Transformer, Bucket]:
         device=device,
         seed=case.seed,
     )
-    bucket = Bucket(0, dict(model.named_parameters()), 1, 0)
+    bucket = Bucket(0, dict(model.named_parameters()))
     adopt(model, bucket.parameters)
     return model, bucket
 

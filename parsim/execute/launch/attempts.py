@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from parsim.execute.launch.checkpoint_folder import newest, remove_unfinished
+from parsim.execute.launch.joined import Joined, join
 from parsim.execute.launch.torchrun import Nodes, command, variables
 from parsim.execute.launch.watch import RankLost, Ranks
 from parsim.execute.request import Case, encode_case
@@ -52,6 +53,8 @@ class Launch:
     max_restarts: int = 0
     """How often all ranks are started again after one was lost."""
     timeout_s: float = TIMEOUT_S
+    joined: Joined | None = None
+    """The rank that this process is in a launch of somebody else's; None: it starts the ranks."""
     one_rank: int | None = None
     """Run this rank of the plan alone, with nobody to answer it; None: all ranks."""
     on_step: Callable[[Progress], None] = _unheard
@@ -61,6 +64,17 @@ class Launch:
     def num_ranks(self, case: Case) -> int:
         """Processes to start, on all machines."""
         return case.world_size if self.one_rank is None else 1
+
+    def ranks_here(self, case: Case) -> int:
+        """Those on this machine."""
+        if self.joined is not None:
+            return self.joined.local_world_size
+        return self.nodes.ranks_per_node(self.num_ranks(case))
+
+    @property
+    def answers(self) -> bool:
+        """Whether this process has the results in the end: that of machine 0, or of rank 0."""
+        return self.nodes.index == 0 and (self.joined is None or self.joined.rank == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +89,11 @@ class Outcome:
 
 def launch(cases: Sequence[Case], how: Launch) -> Outcome:
     """What each rank left for each case. No process and no file outlives this."""
+    if how.joined is not None:
+        results = join(
+            cases, how.joined, device=how.device, timeout_s=how.timeout_s, on_line=_reporter(how)
+        )
+        return Outcome(results=results, failures=())
     failures: list[str] = []
     with _ended_by_terminate(), _temporary_folder() as folder:
         while True:

@@ -80,11 +80,12 @@ def run_cases(
 ) -> list[Measurement | Verification]:
     """Run cases of equal world size one after another on the same ranks, in one launch.
 
-    On another machine than number 0 there is nothing to tell when it is over: the list is empty.
+    The list is empty where this process does not have the results: on another machine than number 0, or
+    as another rank than 0 of somebody else's launch.
     """
     check(cases, how)
     done = launch(cases, how)
-    if how.nodes.index:
+    if not how.answers:
         return []
     return [
         verification_of([rank[i] for rank in done.results])
@@ -103,7 +104,7 @@ def resumed(case: Case, how: Launch, *, resume: bool, look_only: bool = False) -
     """
     assert case.checkpoint is not None
     saved = starting_point(case, resume=resume)
-    if how.nodes.index == 0 and not look_only:
+    if how.answers and not look_only:
         prepare(Path(case.checkpoint.folder))
     if saved is None:
         return case
@@ -135,7 +136,7 @@ def check(cases: Sequence[Case], how: Launch) -> None:
     sizes = {case.world_size for case in cases}
     if len(sizes) != 1:
         raise ParsimError("plans run together need equal numbers of ranks", got=sorted(sizes))
-    needed = how.nodes.ranks_per_node(how.num_ranks(cases[0]))
+    needed = how.ranks_here(cases[0])
     if how.device == "cuda":
         for case in cases:
             check_on_gpus(case)

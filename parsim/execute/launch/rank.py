@@ -28,8 +28,18 @@ Results = list[dict[str, Any]]
 """What a rank found for each case, as plain data."""
 
 
-def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> dict[int, Results]:
-    """The results of all cases on this rank; on rank 0 also those from other machines, by rank."""
+def run_rank(
+    request: dict[str, Any],
+    folder: Path,
+    heartbeats: Heartbeats,
+    progress: Any,
+    *,
+    all_to_first: bool = False,
+) -> dict[int, Results]:
+    """The results of all cases on this rank, by rank; rank 0 writes of its steps to `progress`.
+
+    On rank 0 also those from other machines, or of all ranks.
+    """
     rank = int(os.environ["RANK"])
     device = _own_device(request["device"], int(os.environ["LOCAL_RANK"]))
     recorder = Recorder(rank, heartbeats, device)
@@ -51,14 +61,13 @@ def run_rank(request: dict[str, Any], folder: Path, heartbeats: Heartbeats) -> d
         if case.verify:
             results.append((verify_stale_case if stale else verify_case)(case, trainer))
         else:
-            with (folder / "progress.jsonl").open("a") as progress:
-                run = time_stale_case if stale else time_case if alone is None else emulate_case
-                results.append(run(case, trainer, progress, index))
+            run = time_stale_case if stale else time_case if alone is None else emulate_case
+            results.append(run(case, trainer, progress, index))
         del trainer  # before the next one takes its memory
         gc.collect()
     recorder.say("waiting: end")
     dist.barrier(group=control)
-    found = {rank: results} | _from_elsewhere(results, control)
+    found = {rank: results} | _from_others(results, control, 1 if all_to_first else ranks_per_node())
     dist.destroy_process_group()
     return found
 
@@ -71,9 +80,9 @@ def _join(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def _from_elsewhere(mine: Results, control: dist.ProcessGroup) -> dict[int, Results]:
-    """On rank 0 what the ranks of other machines found, whose files it cannot see; collective."""
-    size, here = dist.get_world_size(control), ranks_per_node()
+def _from_others(mine: Results, control: dist.ProcessGroup, here: int) -> dict[int, Results]:
+    """On rank 0 what ranks from `here` on found, of whom it sees no files; collective."""
+    size = dist.get_world_size(control)
     if size == here:
         return {}
     everyone: list[Any] | None = [None] * size if dist.get_rank() == 0 else None

@@ -27,7 +27,8 @@ def main() -> None:
         from parsim.execute.launch.rank import run_rank
 
         request = json.loads((folder / "request.json").read_text())
-        results = run_rank(request, folder, heartbeats)
+        with (folder / "progress.jsonl").open("a") as progress:
+            results = run_rank(request, folder, heartbeats, progress)
     except BaseException as error:  # whatever it is, the parent reports it
         _leave(folder / f"error-{rank}.json", _described(error, heartbeats.read(rank).doing))
         sys.stderr.flush()

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from parsim.timeline import CP
+
 _KINDS = {
     "all_reduce": "all_reduce",
     "all_reduce_": "all_reduce",
@@ -36,7 +38,7 @@ class Counted(NamedTuple):
     """Collectives of one kind in the groups of one mesh dimension."""
 
     dimension: str
-    """tp, dp or pp."""
+    """tp, dp, cp or pp."""
     kind: str
 
 
@@ -48,7 +50,8 @@ class StepCounter(TorchDispatchMode):  # type: ignore[misc]
     would be counted too: run a step before, after which it is remembered.
     """
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    def __init__(self, mesh: DeviceMesh, context: dist.ProcessGroup | None) -> None:
+        """`context`: the ranks that share a sequence. Where those are all replicas, they count as dp."""
         super().__init__()
         self.flops = 0
         self.count: Counter[Counted] = Counter()
@@ -59,6 +62,8 @@ class StepCounter(TorchDispatchMode):  # type: ignore[misc]
         self._dimensions: dict[tuple[int, ...], str] = {
             _members(mesh.get_group(name)): name for name in names
         }
+        if context is not None:
+            self._dimensions.setdefault(_members(context), CP)
 
     def __torch_dispatch__(
         self,

@@ -47,7 +47,8 @@ def emulate_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> 
         })  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     trainer.recorder.say("counting operations")
-    with StepCounter(trainer.mesh) as counted:
+    context = trainer.share.context.ranks
+    with StepCounter(trainer.mesh, context and context.group) as counted:
         _step(trainer, case.total_steps)
     if peak is None:
         trainer.recorder.say("tracking memory")

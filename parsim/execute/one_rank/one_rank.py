@@ -19,7 +19,7 @@ from parsim.execute.request import Case
 from parsim.execute.steps import StepRecord, clean_steps
 from parsim.schedule.measured import MeasuredWork
 from parsim.schedule.program import Program
-from parsim.timeline import DP, PP_STREAMS, TP
+from parsim.timeline import CP, DP, PP_STREAMS, TP
 
 PASSES = {"forward": "F", "backward": "B", "input_grad": "I", "weight_grad": "W"}
 """Kinds of actions by their names in a timeline."""
@@ -89,6 +89,14 @@ def measure_one_rank(cases: Sequence[Case], rank: int, how: Launch) -> list[OneR
     """
     how = replace(how, one_rank=rank)
     check(cases, how)
+    for case in cases:
+        if case.plan.ep > 1:
+            raise ParsimError(
+                "who computes for which token is known to all ranks together, not to one alone",
+                where="--one-rank with ep",
+                got=case.plan.ep,
+                hint="ep=1 runs all experts on the rank",
+            )
     gpus = cases[0].plan.gpus
     if not 0 <= rank < gpus:
         raise ParsimError(
@@ -179,10 +187,13 @@ def count_rows(measured: OneRank, program: Program, costs: CostModel) -> list[Co
     for dimension, streams in (
         (TP, (TP,)),
         ("pp", tuple(s for s in PP_STREAMS if s.startswith("pp_send"))),
-        (DP, (DP,)),
+        (DP, (DP, CP)),  # with one replica the same ranks sum gradients and share sequences
     ):
         sent = sum(t.num_bytes for t in program.tasks if t.rank == mine and t.stream in streams)
-        rows.append(CountRow(f"{dimension} sent", "bytes", _sent_bytes(measured, dimension), sent))
+        found = _sent_bytes(measured, dimension)
+        found += _sent_bytes(measured, CP) if CP in streams else 0.0
+        name = "dp, cp" if CP in streams and case.plan.cp > 1 else dimension
+        rows.append(CountRow(f"{name} sent", "bytes", found, sent))
     return rows
 
 
@@ -191,7 +202,7 @@ NORMS = "gradients of norms"
 
 def _sent_bytes(measured: OneRank, dimension: str) -> float:
     plan = measured.case.plan
-    size = {TP: plan.tp, DP: plan.dp}.get(dimension, 2)
+    size = {TP: plan.tp, DP: plan.dp * plan.cp, CP: plan.cp}.get(dimension, 2)
     return sum(
         c.num_bytes * (1.0 if c.kind == "send" else wire_factor(c.kind, size))
         for c in measured.collectives

@@ -29,7 +29,7 @@ def save_checkpoint(trainer: Trainer, steps: list[StepRecord], plan_since: int) 
     folder, step = Path(case.checkpoint.folder), len(steps)
     trainer.recorder.say(f"writing the checkpoint of step {step}")
     dcp.save(
-        saved_states(trainer.data_parallel),
+        saved_states(trainer.data_parallel) | _loss_scale_states(trainer),
         storage_writer=FileSystemWriter(unfinished(folder, step)),
         process_group=trainer.control,
     )
@@ -54,7 +54,15 @@ def load_checkpoint(trainer: Trainer) -> Saved | None:
         dcp.load(states, storage_reader=IndexReader(saved.path), process_group=trainer.control)
 
     load_states(trainer.data_parallel, read)
+    if trainer.loss_scale is not None:
+        scale = trainer.loss_scale.states()
+        read(scale)
+        trainer.loss_scale.load(scale)
     return saved
+
+
+def _loss_scale_states(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {} if trainer.loss_scale is None else trainer.loss_scale.states()
 
 
 class IndexReader(FileSystemReader):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from parsim.execute.training.replicas import local
+from parsim.execute.training.local import local
 from parsim.execute.training.transformer import Transformer
 
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from parsim.execute.training.replicas import Bucket, Replicas, gathered, like, local
+from parsim.execute.training.local import local
+from parsim.execute.training.replicas import Bucket, Replicas, like
 from parsim.execute.training.shards import Shards
 
 States = dict[str, torch.Tensor]
@@ -25,7 +26,7 @@ def saved_states(data_parallel: Replicas | Shards) -> States:
     states: States = {}
     for bucket in data_parallel.buckets:
         for key, tensor in _bucket_states(data_parallel, bucket):
-            states |= _pieces_to_save(data_parallel, bucket, key, tensor)
+            states |= _pieces_to_save(bucket, key, tensor)
     return states
 
 
@@ -84,18 +85,15 @@ def _bucket_states(replicas: Replicas, bucket: Bucket) -> Iterator[tuple[str, to
     yield from replicas.optimizer.state[bucket.master].items()
 
 
-def _pieces_to_save(replicas: Replicas, bucket: Bucket, key: str, tensor: torch.Tensor) -> States:
+def _pieces_to_save(bucket: Bucket, key: str, tensor: torch.Tensor) -> States:
     """Of a bucket's tensor, the parameters that begin in this rank's shard: each has one rank."""
     mine = [name for name, (start, _) in bucket.extents().items() if start in bucket.owned]
     if tensor.dim() == 0:  # a number for all, such as AdamW's count of steps
         return {_name(name, key): tensor for name in mine}
-    whole = gathered(tensor, replicas.dp_group) if replicas.sharded else tensor
-    pieces = dict(zip(bucket.parameters, bucket.pieces(whole), strict=True))
+    pieces = dict(zip(bucket.parameters, bucket.pieces(bucket.gathered(tensor)), strict=True))
     return {
         # A copy of a gathered piece lets the rest of the whole go.
-        _name(name, key): _shaped(
-            bucket, name, pieces[name].clone() if replicas.sharded else pieces[name]
-        )
+        _name(name, key): _shaped(bucket, name, pieces[name].clone() if bucket.sharded else pieces[name])
         for name in mine
     }
 

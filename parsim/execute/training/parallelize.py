@@ -33,6 +33,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional
 
+from parsim.execute.training.feed_forward import MixtureOfExperts
 from parsim.execute.training.transformer import Transformer
 
 HEADS = 2
@@ -49,7 +50,11 @@ def apply_tensor_parallel(model: Transformer, mesh: DeviceMesh, *, sequence_para
     outside = Shard(1) if sequence_parallel else Replicate()
     parallelize_module(model, mesh, _ends_plan(model, outside), src_data_rank=None)
     for block in model.layers.values():
-        parallelize_module(block, mesh, _present(block, _block_plan(outside)), src_data_rank=None)
+        styles = _block_plan(outside)
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            del styles["feed_forward"]
+            styles |= _moe_plan(outside)
+        parallelize_module(block, mesh, _present(block, styles), src_data_rank=None)
     model.tie()  # again: both matrices were split, by rows of the vocabulary, each on its own
 
 
@@ -101,11 +106,46 @@ def _block_plan(outside: Shard | Replicate) -> dict[str, ParallelStyle]:
     return plan
 
 
-def apply_fsdp(model: Transformer, mesh: DeviceMesh, *, zero: int, compute_dtype: torch.dtype) -> None:
-    """Shard a stage over the dp ranks: each layer is a unit, embedding, final norm and head are one."""
+def _moe_plan(outside: Shard | Replicate) -> dict[str, ParallelStyle]:
+    """What takes the place of the feed-forward's entries in a layer with experts.
+
+    Each rank routes its own part of the sequence; experts are whole, so only the shared one is split.
+    """
+    return {
+        "feed_forward_norm": SequenceParallel(use_local_output=True),
+        "feed_forward.router": SequenceParallel(use_local_output=True),
+        "feed_forward.shared_gate": SequenceParallel(use_local_output=True),
+        "feed_forward.shared": PrepareModuleInput(
+            input_layouts=(outside,), desired_input_layouts=(Replicate(),)
+        ),
+        "feed_forward.shared.gate": ColwiseParallel(),
+        "feed_forward.shared.up": ColwiseParallel(),
+        "feed_forward.shared.down": RowwiseParallel(output_layouts=outside),
+    }
+
+
+def apply_fsdp(
+    model: Transformer,
+    mesh: DeviceMesh,
+    expert_mesh: DeviceMesh,
+    *,
+    zero: int,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Shard a stage over the ranks of `mesh`, and routed experts over those that hold the same ones.
+
+    Each layer is a unit, its experts are another; embedding, final norm and head are one.
+    """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype(compute_dtype))
     reshard = zero == 3
     for block in model.layers.values():
+        if isinstance(block.feed_forward, MixtureOfExperts):
+            experts = block.feed_forward.experts
+            fully_shard(experts, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=reshard)
+            # Sums, which Shards divides: tokens of all replicas come to an expert, however few ranks
+            # hold it, and on one rank alone torch 2.13 divides twice by a factor that it is given.
+            experts.set_gradient_divide_factor(1.0)
+            experts.set_force_sum_reduction_for_comms(True)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
 

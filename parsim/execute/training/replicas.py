@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parsim.execute.training.compress import Compressor, GradientBucket
+from parsim.execute.training.local import local
+from parsim.execute.training.loss_scale import LossScale, take_step
 from parsim.execute.training.parallelize import master_dtype
 from parsim.execute.training.recorder import Label, Recorder
 from parsim.timeline import COMPUTE, DP, HOST, TP
@@ -34,17 +36,40 @@ MakeOptimizer = Callable[[list[Any]], torch.optim.Optimizer]
 """From tensors, or from groups of them, to torch's optimizer."""
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank has, outside autograd."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+class Holders(NamedTuple):
+    """Ranks that hold the same parameters, whose gradients they sum."""
+
+    group: dist.ProcessGroup | None
+    """None where there is but one."""
+    size: int
+    place: int
+    """This rank's, from 0."""
+
+
+ALONE = Holders(None, 1, 0)
+
+
+def holders(mesh: DeviceMesh) -> Holders:
+    """The ranks of a mesh of one dimension."""
+    return Holders(mesh.get_group(), mesh.size(), mesh.get_local_rank())
 
 
 class Bucket:
-    """Some parameters of one stage, as one flat tensor cut into one shard a dp rank."""
+    """Some parameters of one stage, as one flat tensor cut into one shard for each that holds them."""
 
-    def __init__(self, stage: int, parameters: dict[str, nn.Parameter], ranks: int, index: int) -> None:
+    def __init__(
+        self,
+        stage: int,
+        parameters: dict[str, nn.Parameter],
+        among: Holders = ALONE,
+        *,
+        sharded: bool = False,
+    ) -> None:
+        """`among`: the ranks that sum its gradients, and with `sharded` share its optimizer states."""
         self.stage = stage
+        self.among = among
+        self.sharded = sharded and among.size > 1
+        ranks, index = (among.size, among.place) if self.sharded else (1, 0)
         mine = {name: local(parameter) for name, parameter in parameters.items()}
         self.shapes = [tensor.shape for tensor in mine.values()]
         self.sizes = [shape.numel() for shape in self.shapes]
@@ -80,6 +105,14 @@ class Bucket:
         parts = zip(self.parameters.items(), self.pieces(self.flat.clone()), self.shapes, strict=True)
         return {name: like(parameter, part.view(shape)) for (name, parameter), part, shape in parts}
 
+    def gathered(self, mine: torch.Tensor) -> torch.Tensor:
+        """What all ranks that share the bucket's shards have, one after another; collective."""
+        if not self.sharded:
+            return mine
+        whole = mine.new_empty(mine.numel() * self.among.size)
+        _all_gather(whole, mine, group=self.among.group)
+        return whole
+
     def gather_gradients(self) -> torch.Tensor:
         """All gradients one after another, taken from the parameters."""
         dtype = self.master.dtype
@@ -105,26 +138,35 @@ class Replicas:
         *,
         dp_mesh: DeviceMesh,
         tp_mesh: DeviceMesh,
+        expert_mesh: DeviceMesh | None,
         sharded_optimizer: bool,
         make_optimizer: MakeOptimizer,
         recorder: Recorder,
         compressor: Compressor | None = None,
+        loss_scale: LossScale | None = None,
     ) -> None:
-        """`compressor` takes the place of the all-reduce of whole gradients."""
-        self.dp = dp_mesh.size()
-        self.dp_group = dp_mesh.get_group()
+        """`expert_mesh`: the ranks that hold the same routed experts as this one, where there are any.
+
+        `compressor` takes the place of the all-reduce of whole gradients.
+        """
+        self.replicas = dp_mesh.size()
         self.tp_group = tp_mesh.get_group()
-        self.sharded = sharded_optimizer and self.dp > 1
         self.recorder = recorder
         self.compressor = compressor
-        shards = self.dp if self.sharded else 1
-        index = dp_mesh.get_local_rank() if self.sharded else 0
+        self.loss_scale = loss_scale
+        dense = holders(dp_mesh)
+        routed = dense if expert_mesh is None else holders(expert_mesh)
         self.buckets: list[Bucket] = []
         for stage, module in stages.items():
-            for parameters in list(_in_buckets(module)):
-                bucket = Bucket(stage, parameters, shards, index)
-                adopt(module, bucket.parameters)
-                self.buckets.append(bucket)
+            named = dict(module.named_parameters())
+            for among, mine in (
+                (dense, {n: p for n, p in named.items() if not is_routed(n)}),
+                (routed, {n: p for n, p in named.items() if is_routed(n)}),
+            ):
+                for parameters in list(_in_buckets(mine)):
+                    bucket = Bucket(stage, parameters, among, sharded=sharded_optimizer)
+                    adopt(module, bucket.parameters)
+                    self.buckets.append(bucket)
         self.optimizer = make_optimizer([bucket.master for bucket in self.buckets])
 
     def adopt(self, module: nn.Module, parameters: list[dict[str, nn.Parameter]]) -> None:
@@ -142,25 +184,26 @@ class Replicas:
         for index, bucket in enumerate(self.buckets):
             with self.recorder.span(Label(HOST, "flatten gradients", "host", bucket.stage)):
                 flat = bucket.gather_gradients()
-            if self.dp > 1:
+            if bucket.among.size > 1:
                 name = f"gradients {bucket.stage}"
                 with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
                     flat = self._mean(flat, index)
+            elif self.replicas > 1:
+                flat.div_(self.replicas)  # an expert that no other rank has was sent all its tokens
             bucket.master.grad = flat
 
     def _mean(self, flat: torch.Tensor, index: int) -> torch.Tensor:
         """The mean of a bucket's gradients over the replicas: all of it, or this rank's shard."""
+        bucket = self.buckets[index]
         if self.compressor is not None:
             last = index == len(self.buckets) - 1
-            return self.compressor.mean(
-                GradientBucket(index, flat, self.buckets[index].shapes, last=last)
-            )
-        if self.sharded:
-            shard = flat.new_empty(flat.numel() // self.dp)
-            _reduce_scatter(shard, flat, group=self.dp_group)
-            return shard.div_(self.dp)
-        dist.all_reduce(flat, group=self.dp_group)
-        return flat.div_(self.dp)
+            return self.compressor.mean(GradientBucket(index, flat, bucket.shapes, last=last))
+        if bucket.sharded:
+            shard = flat.new_empty(flat.numel() // bucket.among.size)
+            _reduce_scatter(shard, flat, group=bucket.among.group)
+            return shard.div_(self.replicas)
+        dist.all_reduce(flat, group=bucket.among.group)
+        return flat.div_(self.replicas)
 
     def _settle_over_tp(self) -> None:
         """Give every gradient the split of its parameter.
@@ -190,7 +233,7 @@ class Replicas:
     def update(self) -> None:
         """The optimizer step, and with sharded states the all-gather of the parameters."""
         with self.recorder.span(Label(COMPUTE, "optimizer", "optimizer")):
-            self.optimizer.step()
+            take_step(self.optimizer, self.loss_scale)
             for bucket in self.buckets:
                 bucket.rounded()
                 bucket.master.grad = None
@@ -203,13 +246,13 @@ class Replicas:
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """With sharded states, what every dp rank made of its share."""
-        if not self.sharded:
-            return
+        """With sharded states, what every rank made of its share."""
         for bucket in self.buckets:
+            if not bucket.sharded:
+                continue
             with self.recorder.span(Label(DP, "parameters", DP, bucket.stage), waits=True):
                 # The input is a copy: not every backend takes a part of the output as input.
-                _all_gather(bucket.flat, bucket.shard.clone(), group=self.dp_group)
+                _all_gather(bucket.flat, bucket.shard.clone(), group=bucket.among.group)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, whole values) of every parameter, of replicas with whole optimizers; collective."""
@@ -223,8 +266,7 @@ class Replicas:
         for bucket in self.buckets:
             flat = bucket.master.grad
             assert flat is not None
-            if self.sharded:
-                flat = gathered(flat, self.dp_group)
+            flat = bucket.gathered(flat)
             for (name, parameter), piece in zip(
                 bucket.parameters.items(), bucket.pieces(flat), strict=True
             ):
@@ -232,11 +274,9 @@ class Replicas:
                 yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
 
 
-def gathered(shard: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The shards of all ranks of a group, one after another."""
-    whole = shard.new_empty(shard.numel() * group.size())
-    _all_gather(whole, shard, group=group)
-    return whole
+def is_routed(name: str) -> bool:
+    """Whether a parameter belongs to a routed expert."""
+    return ".experts." in name
 
 
 def like(parameter: nn.Parameter, mine: torch.Tensor) -> nn.Parameter:
@@ -259,11 +299,11 @@ def adopt(module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
                 setattr(owner, key, replaced[id(old)])
 
 
-def _in_buckets(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """The parameters of a stage in order, cut where a bucket is full."""
+def _in_buckets(parameters: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters in order, cut where a bucket is full."""
     bucket: dict[str, nn.Parameter] = {}
     size = 0
-    for name, parameter in module.named_parameters():
+    for name, parameter in parameters.items():
         bucket[name] = parameter
         size += local(parameter).numel()
         if size >= BUCKET_PARAMETERS:

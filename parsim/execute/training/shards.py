@@ -10,8 +10,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from parsim.execute.training.local import local
+from parsim.execute.training.loss_scale import LossScale, take_step
 from parsim.execute.training.recorder import Label, Recorder
-from parsim.execute.training.replicas import MakeOptimizer
+from parsim.execute.training.replicas import MakeOptimizer, is_routed
 from parsim.timeline import COMPUTE
 
 
@@ -22,13 +24,17 @@ class Shards:
         self,
         stages: dict[int, nn.Module],
         *,
+        replicas: int,
         zero: int,
         make_optimizer: MakeOptimizer,
         recorder: Recorder,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.stages = stages
+        self.replicas = replicas
         self.keep_whole = zero == 2
         self.recorder = recorder
+        self.loss_scale = loss_scale
         # The fused loops of an optimizer take one device mesh at a time: norms may have no tp dimension.
         groups: dict[object, list[torch.Tensor]] = defaultdict(list)
         for parameter in self.parameters().values():
@@ -49,12 +55,15 @@ class Shards:
                 module.set_reshard_after_backward(last)
 
     def reduce(self) -> None:
-        """Nothing: every gradient has been reduced behind its backward."""
+        """Of experts a mean over the replicas; all else has been reduced behind its backward."""
+        for name, parameter in self.parameters().items():
+            if is_routed(name):
+                local(parameter.grad).div_(self.replicas)
 
     def update(self) -> None:
         """The optimizer step on this rank's shards."""
         with self.recorder.span(Label(COMPUTE, "optimizer", "optimizer")):
-            self.optimizer.step()
+            take_step(self.optimizer, self.loss_scale)
             self.optimizer.zero_grad(set_to_none=True)
 
     def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:

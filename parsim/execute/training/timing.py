@@ -66,8 +66,15 @@ def time_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> dic
         "steps": [record._asdict() for record in counted],
         "timed_from": timed_from,
         "spans": spans[median - len(timed)],
+        "loss_scale": _loss_scale(trainer),
         "gradient_payload_bytes": _payload_bytes(trainer, case.total_steps - begin),
     }
+
+
+def _loss_scale(trainer: Trainer) -> dict[str, float]:
+    """Of fp16 training: steps that were left out since the ranks were started, and the scale now."""
+    scale = trainer.loss_scale
+    return {} if scale is None else {"skipped_steps": scale.skipped_steps, "final": scale.value}
 
 
 def about_device(device: torch.device) -> dict[str, Any]:

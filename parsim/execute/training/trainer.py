@@ -18,6 +18,9 @@ from parsim.execute.training.batches import Batch, replica_batch
 from parsim.execute.training.collective_spans import recorded_collectives
 from parsim.execute.training.compress import Compressor
 from parsim.execute.training.compress_check import CheckedCompressor
+from parsim.execute.training.context import Context
+from parsim.execute.training.layer_collectives import LayerGroup
+from parsim.execute.training.loss_scale import LossScale
 from parsim.execute.training.parallelize import (
     apply_fsdp,
     apply_tensor_parallel,
@@ -28,11 +31,17 @@ from parsim.execute.training.pipeline_adapter import Pipeline
 from parsim.execute.training.recorder import Recorder
 from parsim.execute.training.replicas import Replicas
 from parsim.execute.training.shards import Shards
-from parsim.execute.training.transformer import Part, Transformer, build
+from parsim.execute.training.transformer import Part, Share, Transformer, build
 from parsim.plan import ASYNCHRONOUS_SCHEDULES, parse_compression, recomputed_layers, stage_layers
 from parsim.schedule.action import FORWARD
+from parsim.timeline import CP, EP
 
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 LEARNING_RATE = 1e-3
 
 
@@ -48,11 +57,15 @@ class Trainer:
         self.case = case
         self.device = device
         self.recorder = recorder
+        # Gradients are summed over all that see other tokens: the dp·cp ranks are one dimension.
         self.mesh = init_device_mesh(
-            device.type, (plan.pp, plan.dp, plan.tp), mesh_dim_names=("pp", "dp", "tp")
+            device.type, (plan.pp, plan.dp * plan.cp, plan.tp), mesh_dim_names=("pp", "dp", "tp")
         )
+        self.expert_mesh = self._expert_mesh()
+        self.share = self._share()
         self.tp_mesh: DeviceMesh | None = self.mesh["tp"] if plan.tp > 1 else None
         self.dtype = DTYPES[case.dtype]
+        self.loss_scale = LossScale(case.loss_scale, device) if self.dtype == torch.float16 else None
         self.stages = self._stages()
         self.compressor = self._compressor()
         self.data_parallel = self._data_parallel()
@@ -62,8 +75,34 @@ class Trainer:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP holds the parameters; with one dp rank there is nothing to shard."""
-        return self.case.plan.zero >= 2 and self.case.plan.dp > 1
+        """Whether FSDP holds the parameters; with one replica there is nothing to shard."""
+        return self.case.plan.zero >= 2 and self.case.plan.dp * self.case.plan.cp > 1
+
+    def _expert_mesh(self) -> DeviceMesh | None:
+        """The ranks of a stage that hold the same experts, and those that share them, if there are."""
+        plan = self.case.plan
+        if self.case.job.model.moe is None:
+            return None
+        return init_device_mesh(
+            self.device.type,
+            (plan.pp, plan.dp * plan.cp * plan.tp // plan.ep, plan.ep),
+            mesh_dim_names=("pp", "holders", "ep"),
+        )
+
+    def _share(self) -> Share:
+        """What of each layer this rank has."""
+        plan = self.case.plan
+        context, experts = Context(), None
+        if plan.cp > 1:
+            sizes = (plan.pp * plan.dp, plan.cp, plan.tp)
+            mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("replica", "cp", "tp"))
+            context = Context(ranks=self._layer_group(mesh["cp"], CP))
+        if self.expert_mesh is not None and plan.ep > 1:
+            experts = self._layer_group(self.expert_mesh["ep"], EP)
+        return Share(context=context, experts=experts)
+
+    def _layer_group(self, mesh: DeviceMesh, stream: str) -> LayerGroup:
+        return LayerGroup(group=mesh.get_group(), stream=stream, recorder=self.recorder)
 
     def _stages(self) -> dict[int, nn.Module]:
         """This rank's stages by index, split over tp and dp."""
@@ -97,64 +136,83 @@ class Trainer:
             dtype=master_dtype(self.dtype) if self.sharded else self.dtype,
             device=self.device,
             seed=case.seed,
+            share=self.share,
         )
         if self.tp_mesh is not None:
             apply_tensor_parallel(model, self.tp_mesh, sequence_parallel=plan.sequence_parallel)
         if self.sharded:
-            apply_fsdp(model, self.mesh["dp"], zero=plan.zero, compute_dtype=self.dtype)
+            dense = self.mesh["dp"]
+            routed = dense if self.expert_mesh is None else self.expert_mesh["holders"]
+            apply_fsdp(model, dense, routed, zero=plan.zero, compute_dtype=self.dtype)
         return model
 
     def _data_parallel(self) -> Replicas | Shards:
         make = partial(make_optimizer, self.case.job.optimizer)
         if self.sharded:
             return Shards(
-                self.stages, zero=self.case.plan.zero, make_optimizer=make, recorder=self.recorder
+                self.stages,
+                replicas=self.mesh["dp"].size(),
+                zero=self.case.plan.zero,
+                make_optimizer=make,
+                recorder=self.recorder,
+                loss_scale=self.loss_scale,
             )
         return Replicas(
             self.stages,
             dp_mesh=self.mesh["dp"],
             tp_mesh=self.mesh["tp"],
+            expert_mesh=None if self.expert_mesh is None else self.expert_mesh["holders"],
             sharded_optimizer=self.case.plan.zero >= 1,
             make_optimizer=make,
             recorder=self.recorder,
             compressor=self.compressor,
+            loss_scale=self.loss_scale,
         )
 
     def _compressor(self) -> Compressor | None:
         """What sums gradients in a compressed form, where the plan has it and there are replicas."""
         compression = parse_compression(self.case.plan.compression)
-        if compression.kind == "none" or self.case.plan.dp == 1:
+        if compression.kind == "none" or self.mesh["dp"].size() == 1:
             return None
         make = CheckedCompressor if self.case.verify else Compressor
         return make(compression, self.mesh["dp"].get_group())
 
     def _make_pipeline(self) -> Pipeline:
         job, plan = self.case.job, self.case.plan
+        length = job.seq_len // plan.cp
         cut = plan.tp if self.tp_mesh is not None and plan.sequence_parallel else 1
         return Pipeline(
             self.stages,
             self.case.schedule,
             group=self.mesh["pp"].get_group(),
             device=self.device,
-            tokens=(plan.micro_batch, job.seq_len),
-            hidden=(plan.micro_batch, job.seq_len // cut, job.model.hidden),
-            logits=(plan.micro_batch, job.seq_len, job.model.vocab // plan.tp),
+            tokens=(plan.micro_batch, length),
+            hidden=(plan.micro_batch, length // cut, job.model.hidden),
+            logits=(plan.micro_batch, length, job.model.vocab // plan.tp),
             dtype=self.dtype,
             loss=self._loss,
             recorder=self.recorder,
         )
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """A micro-batch's share of the mean over this replica's tokens."""
-        return token_loss(logits, targets, self.tp_mesh) / self.num_micro_batches
+        """A micro-batch's share of the mean over this replica's tokens, times the loss scale."""
+        share = self._scale / self.num_micro_batches
+        return token_loss(logits, targets, self.tp_mesh) * share
+
+    @property
+    def _scale(self) -> float:
+        return 1.0 if self.loss_scale is None else self.loss_scale.value
 
     def batch(self, step: int) -> Batch:
-        """This rank's sequences of the global batch of a step, on its device."""
-        tokens, targets = replica_batch(self.case, step, self.mesh["dp"].get_local_rank())
+        """This rank's tokens of the global batch of a step, on its device."""
+        replica = self.mesh["dp"].get_local_rank() // self.case.plan.cp
+        positions = self.share.context.positions(self.case.job.seq_len)
+        tokens, targets = (each[:, positions] for each in replica_batch(self.case, step, replica))
         return tokens.to(self.device), targets.to(self.device)
 
     def forward_backward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor | None:
         """Gradients of the mean loss over the global batch; the replica's loss on the last stage."""
+        scale = self._scale
         with self.within_step():
             if self._pipeline is not None:
                 losses = self._pipeline.run(tokens, targets)
@@ -162,7 +220,7 @@ class Trainer:
                 losses = self._accumulate(tokens, targets)
             self.require_gradients()
             self.data_parallel.reduce()
-        return torch.stack(losses).sum() if losses else None
+        return torch.stack(losses).sum() / scale if losses else None
 
     def update(self) -> None:
         """The optimizer step; gradients are gone afterwards."""

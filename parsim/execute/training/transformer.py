@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from parsim.execute.training.context import WHOLE_SEQUENCES, Context
+from parsim.execute.training.feed_forward import FeedForward, MixtureOfExperts
+from parsim.execute.training.layer_collectives import LayerGroup
 from parsim.model import ModelSpec
 from parsim.plan import Recompute
 
@@ -33,6 +35,18 @@ class Part:
     """With the final norm and the head."""
     recomputed: int
     """How many of its layers, the first ones, the backward runs again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What of each layer this rank has, beside its share under tensor parallelism."""
+
+    context: Context = WHOLE_SEQUENCES
+    experts: LayerGroup | None = None
+    """The ranks that share the experts; None: this one has them all."""
+
+
+WHOLE_LAYERS = Share()
 
 
 def whole(spec: ModelSpec) -> Part:
@@ -56,12 +70,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Attention(nn.Module):  # type: ignore[misc]
     """Causal self-attention with grouped key and value heads (Ainslie et al. 2023, arXiv 2305.13245)."""
 
-    def __init__(self, spec: ModelSpec, recompute_core: bool) -> None:
+    def __init__(self, spec: ModelSpec, share: Share, recompute_core: bool) -> None:
         super().__init__()
         width, kv_width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         bias = spec.linear_bias or spec.qkv_bias
         self.head_dim = spec.head_dim
         self.grouped = spec.kv_heads != spec.heads
+        self.context = share.context
         self.recompute_core = recompute_core
         self.query = nn.Linear(spec.hidden, width, bias=bias)
         self.key = nn.Linear(spec.hidden, kv_width, bias=bias)
@@ -89,36 +104,32 @@ class Attention(nn.Module):  # type: ignore[misc]
         return self.out(core.transpose(1, 2).flatten(2))
 
     def core(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """softmax(q·kᵀ / √d) · v with the causal mask; [b, heads, s, d]."""
-        return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-
-
-class FeedForward(nn.Module):  # type: ignore[misc]
-    """Two matrices with GELU, or three with SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        bias = spec.linear_bias
-        self.gate = nn.Linear(spec.hidden, spec.ffn_hidden, bias=bias) if spec.gated_mlp else None
-        self.up = nn.Linear(spec.hidden, spec.ffn_hidden, bias=bias)
-        self.down = nn.Linear(spec.ffn_hidden, spec.hidden, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gate is None:
-            return self.down(functional.gelu(self.up(x)))
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+        """What selective recomputation runs again; [b, heads, s/cp, d]."""
+        return self.context.attention(q, k, v, grouped=self.grouped)
 
 
 class Block(nn.Module):  # type: ignore[misc]
     """One layer: attention and feed-forward, each behind a norm and added to its input."""
 
-    def __init__(self, spec: ModelSpec, recompute: Recompute) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recompute: Recompute,
+        *,
+        layer: int = 0,
+        share: Share = WHOLE_LAYERS,
+    ) -> None:
+        """`layer` is its number in the model, which tells whether it has experts."""
         super().__init__()
         self.recompute = recompute == "full"
         self.attention_norm = make_norm(spec, spec.hidden)
-        self.attention = Attention(spec, recompute_core=recompute == "selective")
+        self.attention = Attention(spec, share, recompute_core=recompute == "selective")
         self.feed_forward_norm = make_norm(spec, spec.hidden)
-        self.feed_forward = FeedForward(spec)
+        self.feed_forward = (
+            MixtureOfExperts(spec, share.experts)
+            if spec.is_moe_layer(layer)
+            else FeedForward(spec, spec.ffn_hidden, bias=spec.linear_bias)
+        )
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
@@ -135,8 +146,11 @@ class Block(nn.Module):  # type: ignore[misc]
 class Embedding(nn.Module):  # type: ignore[misc]
     """Tokens [b, s] to hidden states [b, s, h]."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    positions: torch.Tensor
+
+    def __init__(self, spec: ModelSpec, positions: torch.Tensor) -> None:
         super().__init__()
+        self.register_buffer("positions", positions[None], persistent=False)
         self.token = nn.Embedding(spec.vocab, spec.hidden)
         learned, rows = spec.position == "learned", spec.position_rows or spec.max_seq_len
         self.position = nn.Embedding(rows, spec.hidden) if learned else None
@@ -145,7 +159,7 @@ class Embedding(nn.Module):  # type: ignore[misc]
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.token(tokens)
         if self.position is not None:
-            x = x + self.position(torch.arange(tokens.shape[1], device=tokens.device)[None])
+            x = x + self.position(self.positions)
         return x if self.norm is None else self.norm(x)
 
 
@@ -160,12 +174,18 @@ class Transformer(nn.Module):  # type: ignore[misc]
     cos: torch.Tensor | None
     sin: torch.Tensor | None
 
-    def __init__(self, spec: ModelSpec, part: Part, seq_len: int, recompute: Recompute) -> None:
+    def __init__(
+        self, spec: ModelSpec, part: Part, share: Share, seq_len: int, recompute: Recompute
+    ) -> None:
         super().__init__()
-        self.embedding = Embedding(spec) if part.first else None
+        positions = share.context.positions(seq_len)
+        self.embedding = Embedding(spec, positions) if part.first else None
         again = part.layers[: part.recomputed]
         self.layers = nn.ModuleDict(
-            {str(i): Block(spec, recompute if i in again else "none") for i in part.layers}
+            {
+                str(i): Block(spec, recompute if i in again else "none", layer=i, share=share)
+                for i in part.layers
+            }
         )
         self.norm = make_norm(spec, spec.hidden) if part.last and spec.final_norm else None
         self.head = nn.Linear(spec.hidden, spec.vocab, bias=False) if part.last else None
@@ -173,7 +193,7 @@ class Transformer(nn.Module):  # type: ignore[misc]
         self.tie()
         cos = sin = None
         if spec.position == "rope":
-            angles = rope_angles(seq_len, spec.head_dim)
+            angles = rope_angles(positions, spec.head_dim)
             dtype = torch.get_default_dtype()
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
         self.register_buffer("cos", cos, persistent=False)
@@ -196,10 +216,10 @@ class Transformer(nn.Module):  # type: ignore[misc]
         return x if self.head is None else self.head(x)
 
 
-def rope_angles(seq_len: int, head_dim: int) -> torch.Tensor:
+def rope_angles(positions: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Position times frequency base^(−2i/d), [s, 1, d/2] in float64 (RoFormer, equation 15)."""
     frequency = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)[:, None, :]
+    return torch.outer(positions.double(), frequency)[:, None, :]
 
 
 def build(
@@ -211,6 +231,7 @@ def build(
     dtype: torch.dtype,
     device: torch.device,
     seed: int | None,
+    share: Share = WHOLE_LAYERS,
 ) -> Transformer:
     """A part of the model with its parameters' values, which depend on their names and `seed` alone.
 
@@ -220,7 +241,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Transformer(spec, part, seq_len, recompute)
+            model = Transformer(spec, part, share, seq_len, recompute)
     finally:
         torch.set_default_dtype(before)
     if seed is not None:
