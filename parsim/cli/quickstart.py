@@ -161,7 +161,7 @@ def _tried(
     measurement = measure(case, Launch(device=device, on_step=show_step, on_note=say), prediction)
     assert measurement is not None  # on one machine there is one
     predicted = unfolded(timeline, plan)
-    data = measurement_data(measurement, predicted_s=prediction.step_time_s, verification=None)
+    data = measurement_data(measurement, predicted_s=prediction.step_time_s)
     write_file(folder / f"{name}-measurement.json", dump_json(data))
     draw_comparison(predicted, measurement.timeline, folder / f"{name}-comparison.png")
     write_chrome_trace(folder / f"{name}-trace.json", [predicted, measurement.timeline])

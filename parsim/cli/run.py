@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,9 +24,10 @@ from parsim.cli.options import (
     load_plan,
 )
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.run_joined import goes_on, joined_here, one_voice, require_ranks
 from parsim.cli.run_launch import (
-    measure,
     print_dry_run,
+    run_all,
     show_step,
     timed_case,
     with_checkpoints,
@@ -43,12 +43,20 @@ from parsim.cli.run_ps import (
     simulated_timeline,
     with_servers,
 )
+from parsim.cli.run_verify import (
+    only_verified,
+    to_verify,
+    untimed_data,
+    verified_data,
+    verified_lines,
+)
 from parsim.cli.simulate_ps import plan_of_workers
 
 if TYPE_CHECKING:
     from parsim.execute.launch.attempts import Launch
-    from parsim.execute.measurement import Verification
+    from parsim.execute.measurement import Measurement
     from parsim.execute.request import Case
+    from parsim.simulate.parameter_server import PsRun
     from parsim.simulate.prediction import Prediction
     from parsim.timeline import Timeline
 
@@ -134,6 +142,11 @@ def run(
     from parsim.execute.launch.attempts import Launch
     from parsim.execute.launch.torchrun import Nodes
 
+    joined = joined_here(
+        nnodes,
+        {"--max-restarts": max_restarts > 0, "--ps": ps is not None, "--dry-run": dry_run,
+         "--one-rank": one_rank is not None},
+    )  # fmt: skip
     use_gpus = device is DeviceKind.CUDA or (device is DeviceKind.AUTO and available_gpus() > 0)
     flags = Flags(
         model=model,
@@ -145,35 +158,41 @@ def run(
     )
     how = Launch(
         device="cuda" if use_gpus else "cpu",
+        joined=joined,
         nodes=Nodes(count=nnodes, index=node_rank, endpoint=rdzv_endpoint),
         max_restarts=max_restarts,
         timeout_s=timeout_s,
         on_step=show_step,
         on_note=say,
     )
-    settings = read_run_ps(ps)
-    setup, parallel_plan = load_plan(plan_of_workers(plan, settings), flags)
-    if one_rank is not None:
-        others = {
-            "--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1, "--ps": ps,
-            "--dry-run": dry_run,
-        }  # fmt: skip
-        check_alone(setup, parallel_plan, how, [flag for flag, given in others.items() if given])
-    for line in stage_lines(setup.partitioned):
-        say(line.strip())
-    case = timed_case(setup, parallel_plan, steps=steps, warmup=warmup, seed=seed)
-    case = with_tokens(with_servers(case, settings), tokens, tokens_dtype)
-    case = with_checkpoints(case, how, checkpoint, checkpoint_every, resume=resume, look_only=dry_run)
-    inputs = flags.given() | {"plan": plan, "steps": steps, "device": how.device, "ps": ps}
-    if dry_run:
-        print_dry_run(case, how, inputs, as_json=as_json)
-        return
-    files = _Files(measurement=output, chart=chart, trace=trace)
-    if one_rank is not None:
-        inputs |= {"one_rank": one_rank}
-        _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
-        return
-    _run(setup, case, how, inputs, files, verify=verify, as_json=as_json)
+    resume = resume or goes_on(joined, checkpoint)
+    with one_voice(joined):
+        settings = read_run_ps(ps)
+        setup, parallel_plan = load_plan(plan_of_workers(plan, settings), flags)
+        require_ranks(joined, parallel_plan)
+        if one_rank is not None:
+            others = {
+                "--verify": verify, "--checkpoint": checkpoint, "--nnodes": nnodes > 1, "--ps": ps,
+                "--dry-run": dry_run,
+            }  # fmt: skip
+            check_alone(setup, parallel_plan, how, [flag for flag, given in others.items() if given])
+        for line in stage_lines(setup.partitioned):
+            say(line.strip())
+        case = timed_case(setup, parallel_plan, steps=steps, warmup=warmup, seed=seed)
+        case = with_tokens(with_servers(case, settings), tokens, tokens_dtype)
+        case = with_checkpoints(
+            case, how, checkpoint, checkpoint_every, resume=resume, look_only=dry_run
+        )
+        inputs = flags.given() | {"plan": plan, "steps": steps, "device": how.device, "ps": ps}
+        if dry_run:
+            print_dry_run(case, how, inputs, as_json=as_json)
+            return
+        files = _Files(measurement=output, chart=chart, trace=trace)
+        if one_rank is not None:
+            inputs |= {"one_rank": one_rank}
+            _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
+            return
+        _run(setup, case, how, inputs, files, verify=verify, as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +202,11 @@ class _Files:
     measurement: Path | None
     chart: Path | None
     trace: Path | None
+
+    @property
+    def draws(self) -> bool:
+        """Whether a timeline is wanted."""
+        return self.chart is not None or self.trace is not None
 
 
 def _run(
@@ -196,36 +220,64 @@ def _run(
     as_json: bool,
 ) -> None:
     """Predict, run, verify if asked, and answer."""
-    from parsim.execute.measurement_file import measurement_data
-    from parsim.export.timeline_json import timeline_to_data
+    from parsim.execute.measurement import Measurement, Verification
 
     prediction, predicted = _predict(setup, case)
     served = simulate_served(setup, case) if case.servers is not None else None
-    measurement = measure(case, how, prediction)
-    verification = _verify(case, how) if verify else None
-    if measurement is None:
+    checked = to_verify(case, how) if verify else None
+    timed = not only_verified(case, how, prediction, verify=verify, draws=files.draws)
+    cases = ([case] if timed else []) + ([checked] if checked is not None else [])
+    found = run_all(cases, how)
+    if not how.answers:
         say(f"machine {how.nodes.index} is done; machine 0 has the measurement")
         if as_json:
             print_json(document("run", inputs, {"node_rank": how.nodes.index}, seed=case.seed))
         return
-    data = measurement_data(
-        measurement,
-        predicted_s=prediction.step_time_s if served is None else case.plan.dp / served.steps_per_s,
-        verification=verification,
-        predicted_gradient_bytes=_gradient_bytes(setup, case),
-    )
-    if served is not None:
-        data["parameter_server"] = served_data(case, measurement, served)
-        predicted = simulated_timeline(served, measurement.timeline.title)
-    timeline = {"timeline": timeline_to_data(measurement.timeline)}
-    whole = document("run", inputs, data | timeline, seed=case.seed)
-    _write(files, whole, predicted, measurement.timeline)
+    measurement = next((each for each in found if isinstance(each, Measurement)), None)
+    verification = next((each for each in found if isinstance(each, Verification)), None)
+    if measurement is None:
+        data = untimed_data(case, prediction)
+    else:
+        data = _measured_data(setup, case, measurement, prediction, served)
+        if served is not None:
+            predicted = simulated_timeline(served, measurement.timeline.title)
+    if checked is not None and verification is not None:
+        data["verify"] = verified_data(case, checked, verification)
+    timeline = None if measurement is None else measurement.timeline
+    whole = document("run", inputs, data | _timeline_data(timeline), seed=case.seed)
+    _write(files, whole, predicted, timeline)
     if as_json:
         print_json(whole)
     else:
         print_lines(_lines(data))
     if verification is not None and not verification.equal:
         raise typer.Exit(1)
+
+
+def _measured_data(
+    setup: Setup,
+    case: Case,
+    measurement: Measurement,
+    prediction: Prediction,
+    served: PsRun | None,
+) -> dict[str, Any]:
+    """The measurement beside what was predicted for it."""
+    from parsim.execute.measurement_file import measurement_data
+
+    data = measurement_data(
+        measurement,
+        predicted_s=prediction.step_time_s if served is None else case.plan.dp / served.steps_per_s,
+        predicted_gradient_bytes=_gradient_bytes(setup, case),
+    )
+    if served is not None:
+        data["parameter_server"] = served_data(case, measurement, served)
+    return data
+
+
+def _timeline_data(timeline: Timeline | None) -> dict[str, Any]:
+    from parsim.export.timeline_json import timeline_to_data
+
+    return {} if timeline is None else {"timeline": timeline_to_data(timeline)}
 
 
 def _run_one_rank(
@@ -248,19 +300,19 @@ def _run_one_rank(
         print_lines(one_rank_lines(step))
 
 
-def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: Timeline) -> None:
+def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: Timeline | None) -> None:
     """The files that were asked for."""
     from parsim.config import dump_json, write_file
 
     if files.measurement is not None:
         write_file(files.measurement, dump_json(whole))
         say(f"wrote {files.measurement}")
-    if files.chart is not None:
+    if files.chart is not None and measured is not None:
         from parsim.charts.comparison import draw_comparison
 
         draw_comparison(predicted, measured, files.chart)
         say(f"wrote {files.chart}")
-    if files.trace is not None:
+    if files.trace is not None and measured is not None:
         from parsim.export.chrome_trace import write_chrome_trace
 
         write_chrome_trace(files.trace, [predicted, measured])
@@ -295,42 +347,20 @@ def _gradient_bytes(setup: Setup, case: Case) -> list[float]:
     return [by_pipeline_rank[case.plan.coordinate(rank).pp] for rank in range(case.plan.gpus)]
 
 
-def _verify(case: Case, how: Launch) -> Verification | None:
-    """Compare with single-process training, on a shrunken model where the full one is large."""
-    from parsim.execute.launch.cases import run_cases, verification_case
-    from parsim.execute.measurement import Verification
-    from parsim.execute.shrink import shrunken
-    from parsim.model import num_parameters
-    from parsim.schedule import running_schedule
-    from parsim.units import format_count
-
-    job, tokens = case.job, case.tokens
-    if num_parameters(job.model) * job.tokens > VERIFIED_WHOLE:
-        job, tokens = shrunken(job, case.plan), None  # its vocabulary is too small for a file's tokens
-        say(f"verifying on a shrunken model of {format_count(num_parameters(job.model))} parameters")
-    schedule = running_schedule(case.plan, case.plan.num_micro_batches(job), VERIFIED_STEPS)
-    checked = verification_case(
-        job, case.plan, schedule, steps=VERIFIED_STEPS, seed=case.seed, tokens=tokens
-    )
-    found = run_cases([dataclasses.replace(checked, servers=case.servers)], how)
-    if not found:
-        return None
-    assert isinstance(found[0], Verification)
-    return found[0]
-
-
-VERIFIED_STEPS = 3
-VERIFIED_WHOLE = 2e10
-"""Parameters × tokens of a step up to which the whole model is verified: seconds in float64."""
-
-
 def _lines(data: dict[str, Any]) -> list[str]:
+    from parsim.execute.steps import MIN_CLEAN_STEPS
     from parsim.units import format_bytes, format_duration
 
+    if not data["steps_s"]:
+        return [f"not timed  {data['not_timed']}", *verified_lines(data["verify"])]
     quiet = len(data["steps_s"]) - sum(data["disturbed"])
+    steps = len(data["steps_s"])
+    among = f"{quiet} undisturbed steps of {steps}"
+    if quiet < MIN_CLEAN_STEPS:
+        among = f"all {steps} steps, {steps - quiet} of them disturbed by other load"
     lines = [
-        f"measured   {format_duration(data['step_time_s'])}   median of {quiet} undisturbed steps of "
-        f"{len(data['steps_s'])}, spread {data['spread']:.1%}, {data['world_size']} ranks",
+        f"measured   {format_duration(data['step_time_s'])}   median of {among}, "
+        f"spread {data['spread']:.1%}, {data['world_size']} ranks",
         f"predicted  {format_duration(data['predicted_s'])}   error {data['error']:+.1%}",
         f"loss       {data['loss'][0]:.6f} to {data['loss'][-1]:.6f}",
     ]
@@ -344,12 +374,10 @@ def _lines(data: dict[str, Any]) -> list[str]:
         late = ", ".join(str(each["max"]) for each in data["staleness"])
         kept = ", ".join(map(str, data["weight_versions"]))
         lines.append(f"weights    gradients {late} updates late, {kept} versions kept, by rank")
+    if "loss_scale" in data:
+        scale = data["loss_scale"]
+        lines.append(f"loss scale {scale['final']:g}, {scale['skipped_steps']} steps left out")
     lines += [f"restarted  {what}" for what in data["restarts"]]
     if "verify" in data:
-        found = data["verify"]
-        lines.append(
-            f"verified   {'equal to' if found['equal'] else 'DIFFERENT from'} {found['against']} "
-            f"in float64 over {found['steps']} steps: gradients within "
-            f"{found['max_gradient_error']:.1e}, loss within {found['max_loss_error']:.1e}"
-        )
+        lines += verified_lines(data["verify"])
     return lines

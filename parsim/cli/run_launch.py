@@ -11,8 +11,10 @@ from parsim.cli.options import Setup
 from parsim.cli.output import document, print_json, print_lines, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from parsim.execute.launch.attempts import Launch, Progress
-    from parsim.execute.measurement import Measurement
+    from parsim.execute.measurement import Measurement, Verification
     from parsim.execute.request import Case
     from parsim.plan import ParallelPlan
     from parsim.simulate.prediction import Prediction
@@ -107,6 +109,15 @@ def measure(case: Case, how: Launch, prediction: Prediction) -> Measurement | No
         return None
     assert isinstance(found[0], Measurement)
     return found[0]
+
+
+def run_all(cases: Sequence[Case], how: Launch) -> list[Measurement | Verification]:
+    """What run_cases finds, in one launch where all cases have as many ranks."""
+    from parsim.execute.launch.cases import run_cases
+
+    if len({case.world_size for case in cases}) == 1:
+        return run_cases(cases, how)
+    return [found for case in cases for found in run_cases([case], how)]
 
 
 def print_dry_run(case: Case, how: Launch, inputs: dict[str, Any], *, as_json: bool) -> None:

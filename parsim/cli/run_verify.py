@@ -1,4 +1,4 @@
-"""`parsim run --verify`: the plan beside a single process, on a shrunken model where the full is large."""
+"""`parsim run --verify`: the plan beside a single process, on a shrunken model where it is large."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from parsim.cli.output import say
+from parsim.cli.run_launch import require_memory
+from parsim.errors import ParsimError
 
 if TYPE_CHECKING:
     from parsim.execute.launch.attempts import Launch
     from parsim.execute.measurement import Verification
     from parsim.execute.request import Case
     from parsim.model import ModelSpec
+    from parsim.simulate.prediction import Prediction
 
 VERIFIED_STEPS = 3
 VERIFIED_WHOLE = 2e10
@@ -22,22 +25,23 @@ RANK_BYTES = 4e8
 
 def to_verify(case: Case, how: Launch) -> Case:
     """What --verify runs for a case: in float64, and small where the model or its ranks are many."""
-    from parsim.errors import ParsimError
     from parsim.execute.devices import available_memory_bytes
     from parsim.execute.launch.cases import verification_case
     from parsim.execute.shrink import fewer_replicas, shrunken
+    from parsim.execute.support import check_executable
     from parsim.model import num_parameters
     from parsim.schedule import running_schedule
     from parsim.units import format_bytes, format_count
 
     job, plan, tokens = case.job, case.plan, case.tokens
+    check_executable(job, plan, case.schedule, "fp64")
     if num_parameters(job.model) * job.tokens > VERIFIED_WHOLE:
         job, tokens = shrunken(job, plan), None  # its vocabulary is too small for a file's tokens
         say(f"verifying on a shrunken model of {format_count(num_parameters(job.model))} parameters: "
             f"{structure(job.model)}")  # fmt: skip
     there = available_memory_bytes() * how.nodes.count
     most = max(1, int(there / RANK_BYTES))
-    if how.device == "cpu" and case.servers is None and plan.gpus > most:
+    if how.device == "cpu" and how.joined is None and case.servers is None and plan.gpus > most:
         before = plan
         job, plan = fewer_replicas(job, plan, most)
         if plan.gpus > most:
@@ -51,6 +55,40 @@ def to_verify(case: Case, how: Launch) -> Case:
     schedule = running_schedule(plan, plan.num_micro_batches(job), VERIFIED_STEPS)
     checked = verification_case(job, plan, schedule, steps=VERIFIED_STEPS, seed=case.seed, tokens=tokens)
     return dataclasses.replace(checked, servers=case.servers)
+
+
+def only_verified(case: Case, how: Launch, prediction: Prediction, *, verify: bool, draws: bool) -> bool:
+    """Whether the plan cannot be timed on this machine, but is to be verified all the same.
+
+    Raises ParsimError where it cannot be timed and nothing else, or a drawing, is asked for.
+    """
+    try:
+        require_memory(case, how, prediction)
+    except ParsimError as problem:
+        if not verify or draws:
+            raise
+        say(f"not timed: {problem.what} ({problem.got}; {problem.expected})")
+        return True
+    return False
+
+
+def untimed_data(case: Case, prediction: Prediction) -> dict[str, Any]:
+    """The answer of `run --json` where the plan was verified and not timed."""
+    from parsim.plan import STAGE_LISTS
+
+    plan, job = dataclasses.asdict(case.plan), dataclasses.asdict(case.job)
+    return {
+        "model": {k: v for k, v in job.pop("model").items() if v is not None},
+        "job": job,
+        "plan": plan | {key: list(plan[key]) for key in STAGE_LISTS},
+        "world_size": case.world_size,
+        "step_time_s": None,
+        "steps_s": [],
+        "loss": [],
+        "predicted_s": prediction.step_time_s,
+        "error": None,
+        "not_timed": "the ranks of this plan do not fit into this machine's memory",
+    }
 
 
 def structure(model: ModelSpec) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from parsim.execute.measurement import Measurement, Verification
+from parsim.execute.measurement import Measurement
 from parsim.plan import STAGE_LISTS
 from parsim.timeline import breakdown_s
 
@@ -29,7 +29,6 @@ def measurement_data(
     measurement: Measurement,
     *,
     predicted_s: float | None,
-    verification: Verification | None,
     predicted_gradient_bytes: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The answer of `run --json`; `predicted_gradient_bytes`: what each rank sends, where compressed."""
@@ -66,13 +65,4 @@ def measurement_data(
         data["weight_versions"] = list(measurement.weight_versions)
     if measurement.staleness:
         data["staleness"] = [staleness_data(ages) for ages in measurement.staleness]
-    if verification is not None:
-        data["verify"] = {
-            "equal": verification.equal,
-            "max_gradient_error": verification.max_gradient_error,
-            "max_loss_error": verification.max_loss_error,
-            "steps": verification.steps,
-            "against": verification.against,
-            "worst_parameter": verification.parameter,
-        }
     return data

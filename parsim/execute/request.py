@@ -11,6 +11,9 @@ from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import STAGE_LISTS, Job, ParallelPlan
 from parsim.schedule.action import Schedule, parse_action
 
+RESTARTS_FILE = "restarts.txt"
+"""In a launch's folder, from when its ranks have met: the most restarts that a machine had counted."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoints:

@@ -58,8 +58,8 @@ def _fewer_experts(moe: MoeSpec, plan: ParallelPlan) -> MoeSpec:
 
 
 def _fewer_layers(model: ModelSpec, moe: MoeSpec | None, stages: int) -> int:
-    """The fewest with a layer on each stage, the same remainder, and one of each kind."""
-    fewest = max(stages, moe.dense_layers + moe.every if moe is not None else 0)
+    """The fewest with a layer on each stage, two in all, the same remainder, and one of each kind."""
+    fewest = max(stages, 2, moe.dense_layers + moe.every if moe is not None else 0)
     return min(model.layers, fewest + (model.layers - fewest) % stages)
 
 

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from parsim.errors import ParsimError
+
 MIN_CLEAN_STEPS = 3
 FOREIGN_SHARE = 0.05
 """Share of a step that other processes may keep one core busy before the step counts as disturbed."""
@@ -55,6 +57,10 @@ def median_step(steps: Sequence[StepRecord], *, among: int | None = None) -> int
     last = range(0 if among is None else max(0, len(steps) - among), len(steps))
     eligible = [i for i in clean if i in last] or last
     return min(eligible, key=lambda i: (abs(steps[i].time_s - middle), i))
+
+
+class NotFinite(ParsimError):  # noqa: N818 - as in "the loss is not finite"
+    """A loss that is not finite; all ranks raise it alike."""
 
 
 class Speeds:

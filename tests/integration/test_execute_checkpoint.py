@@ -23,6 +23,7 @@ from parsim.execute.launch.attempts import Launch, Progress
 from parsim.execute.launch.cases import run_cases
 from parsim.execute.launch.checkpoint_folder import newest
 from parsim.execute.launch.torchrun import Nodes
+from parsim.execute.launch.watch import RankLost
 from parsim.execute.measurement import Measurement, Verification
 from parsim.execute.request import Case, Checkpoints
 from parsim.model import ModelSpec, MoeSpec
@@ -188,14 +189,19 @@ def test_a_run_that_loses_a_rank_at_any_moment_ends_as_if_it_had_not(
     assert saved.step == LONG_STEPS
 
 
+def free_endpoint() -> str:
+    """A place on this machine where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
 @pytest.mark.slow
 def test_two_machines_that_lose_a_rank_go_on_together(
     undisturbed: Measurement, temporary: Path, tmp_path: Path
 ) -> None:
     """Two launches with a torchrun of their own, over loopback; the rank is on machine 1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = free_endpoint()
     checkpoints = tmp_path / "checkpoints"
     checkpoints.mkdir()
     killed: list[int] = []
@@ -221,6 +227,37 @@ def test_two_machines_that_lose_a_rank_go_on_together(
     # Both ranks of a data-parallel step begin at one barrier, on one clock.
     first = [min(s.start_s for s in found.timeline.spans if s.rank == rank) for rank in (0, 1)]
     assert max(first) < found.step_time_s
+    assert leftovers(temporary) == []
+
+
+@pytest.mark.slow
+def test_machines_share_one_budget_of_restarts(temporary: Path, tmp_path: Path) -> None:
+    """A rank of machine 1 is killed in every attempt: both machines start again once and give up."""
+    endpoint, killed = free_endpoint(), set[int]()
+    notes: dict[int, list[str]] = {0: [], 1: []}
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+
+    def on_step(progress: Progress) -> None:
+        rank = workers(temporary).get(1)
+        if progress.step >= 3 and rank is not None and rank not in killed:
+            killed.add(rank)
+            os.kill(rank, signal.SIGKILL)
+
+    def machine(index: int) -> str:
+        nodes = Nodes(count=2, index=index, endpoint=endpoint)
+        how = Launch(nodes=nodes, timeout_s=60, max_restarts=1, on_step=on_step,
+                     on_note=notes[index].append)  # fmt: skip
+        with pytest.raises(RankLost) as caught:
+            run_cases([long_case(checkpoints)], how)
+        return str(caught.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(machine, (0, 1)))
+    assert len(killed) == 2
+    assert [len(each) for each in notes.values()] == [1, 1]
+    assert all("restart 1 of 1" in each for (each,) in notes.values())
+    assert "rank 1 died" in ends[1]
     assert leftovers(temporary) == []
 
 
@@ -265,19 +302,24 @@ def test_a_slow_rank_is_said_and_not_killed(temporary: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run_where_it_came_up(
     temporary: Path, tmp_path: Path
 ) -> None:
-    """A weight of layer 2, on the second of two stages, overflows in a checkpoint; no restart helps."""
+    """A weight of layer 2, on the second of two machines, overflows: no restart helps."""
     text, checkpoints = "pp=2,micro_batch=4", tmp_path / "checkpoints"
     checkpoints.mkdir()
     written = case(text, checkpoints)
     run_cases([written], Launch(timeout_s=120))
     spoil(checkpoints / f"step-{HALF:08}", "model.layers.2.feed_forward.up.weight")
-    notes: list[str] = []
-    with pytest.raises(ParsimError, match="no longer finite") as caught:
-        run_cases(
-            [from_half(written, text, checkpoints)],
-            Launch(timeout_s=120, max_restarts=3, on_note=notes.append),
-        )
-    assert "step 2, rank 1, stage 1, layer 2" in str(caught.value.where)
+    endpoint, notes = free_endpoint(), list[str]()
+
+    def machine(index: int) -> str:
+        nodes = Nodes(count=2, index=index, endpoint=endpoint)
+        how = Launch(nodes=nodes, timeout_s=120, max_restarts=3, on_note=notes.append)
+        with pytest.raises(ParsimError, match="no longer finite") as caught:
+            run_cases([from_half(written, text, checkpoints)], how)
+        return str(caught.value.where)
+
+    with ThreadPoolExecutor(2) as pool:
+        places = list(pool.map(machine, (0, 1)))
+    assert places == ["step 2, rank 1, stage 1, layer 2"] * 2  # both machines say the same, at once
     assert notes == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -198,3 +199,9 @@ def test_four_ranks_equal_one_process(on_four_ranks: dict[str, Verification], te
 @pytest.mark.parametrize("text", EIGHT_RANKS)
 def test_eight_ranks_equal_one_process(on_eight_ranks: dict[str, Verification], text: str) -> None:
     check(on_eight_ranks[text])
+
+
+def test_the_documents_count_the_combinations() -> None:
+    page = Path(__file__).parents[2] / "docs" / "executor.md"
+    count = len(TWO_RANKS) + len(FOUR_RANKS) + len(EIGHT_RANKS)
+    assert f"with the {count} combinations of" in page.read_text()

@@ -147,6 +147,52 @@ def test_sequence_parallel_layers_communicate_as_megatron_does(
     assert len(backward) == 4 * MODEL.layers + ends
 
 
+OVERFLOWING = 2.0**34
+"""A loss scale under which fp16 gradients of the model above are infinite at first."""
+
+
+@pytest.fixture(scope="module")
+def in_fp16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measurement]:
+    """Twelve steps of fp16 on one rank and on two, and the second half of them from a checkpoint."""
+
+    def half(text: str, folder: Path | None, start: int = 0) -> Case:
+        policy = folder and Checkpoints(folder=str(folder), every=6, start=start)
+        return dataclasses.replace(
+            timed(text), warmup=0, steps=12, dtype="fp16", loss_scale=OVERFLOWING, checkpoint=policy
+        )
+
+    folder = tmp_path_factory.mktemp("fp16")
+    texts = ("dp=2,micro_batch=4", "dp=2,zero=3,micro_batch=4", "tp=2,micro_batch=8", "pp=2")
+    alone = run_cases([half("micro_batch=8", None)], Launch(timeout_s=120))
+    cases = [*(half(text, None) for text in texts), half("pp=2", folder), half("pp=2", folder, 6)]
+    found = [*alone, *run_cases(cases, Launch(timeout_s=120))]
+    names = ("alone", *texts, "written", "resumed")
+    return {n: f for n, f in zip(names, found, strict=True) if isinstance(f, Measurement)}
+
+
+@pytest.mark.slow
+def test_fp16_leaves_steps_out_on_all_ranks_until_gradients_are_finite(
+    in_fp16: dict[str, Measurement],
+) -> None:
+    """Which stage, shard or part of a matrix overflows differs; that the step is left out does not."""
+    alone = in_fp16["alone"]
+    skipped = alone.loss_scale["skipped_steps"]
+    assert 0 < skipped < 10
+    assert alone.loss_scale["final"] == OVERFLOWING / 2**skipped
+    for found in in_fp16.values():
+        assert found.loss == pytest.approx(alone.loss, rel=2e-3)
+        if found is not in_fp16["resumed"]:
+            assert found.loss_scale == alone.loss_scale
+
+
+@pytest.mark.slow
+def test_fp16_goes_on_with_the_scale_of_its_checkpoint(in_fp16: dict[str, Measurement]) -> None:
+    written, resumed = in_fp16["written"], in_fp16["resumed"]
+    assert resumed.resumed_at == 6
+    assert resumed.loss == written.loss
+    assert resumed.loss_scale["final"] == written.loss_scale["final"]
+
+
 @pytest.mark.slow
 def test_the_second_stage_waits_for_the_first(measured: dict[str, Measurement]) -> None:
     found = measured["pp=2,micro_batch=2"]

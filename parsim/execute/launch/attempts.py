@@ -7,11 +7,13 @@ that ends the launch.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,8 +24,8 @@ from typing import Any
 from parsim.execute.launch.checkpoint_folder import newest, remove_unfinished
 from parsim.execute.launch.joined import Joined, join
 from parsim.execute.launch.torchrun import Nodes, command, variables
-from parsim.execute.launch.watch import RankLost, Ranks
-from parsim.execute.request import Case, encode_case
+from parsim.execute.launch.watch import START_S, RankLost, Ranks
+from parsim.execute.request import RESTARTS_FILE, Case, encode_case
 
 TIMEOUT_S = 300.0
 """A rank that gives no sign of life for so long counts as hung."""
@@ -95,18 +97,26 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
         )
         return Outcome(results=results, failures=())
     failures: list[str] = []
+    spent = 0  # restarts of all machines together
+    since, starts = time.monotonic(), itertools.count()
     with _ended_by_terminate(), _temporary_folder() as folder:
         while True:
-            attempt = folder / f"start-{len(failures)}"
+            attempt = folder / f"start-{next(starts)}"
             attempt.mkdir()
             try:
-                results = _attempt(cases, how, attempt)
+                results = _attempt(cases, how, attempt, spent)
             except RankLost as lost:
-                if len(failures) == how.max_restarts:
+                agreed = _agreed_restarts(attempt)
+                if agreed is None and spent and time.monotonic() - since < START_S:
+                    continue  # another machine has not noticed yet, or not come back: no loss of its own
+                spent = max(spent, agreed or 0)
+                if spent >= how.max_restarts:
                     raise
+                spent += 1
+                since = time.monotonic()
                 failures.append(lost.what)
                 cases = [_from_newest(case, how.nodes) for case in cases]
-                how.on_note(_restart_note(lost, len(failures), how.max_restarts, cases[0]))
+                how.on_note(_restart_note(lost, spent, how.max_restarts, cases[0]))
             except (KeyboardInterrupt, SystemExit):
                 _note_stop(how, cases[0])
                 raise
@@ -114,13 +124,16 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
                 return Outcome(results=results, failures=tuple(failures))
 
 
-def _attempt(cases: Sequence[Case], how: Launch, folder: Path) -> list[list[dict[str, Any]]]:
-    """Start all ranks once; raises RankLost where one fails."""
+def _attempt(
+    cases: Sequence[Case], how: Launch, folder: Path, restarts: int
+) -> list[list[dict[str, Any]]]:
+    """Start all ranks once, after so many restarts; raises RankLost where one fails."""
     world_size = how.num_ranks(cases[0])
     mine = how.nodes.ranks(world_size)
     request = {
         "device": how.device,
         "one_rank": how.one_rank,
+        "restarts": restarts,
         "cases": [encode_case(case) for case in cases],
         # The watcher knows who hangs, torch only who waits: let the watcher be first.
         "library_timeout_s": 2 * how.timeout_s + 60,
@@ -131,6 +144,12 @@ def _attempt(cases: Sequence[Case], how: Launch, folder: Path) -> list[list[dict
         ranks.watch(timeout_s=how.timeout_s, on_line=_reporter(how))
     everyone = range(world_size) if how.nodes.index == 0 else mine
     return [json.loads((folder / f"rank-{rank}.json").read_text())["results"] for rank in everyone]
+
+
+def _agreed_restarts(folder: Path) -> int | None:
+    """The most restarts that any machine had counted when the ranks met; None where they did not."""
+    path = folder / RESTARTS_FILE
+    return int(path.read_text()) if path.exists() else None
 
 
 def _from_newest(case: Case, nodes: Nodes) -> Case:

@@ -1,7 +1,7 @@
 """Being one rank of a launch that somebody else started: torchrun, or srun with one task a rank.
 
-Every process runs the same command. The first one speaks, writes the files and has the exit status of the
-answer; torchrun, or Slurm, watches the ranks and starts them again.
+Every process runs the same command. The first one speaks, writes the files and has the exit status of
+the answer; torchrun, or Slurm, watches the ranks and starts them again.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Joined:
 def joined_rank(environment: Mapping[str, str]) -> Joined | None:
     """The rank that torchrun or srun made this process; None where it is on its own.
 
-    Raises ParsimError for tasks of srun that do not know where to meet, and for values that are no numbers.
+    Raises ParsimError for tasks of srun that do not know where to meet, and for values that are no
+    numbers.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if all(key in environment for key in _TORCH):
@@ -135,21 +136,15 @@ def join(
 ) -> list[list[dict[str, Any]]]:
     """Run the cases as this rank: on rank 0 what every rank found, on others nothing.
 
-    Raises ParsimError where the plan has another number of ranks, and RankLost for what fails here.
+    Raises RankLost for what fails here.
     """
-    if (needed := cases[0].world_size) != joined.world_size:
-        raise ParsimError(
-            "the plan has another number of ranks than were started",
-            where="WORLD_SIZE",
-            got=f"{joined.world_size} ranks, {needed} in the plan",
-            hint=f"torchrun --nproc-per-node {needed} on one machine, or parsim run by itself",
-        )
     os.environ.update({k: v for k, v in joined.variables().items() if k not in os.environ})
     from parsim.execute.launch.rank import run_rank
 
     request = {
         "device": device,
         "one_rank": None,
+        "restarts": joined.restarts,
         "cases": [encode_case(case) for case in cases],
         "library_timeout_s": timeout_s,
     }

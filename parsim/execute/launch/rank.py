@@ -17,7 +17,7 @@ from parsim.execute.asynchronous.stale_run import time_stale_case
 from parsim.execute.launch.clocks import ranks_per_node
 from parsim.execute.launch.heartbeat import Heartbeats
 from parsim.execute.one_rank.emulation import emulate_case, join_alone
-from parsim.execute.request import decode_case
+from parsim.execute.request import RESTARTS_FILE, decode_case
 from parsim.execute.training.checking import verify_case
 from parsim.execute.training.recorder import Recorder
 from parsim.execute.training.timing import time_case
@@ -48,6 +48,7 @@ def run_rank(
     alone: int | None = request["one_rank"]
     if alone is None:
         control = _join(device, request["library_timeout_s"])
+        _agree_on_restarts(request["restarts"], folder, control)
     else:
         control = join_alone(alone, cases[0].plan.gpus)
     results: Results = []
@@ -78,6 +79,16 @@ def _join(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s)
     )
     return dist.new_group(backend="gloo")
+
+
+def _agree_on_restarts(counted: int, folder: Path, control: dist.ProcessGroup) -> None:
+    """Let every machine know how many restarts there have been: one may have counted fewer."""
+    most = torch.tensor(counted)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=control)
+    if os.environ["LOCAL_RANK"] == "0":
+        unfinished = folder / f"{RESTARTS_FILE}.part"
+        unfinished.write_text(str(int(most.item())))
+        unfinished.replace(folder / RESTARTS_FILE)
 
 
 def _from_others(mine: Results, control: dist.ProcessGroup, here: int) -> dict[int, Results]:

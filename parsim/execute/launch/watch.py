@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from parsim.errors import ParsimError
 from parsim.execute.launch.heartbeat import WAITING, Beat, Heartbeats, die_with_parent
+from parsim.execute.steps import NotFinite
 
 POLL_S = 0.05
 START_S = 120.0
@@ -242,7 +243,9 @@ def _limit_s(beats: dict[int, Beat], timeout_s: float) -> float:
 def _as_error(rank: int, found: dict[str, Any], beat: Beat) -> ParsimError:
     """What a rank left, as one error."""
     if "parsim" in found:
-        error = ParsimError(**found["parsim"]).at(f"rank {rank}")
+        error = ParsimError(**found["parsim"])
+        if found["type"] != NotFinite.__name__:  # which all ranks say, with the rank where it came up
+            error = error.at(f"rank {rank}")
     else:
         message = found["message"].strip().split("\n")
         error = RankLost(

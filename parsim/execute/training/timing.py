@@ -14,10 +14,9 @@ from typing import Any, NamedTuple, NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
-from parsim.errors import ParsimError
 from parsim.execute.launch.clocks import clock_offset_ns, ranks_per_node
 from parsim.execute.request import Case
-from parsim.execute.steps import Speeds, StepRecord, median_step
+from parsim.execute.steps import NotFinite, Speeds, StepRecord, median_step
 from parsim.execute.training.checkpoint import load_checkpoint, save_checkpoint
 from parsim.execute.training.finite import FiniteWatch, Origin
 from parsim.execute.training.recorder import Row
@@ -26,6 +25,8 @@ from parsim.timeline import COMPUTE, HOST
 
 SPANS_KEPT = 200
 """Last steps of which one may be shown: a long run would fill the memory with spans."""
+LAST_MESSAGE_S = 0.5
+"""How long ranks stay before they end on purpose: a connection that is reset loses what is under way."""
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -172,15 +173,17 @@ def foreign_cpu_s(since: list[list[float]]) -> float:
 
 
 def _blame_infinity(trainer: Trainer, step: int, losses: list[float], mine: Origin | None) -> NoReturn:
-    """Stop for a loss that is not finite, with the ranks and the layer where it came up."""
+    """Stop for a loss that is not finite, with the ranks and the layer where it came up.
+
+    All ranks say the same, so that every machine of several knows.
+    """
     nowhere = Origin(sys.maxsize, 0)
     found = gathered(trainer.control, list(map(float, mine or nowhere)))
     first = min(found)
     ranks = [rank for rank, origin in enumerate(found) if origin == first]
-    if dist.get_rank() != ranks[0]:
-        dist.barrier(group=trainer.control)  # ends when that rank does: it has the word
     known = first[0] < nowhere.stage
-    raise ParsimError(
+    time.sleep(LAST_MESSAGE_S)
+    raise NotFinite(
         "the loss is no longer finite",
         where=f"step {step}"
         + (f", rank {', '.join(map(str, ranks))}, {Origin(*map(int, first))}" if known else ""),
