@@ -29,6 +29,7 @@ from parsim.cli import (
     run,
     simulate,
     sweep,
+    trace,
     validate,
 )
 from parsim.errors import ParsimError
@@ -58,6 +59,7 @@ app.command("compare-schedules")(compare_schedules.compare_schedules)
 app.command("calibrate")(calibrate.calibrate)
 app.command("run")(run.run)
 app.command("validate")(validate.validate)
+app.command("trace")(trace.trace)
 app.command("export")(export.export)
 app.command("models")(models.models)
 app.command("hardware")(hardware.hardware)

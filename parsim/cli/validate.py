@@ -17,7 +17,10 @@ def validate(
         Path | None, typer.Argument(metavar="[PREDICTION.json]", help="What simulate --json wrote.")
     ] = None,
     measurement: Annotated[
-        Path | None, typer.Argument(metavar="[MEASUREMENT.json]", help="What run --json wrote.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[MEASUREMENT.json...]", help="What run -o wrote, or torch.profiler's traces."
+        ),
     ] = None,
     runs: Annotated[
         Path | None, typer.Option("--runs", help="A CSV of measured training runs, one a row.")
@@ -49,6 +52,7 @@ def validate(
     \b
     Examples:
       parsim validate prediction.json measurement.json --chart step.png --waterfall error.png
+      parsim validate prediction.json rank0.json rank1.json
       parsim validate --runs runs.csv --tolerance 0.1
       parsim validate --published
       parsim validate --kernels gemm.csv.gz --hardware h100-sxm-80gb
@@ -56,7 +60,7 @@ def validate(
     from parsim.errors import ParsimError
 
     chosen = sum(given is not None for given in (prediction, runs, kernels)) + published
-    if chosen != 1 or (prediction is None) != (measurement is None):
+    if chosen != 1 or (prediction is None) == bool(measurement):
         raise ParsimError(
             "validate compares one thing",
             expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F",
@@ -74,7 +78,7 @@ def validate(
         error = _kernels(kernels, hardware, as_json)
     else:
         assert prediction is not None
-        assert measurement is not None
+        assert measurement
         error = validate_step(prediction, measurement, files, as_json=as_json)
     if tolerance is not None and (error is None or abs(error) > tolerance):
         raise typer.Exit(1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parsim.cli.options import Flags, load_plan
 from parsim.cli.output import document, print_json, print_lines, print_table, say
+from parsim.cli.trace import read_run, traced_data
 
 if TYPE_CHECKING:
     from parsim.compare.itemised import ItemisedComparison
@@ -51,16 +53,18 @@ class _Predicted:
     timeline: Timeline
 
 
-def validate_step(prediction: Path, measurement: Path, files: StepFiles, *, as_json: bool) -> float:
+def validate_step(
+    prediction: Path, measurement: Sequence[Path], files: StepFiles, *, as_json: bool
+) -> float:
     """Compare and answer; returns the relative error of the step time."""
     from parsim.compare.itemised import ItemisedComparison, itemise
     from parsim.compare.steps import compare_documents
     from parsim.config import read_json
 
-    where = str(prediction), str(measurement)
-    documents = read_json(prediction), read_json(measurement)
-    whole = compare_documents(*documents, where=where)
-    measured = _measured_timeline(documents[1], where[1])
+    where = str(prediction), ", ".join(map(str, measurement))
+    document_of_prediction = read_json(prediction)
+    measured_data, measured = _measured(prediction, measurement)
+    whole = compare_documents(document_of_prediction, measured_data, where=where)
     predicted = None if measured is None else _replayed(where[0], whole.predicted_s)
     if measured is None or predicted is None:
         _refuse_files(files)
@@ -76,21 +80,38 @@ def validate_step(prediction: Path, measurement: Path, files: StepFiles, *, as_j
         )
         write_step(files, predicted.timeline, measured, predicted.plan, found)
     if as_json:
-        inputs = {"prediction": where[0], "measurement": where[1]}
+        inputs = {"prediction": where[0], "measurement": [str(path) for path in measurement]}
         print_json(document("validate", inputs, found.to_data()))
     else:
         _show(found)
     return whole.error
 
 
-def _measured_timeline(data: Any, where: str) -> Timeline | None:
-    """The timeline in a measurement's document; None in one of parsim 0.1, which had none."""
-    from parsim.export.timeline_json import timeline_from_data
+def _measured(prediction: Path, paths: Sequence[Path]) -> tuple[Any, Timeline | None]:
+    """A measurement's document and its timeline, from what `run` wrote or from torch's traces.
 
-    if "timeline" not in data:
-        return None
-    timeline = timeline_from_data(data["timeline"], where=f"{where}: timeline")
-    return timeline if timeline.spans else None
+    The timeline is None in a document of earlier versions, which had none.
+    """
+    from parsim.config import read_json
+    from parsim.errors import ParsimError
+    from parsim.export.timeline_json import timeline_from_data
+    from parsim.plan_file import read_plan
+    from parsim.traces.chrome_file import is_chrome_trace
+
+    if all(map(is_chrome_trace, paths)):
+        run = read_run(paths, read_plan(str(prediction)).plan)
+        return traced_data(run, None), run.timeline
+    if len(paths) > 1:
+        raise ParsimError(
+            "several files of a measurement are traces of torch's profiler, one a rank",
+            where=next(str(path) for path in paths if not is_chrome_trace(path)),
+            expected="one file of `parsim run -o`, or traces",
+        )
+    data = read_json(paths[0])
+    if not isinstance(data, Mapping) or "timeline" not in data:
+        return data, None
+    timeline = timeline_from_data(data["timeline"], where=f"{paths[0]}: timeline")
+    return data, timeline if timeline.spans else None
 
 
 def _replayed(prediction: str, step_time_s: float) -> _Predicted | None:
