@@ -7,9 +7,9 @@ sizes of micro-batches, all other choices of a family; H, D, K as in a Layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,21 +19,14 @@ from parsim.cost.stage import CostModel, StageCost
 from parsim.cost.step import is_local
 from parsim.cost.sync import StageSync, stage_sync
 from parsim.cost.weights import NO_WEIGHTS, StageWeights
-from parsim.errors import ParsimError
 from parsim.hardware import peak_flops_per_s
-from parsim.plan import ASYNCHRONOUS_SCHEDULES, USUAL_PLACEMENT, Job, ParallelPlan, stage_layers
-from parsim.schedule.check import (
-    batch_problems,
-    group_problems,
-    pipeline_problems,
-    placement_problems,
-    tensor_problems,
-)
+from parsim.plan import ASYNCHRONOUS_SCHEDULES, Job, ParallelPlan, stage_layers
 from parsim.search.bound_arrays import free_bounds_s, lower_bounds_s
 from parsim.search.cells import CellTable, PartFigures, Priced
 from parsim.search.fullest import fullest_rank
 from parsim.search.layout import Bools, Floats, Ints, Layout, layout_of, stage_sums
 from parsim.search.least_recompute import least_recompute_s
+from parsim.search.legality import Legality
 from parsim.search.memory_arrays import fixed_bytes, needed_bytes, room_bytes
 from parsim.search.partition.plan import Partitioner
 from parsim.search.passes import Passes, joined, passes_of
@@ -44,8 +37,6 @@ from parsim.search.walk import walked_bounds_s
 NEAR = 1e-9
 """Plans whose memory is so near to the device's are looked at one by one: sums of floats in another
 order differ in their last digits."""
-
-Problems = Iterator[ParsimError]
 
 _BESIDE_REPLICAS: dict[str, Any] = {
     "schedule": "1f1b", "stage_split": (), "recompute": "none", "recompute_layers": (),
@@ -59,17 +50,33 @@ class Examined:
 
     rejected: dict[str, int]
     """Illegal ones, by reason."""
-    legal: int
-    same: int
+    legal: int = 0
+    same: int = 0
     """Plans that are the same as others: where everything is kept that need not be recomputed."""
-    index: Ints
-    """Those that fit."""
-    bound_s: Floats
-    """A lower bound of the step time of each of these, whatever is left to be chosen for it."""
-    least_bytes: float
+    fits: int = 0
+    floor_s: float = np.inf
+    """No step of one that fits is shorter: a rough figure, for the whole family."""
+    least_bytes: float = np.inf
     """The least that a legal plan needs."""
-    least: int
+    least: int = 0
     """That plan."""
+
+
+class _Parts(NamedTuple):
+    """What a family's stages are made of."""
+
+    layout: Layout
+    priced: Priced
+    stages: list[StageCost]
+
+
+class _Memory(NamedTuple):
+    """What a family's plans need."""
+
+    fixed: Floats
+    """(Z, H, M, C): bytes beside what micro-batches leave behind."""
+    needed: Floats
+    """(Z, M, C): bytes of the fullest device; infinite for illegal plans."""
 
 
 @dataclass(slots=True)
@@ -78,147 +85,117 @@ class Examiner:
 
     job: Job
     costs: CostModel
+    _legality: Legality = field(init=False)
     _cells: CellTable = field(init=False)
     _partitioner: Partitioner = field(init=False)
     _layouts: dict[tuple[object, ...], Layout] = field(default_factory=dict)
-    _reasons: dict[tuple[object, ...], str] = field(default_factory=dict)
     _syncs: dict[tuple[object, ...], StageSync] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         peak_flops_per_s(self.costs.cluster.device, self.job.precision)  # refuses a dtype it has not
+        self._legality = Legality(self.job, self.costs.cluster)
         self._cells = CellTable(self.job, self.costs)
         self._partitioner = Partitioner(self.job, ENOUGH_HEADROOM)
 
     def examine(self, family: Family) -> Examined:
-        """Legality, memory and lower bounds of all its plans."""
+        """Legality and memory of all its plans, and how fast the fastest can be at best."""
         rejected, legal = self.legality(family)
         if not legal.any():
-            return Examined(
-                rejected=rejected,
-                legal=0,
-                same=0,
-                index=np.empty(0, int),
-                bound_s=np.empty(0),
-                least_bytes=np.inf,
-                least=0,
-            )
-        needed, bounds_s = self.figures(family, legal)
+            return Examined(rejected=rejected)
+        of = self._parts_of(family, legal)
+        needed = self._memory(family, of, legal).needed
         same = self._same(family, needed)
-        legal, fits = legal & ~same, np.isfinite(bounds_s) & ~same
+        fits = self._fits(family, needed) & ~same
         least = int(needed.argmin())
         return Examined(
             rejected=rejected,
-            legal=int(legal.sum()),
+            legal=int((legal & ~same).sum()),
             same=int(same.sum()),
-            index=np.flatnonzero(fits),
-            bound_s=bounds_s[fits],
+            fits=int(fits.sum()),
+            floor_s=self._floor_s(family, of, fits),
             least_bytes=float(needed.flat[least]),
             least=least,
         )
 
-    def legality(self, family: Family) -> tuple[dict[str, int], Bools]:
-        """How many plans are illegal for which reason (the first that a check of one finds), and which
-        are legal.
+    def bounded(self, family: Family) -> tuple[Ints, Floats]:
+        """The plans that fit, by their places in the family, and a lower bound of the step time of each,
+        whatever is left to be chosen for it.
         """
-        base, names = family.base, [""]
-        reasons = np.zeros(
-            (len(family.zero), len(family.micro_batch), len(family.sequence_parallel)), int
-        )
+        _, legal = self.legality(family)
+        needed, bounds_s = self.figures(family, legal)
+        index = np.flatnonzero(np.isfinite(bounds_s) & ~self._same(family, needed))
+        return index, bounds_s.flat[index]
 
-        def mark(what: str, zero: int | slice, size: int | slice, parallel: int | slice) -> None:
-            if what:
-                if what not in names:
-                    names.append(what)
-                reasons[zero, size, parallel] = names.index(what)
-
-        # From the last check to the first: what an earlier one finds stands.
-        every, sizes = slice(None), (base.dp, base.tp, base.cp)
-        for s, parallel in enumerate(family.sequence_parallel):
-            alike = *sizes, base.ep, base.pp, base.placement, parallel
-            mark(self._reason(self._groups, alike, base, sequence_parallel=parallel), every, every, s)
-        stale = base.schedule in ASYNCHRONOUS_SCHEDULES
-        for z, zero in enumerate(family.zero if stale else family.zero[:1]):
-            for i, size in enumerate(family.micro_batch):
-                m = self.job.global_batch // (base.dp * size)
-                stages = base.stage_split, base.recompute_layers
-                depends = base.schedule, base.pp, base.vpp, stages, m, zero
-                what = self._reason(pipeline_problems, depends, base, micro_batch=size, zero=zero)
-                mark(what, z if stale else every, i, every)
-        for s, parallel in enumerate(family.sequence_parallel):
-            what = self._reason(tensor_problems, (*sizes, parallel), base, sequence_parallel=parallel)
-            mark(what, every, every, s)
-        for i, size in enumerate(family.micro_batch):
-            mark(self._reason(batch_problems, (base.dp, size), base, micro_batch=size), every, i, every)
-        others = family.shape[2] // len(family.sequence_parallel)
-        count = np.bincount(reasons.ravel(), minlength=len(names)) * others
-        rejected = {name: int(n) for name, n in zip(names, count, strict=True) if name and n}
-        return rejected, np.repeat(reasons == 0, others, axis=2)
-
-    def _groups(self, job: Job, plan: ParallelPlan) -> Problems:
-        yield from group_problems(job, plan)
-        if plan.placement != USUAL_PLACEMENT:
-            yield from placement_problems(plan, self.costs.cluster)
-
-    def _reason(
-        self,
-        check: Callable[[Job, ParallelPlan], Problems],
-        depends: tuple[object, ...],
-        base: ParallelPlan,
-        **choice: Any,
-    ) -> str:
-        """What a check finds first in a plan, or nothing; once for all that it depends on."""
-        key = check.__name__, *depends
-        if key not in self._reasons:
-            problem = next(check(self.job, replace(base, **choice)), None)
-            self._reasons[key] = "" if problem is None else problem.what
-        return self._reasons[key]
+    def legality(self, family: Family) -> tuple[dict[str, int], Bools]:
+        """How many plans are illegal for which reason, and which are legal, (Z, M, C)."""
+        return self._legality.of(family)
 
     def figures(self, family: Family, legal: Bools) -> tuple[Floats, Floats]:
         """Bytes that each plan needs on its fullest device, and a lower bound of its step time in
         seconds; infinite for illegal plans, the bound for those that do not fit too.
         """
+        of = self._parts_of(family, legal)
+        memory = self._memory(family, of, legal)
+        index = np.flatnonzero(self._fits(family, memory.needed))
+        bounds_s = np.full(family.shape, np.inf)
+        if index.size:
+            bounds_s.flat[index] = self._bounds_s(family, of, memory.fixed, index)
+        return memory.needed, bounds_s
+
+    def _parts_of(self, family: Family, legal: Bools) -> _Parts:
         layout = self._layout(family.base)
         priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
-        stages = self._stages(family, layout, legal)
-        stack, needed = self.costs.stack, np.full(family.shape, np.inf)
-        fixed = fixed_bytes(self.job, family, layout, priced, stages, stack)
-        needed[legal] = needed_bytes(self.job, family, layout, priced, fixed, stack)[legal]
-        bounds_s = np.full(family.shape, np.inf)
-        fits = self._fits(family, needed)
-        if fits.any():
-            index = np.flatnonzero(fits)
-            bounds_s.flat[index] = self._bounds_s(family, layout, priced, stages, fixed, index)
-        return needed, bounds_s
+        return _Parts(layout, priced, self._stages(family, layout, legal))
 
-    def _bounds_s(
-        self,
-        family: Family,
-        layout: Layout,
-        priced: Priced,
-        stages: list[StageCost],
-        fixed: Floats,
-        index: Ints,
-    ) -> Floats:
+    def _memory(self, family: Family, of: _Parts, legal: Bools) -> _Memory:
+        stack, needed = self.costs.stack, np.full(family.shape, np.inf)
+        fixed = fixed_bytes(self.job, family, of.layout, of.priced, of.stages, stack)
+        filled = needed_bytes(self.job, family, of.layout, of.priced, fixed, stack)
+        needed[legal] = filled[legal]
+        return _Memory(fixed, needed)
+
+    def _floor_s(self, family: Family, of: _Parts, fits: Bools) -> float:
+        """No step of the plans that fit is shorter: what their passes take without replicas, transfers
+        and what is recomputed by choice.
+        """
+        cell = np.flatnonzero(fits.any(axis=0))
+        if not cell.size:
+            return np.inf
+        layout = of.layout
+        sends, stages = (np.zeros((n, cell.size)) for n in (layout.kind.size - 1, len(layout.stages)))
+        replicas = ReplicaTime(*[stages] * len(ReplicaTime._fields))
+        passes = self._cell_passes(family, of, cell, sends, replicas)
+        again_s = np.zeros((family.base.pp, cell.size))
+        return float(self._passes_bound_s(family, of, cell, passes, again_s).min())
+
+    def _bounds_s(self, family: Family, of: _Parts, fixed: Floats, index: Ints) -> Floats:
         """(P,): lower bounds of the plans of a family at `index`, all legal."""
-        passes = self._passes(family, layout, priced, stages, index)
+        cell = index % (family.shape[1] * family.shape[2])
+        passes = self._passes(family, of, index)
+        again_s = self._least_recompute_s(family, of, fixed, index)
+        return self._passes_bound_s(family, of, cell, passes, again_s)
+
+    def _passes_bound_s(
+        self, family: Family, of: _Parts, cell: Ints, passes: Passes, again_s: Floats
+    ) -> Floats:
+        """(P,): lower bounds of plans of these cells whose passes take so long."""
         if family.free_split:
-            cell = index % (family.shape[1] * family.shape[2])
-            parts = PartFigures(*(p.reshape(len(p), -1)[:, cell] for p in priced.parts))
-            bounds_s = free_bounds_s(family.base, layout, passes, parts)
+            parts = PartFigures(*(p.reshape(len(p), -1)[:, cell] for p in of.priced.parts))
+            bounds_s = free_bounds_s(family.base, of.layout, passes, parts)
         else:
-            again_s = self._least_recompute_s(family, layout, priced, fixed, index)
-            bounds_s = lower_bounds_s(family.base, layout, passes, again_s)
+            bounds_s = lower_bounds_s(family.base, of.layout, passes, again_s)
         return bounds_s + self.costs.stack.step_overhead_s
 
-    def _least_recompute_s(
-        self, family: Family, layout: Layout, priced: Priced, fixed: Floats, index: Ints
-    ) -> Floats:
-        """(pp, P): what each rank recomputes of a micro-batch at least, where that is chosen for it."""
+    def _least_recompute_s(self, family: Family, of: _Parts, fixed: Floats, index: Ints) -> Floats:
+        """(pp, P): what each rank recomputes of a micro-batch at least, where that is chosen for it and
+        the stages are not.
+        """
+        layout, priced, _ = of
         base, (_, sizes, others) = family.base, family.shape
         found = np.zeros((base.pp, len(index)))
         zero, cell = np.divmod(index, sizes * others)
         partial = np.array(family.recompute)[index % len(family.recompute)] == "partial"
-        if not partial.any():
+        if family.free_split or not partial.any():
             return found
         memory_bytes = self.costs.cluster.device.memory_bytes * (1 - ENOUGH_HEADROOM)
         room = room_bytes(fixed, memory_bytes, self.costs.stack)
@@ -246,9 +223,7 @@ class Examiner:
         for family, index in chosen:
             legal = np.zeros(family.shape, bool)
             legal.flat[index] = True
-            priced = self._cells.priced(family, layout.parts, np.asarray(legal.any(axis=0)))
-            stages = self._stages(family, layout, legal)
-            found.append(self._passes(family, layout, priced, stages, index))
+            found.append(self._passes(family, self._parts_of(family, legal), index))
         walked = walked_bounds_s(layout.plan, layout, joined(found), self.costs.stack)
         ends = np.cumsum([len(index) for _, index in chosen])[:-1]
         return np.split(walked + self.costs.stack.step_overhead_s, ends)
@@ -339,24 +314,29 @@ class Examiner:
             same[..., partial] = by_choice[..., none] <= limit
         return same.reshape(family.shape)
 
-    def _passes(
-        self, family: Family, layout: Layout, priced: Priced, stages: list[StageCost], index: Ints
-    ) -> Passes:
+    def _passes(self, family: Family, of: _Parts, index: Ints) -> Passes:
         """The passes of the plans of a family at `index`, all legal."""
-        base, (_, sizes, others) = family.base, family.shape
-        zero, cell = np.divmod(index, sizes * others)
-        micro_batches = [self.job.global_batch // (base.dp * size) for size in family.micro_batch]
-        syncs = self._stage_syncs(family, layout, stages)
+        zero, cell = np.divmod(index, family.shape[1] * family.shape[2])
+        syncs = self._stage_syncs(family, of.layout, of.stages)
         replicas = np.array([
             [replica_time(sync, stage, self.costs.stack) for sync in row]
             for stage, row in zip(family.zero, syncs, strict=True)
         ])  # fmt: skip
+        times = ReplicaTime(*replicas[zero].transpose(2, 1, 0))
+        return self._cell_passes(family, of, cell, self._send_s(family.base, of.priced, cell), times)
+
+    def _cell_passes(
+        self, family: Family, of: _Parts, cell: Ints, send_s: Floats, replicas: ReplicaTime[Floats]
+    ) -> Passes:
+        """The passes of plans of these cells."""
+        micro_batches = [self.job.global_batch // (family.base.dp * size) for size in family.micro_batch]
+        parts = (p.reshape(len(p), -1)[:, cell] for p in of.priced.parts)
         return passes_of(
-            base,
-            np.array(micro_batches)[cell // others],
-            PartFigures(*(stage_sums(layout, p.reshape(len(p), -1)[:, cell]) for p in priced.parts)),
-            self._send_s(base, priced, cell),
-            ReplicaTime(*replicas[zero].transpose(2, 1, 0)),
+            family.base,
+            np.array(micro_batches)[cell // family.shape[2]],
+            PartFigures(*(stage_sums(of.layout, p) for p in parts)),
+            send_s,
+            replicas,
             self.costs.stack,
         )
 

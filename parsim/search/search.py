@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 
+import numpy as np
+
 from parsim.cost.stage import CostModel
 from parsim.errors import NothingFits
 from parsim.plan import Job, ParallelPlan
-from parsim.search.candidates import Candidates, candidates_of
+from parsim.search.best import Best
+from parsim.search.candidates import Candidates, Number
 from parsim.search.examine import Examined, Examiner
 from parsim.search.space import Constraints, Family, check_constraints, families
 from parsim.search.workers import Workers, cores
@@ -87,28 +89,23 @@ def search(
     listed = list(families(job, gpus, constraints, tp_overlap=overlap, cluster=cluster))
     is_large = sum(prod(family.shape) for family in listed) >= LARGE_SPACE
     workers = Workers(job=job, costs=costs, processes=(processes or cores()) if is_large else 1)
-    candidates, space = _bounded(workers, listed, report)
-    best: dict[int, Prediction] = {}  # by number of the plan that became this one
-    kept_s = math.inf  # of the slowest of them, once they are enough
-    optimal, replayed = True, 0
+    candidates, space = _fitting(workers, listed, top, report)
+    best, optimal, replayed = Best(top), True, 0
     try:
-        for bound_s, number, replay in _replays(candidates, workers):
-            if bound_s >= kept_s:
-                break
+        for replay, number in _replays(candidates, best.slowest_s):
             if time.monotonic() - started > budget_s and len(best) >= min(top, space.fits):
                 optimal = False
                 break
             replayed += 1
-            _keep(replay(), number, best, top)
-            kept_s = max(p.step_time_s for p in best.values()) if len(best) == top else math.inf
+            best.keep(replay(), number)
             report("replaying", replayed, 0)
     except KeyboardInterrupt:
         optimal = False
-        if not best:
+        if not len(best):
             raise
     return SearchResult(
         space=space,
-        plans=tuple(best[number] for number in _in_order(best)),
+        plans=best.plans(),
         optimal=optimal,
         replayed=replayed,
         search_s=time.monotonic() - started,
@@ -136,27 +133,10 @@ def together(results: Sequence[SearchResult], top: int) -> SearchResult:
     )
 
 
-def _keep(prediction: Prediction, number: int, best: dict[int, Prediction], top: int) -> None:
-    """Keep a prediction if it is among the `top` best: one for each number, and each plan once."""
-    rivals = [n for n, other in best.items() if n == number or other.plan == prediction.plan]
-    if any(best[n].step_time_s <= prediction.step_time_s for n in rivals):
-        return
-    for n in rivals:
-        del best[n]
-    best[number] = prediction
-    if len(best) > top:
-        del best[_in_order(best)[-1]]
-
-
-def _in_order(best: dict[int, Prediction]) -> list[int]:
-    """Fastest first; of equal ones the first in the space."""
-    return sorted(best, key=lambda number: (best[number].step_time_s, number))
-
-
-def _bounded(
-    workers: Workers, listed: Sequence[Family], report: Progress
+def _fitting(
+    workers: Workers, listed: Sequence[Family], top: int, report: Progress
 ) -> tuple[Candidates, SpaceCount]:
-    """Plans that are legal and fit, with their lower bounds, and the count of the others."""
+    """The families with plans that are legal and fit, and the count of all plans."""
     examined = _examined(workers, listed, report)
     rejected: Counter[str] = Counter()
     legal = fits = 0
@@ -164,7 +144,7 @@ def _bounded(
     for family, of in zip(listed, examined, strict=True):
         rejected.update(of.rejected)
         legal += of.legal
-        fits += len(of.index)
+        fits += of.fits
         if of.legal and (least is None or of.least_bytes < least[0]):
             least = of.least_bytes, family.plan(of.least)
     if legal > fits:
@@ -179,14 +159,15 @@ def _bounded(
         error = _no_plan(space, least, workers.costs)
         error.space = space
         raise error
-    return candidates_of(listed, examined), space
+    floors_s = np.array([of.floor_s for of in examined])
+    return Candidates(workers=workers, enough=top, families=listed, floors_s=floors_s), space
 
 
 def _examined(workers: Workers, listed: Sequence[Family], report: Progress) -> list[Examined]:
     """What became of the plans of every family. Those with cells in common are examined together."""
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for number, family in enumerate(listed):
-        alike[family.base.tp, family.base.cp, family.base.ep].append(number)
+        alike[family.cells].append(number)
     total = sum(prod(family.shape) for family in listed)
     groups = [[listed[number] for number in numbers] for numbers in alike.values()]
     found: dict[int, Examined] = {}
@@ -203,15 +184,17 @@ def _examine(examiner: Examiner, group: Sequence[Family]) -> list[Examined]:
 
 
 def _replays(
-    candidates: Candidates, workers: Workers
-) -> Iterator[tuple[float, int, Callable[[], Prediction]]]:
-    """Bound, number and replay of the plans in order of bound. Several processes replay the next few at
-    once, of which the last ones may turn out not to be needed.
+    candidates: Candidates, limit_s: Callable[[], float]
+) -> Iterator[tuple[Callable[[], Prediction], Number]]:
+    """Replay and number of the plans that may take less than the limit, in order of their bounds.
+    Several processes replay the next few at once, of which the last ones may turn out not to be needed.
     """
-    for ready in candidates.in_order(workers):
-        predictions = workers.answers(_replay, [plan for _, _, plan in ready])
+    for ready in candidates.in_order(limit_s):
+        predictions = candidates.workers.answers(_replay, [plan for _, _, plan in ready])
         for bound_s, number, _ in ready:
-            yield bound_s, number, partial(next, predictions)
+            if bound_s >= limit_s():
+                return
+            yield partial(next, predictions), number
 
 
 def _replay(examiner: Examiner, plan: ParallelPlan) -> Prediction:

@@ -104,6 +104,11 @@ class Family:
         return not self.even_split and base.pp > 1 and base.vpp == 1 and not base.stage_split
 
     @property
+    def cells(self) -> tuple[object, ...]:
+        """What families have in common whose layers are priced alike."""
+        return self.base.tp, self.base.cp, self.base.ep
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(zero, micro_batch, all other choices)."""
         others = len(self.sequence_parallel) * len(self.tp_overlap) * len(self.recompute)

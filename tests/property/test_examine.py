@@ -116,7 +116,12 @@ def test_what_does_not_fit_has_no_bound(case: Case, data: st.DataObject) -> None
         for index, p in enumerate(family.plans())
         if legal.flat[index] and fullest_rank(job, p, costs).peak + costs.stack.context_bytes <= middle
     ]
-    assert examined.index.tolist() == fits
-    assert np.isfinite(examined.bound_s).all()
+    index, bounds_s = Examiner(job, smaller).bounded(family)
+    assert index.tolist() == fits
+    assert examined.fits == len(fits)
+    assert np.isfinite(bounds_s).all()
+    # Of each family one figure says whether its plans are worth a bound: none may be lost.
+    assert examined.floor_s <= bounds_s.min(initial=np.inf) * (1 + 1e-12)
+    assert examined.floor_s > 0
     assert examined.legal == legal.sum()
     assert examined.least_bytes == pytest.approx(needed[legal].min())

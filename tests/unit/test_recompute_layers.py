@@ -144,7 +144,7 @@ def test_one_examiner_tells_counts_apart() -> None:
     plans = [
         parse_plan(f"pp=2,recompute=full,recompute_layers={counts}") for counts in ("4-5", "0-1", "5-0")
     ]
-    examiner, found = Examiner(JOB, COSTS), []
+    examiner, found, bounds_s = Examiner(JOB, COSTS), [], []
     for plan in plans:
         family = Family(
             base=plan,
@@ -155,10 +155,14 @@ def test_one_examiner_tells_counts_apart() -> None:
             recompute=("full",),
         )
         found.append(examiner.examine(family))
+        bounds_s.append(examiner.bounded(family)[1].tolist())
     full, few, illegal = found
     assert full.least_bytes == pytest.approx(fullest_rank(JOB, plans[0], COSTS).peak)
     assert few.least_bytes == pytest.approx(fullest_rank(JOB, plans[1], COSTS).peak)
-    assert few.bound_s[0] < full.bound_s[0]
+    (slow_s,), (fast_s,), none = bounds_s
+    assert fast_s < slow_s
+    assert few.floor_s < full.floor_s
+    assert none == []
     assert list(illegal.rejected) == ["a stage recomputes more layers than it has"]
 
 
