@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -146,13 +147,19 @@ def check(of: Space) -> None:
     assert plans <= {p.plan for p in truth}
 
 
+@contextmanager
+def small_steps() -> Iterator[pytest.MonkeyPatch]:
+    """In spaces so small plans are left out only where few of them come near the front at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(candidates, "FAMILIES", 1)
+        patch.setattr(candidates, "PLANS", 1)
+        yield patch
+
+
 @given(spaces())
 @settings(max_examples=EXAMPLES, deadline=None)
 def test_the_search_finds_what_a_replay_of_every_plan_finds(of: Space) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        # In spaces so small what can be left out is left out only where the steps are small too.
-        patch.setattr(candidates, "FAMILIES", 1)
-        patch.setattr(candidates, "PLANS", 1)
+    with small_steps():
         check(of)
 
 
@@ -176,7 +183,7 @@ def test_loose_bounds_cost_replays_and_not_the_proof(of: Space, seed: int) -> No
     def loose_floor_s(self: Examiner, *args: object) -> float:
         return floor_s(self, *args) * rng.uniform(0.2, 1.0)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with small_steps() as patch:
         patch.setattr(Examiner, "_floor_s", loose_floor_s)
         patch.setattr(Examiner, "figures", loose_figures)
         patch.setattr(Examiner, "tighter_bounds_s", loose_walks)
