@@ -13,14 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from parsim.charts.palette import MUTED_COLOR, SERIES_COLORS, TEXT_COLOR
 from parsim.charts.style import (
     FOOTER_IN,
     LEFT_IN,
-    MUTED_COLOR,
     RIGHT_IN,
-    SERIES_COLORS,
     SMALL_PT,
-    TEXT_COLOR,
     counted,
     file_format,
     grow,

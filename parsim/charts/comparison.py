@@ -18,9 +18,9 @@ from parsim.charts.lanes import (
     row_height_in,
     spans_by_rank,
 )
+from parsim.charts.palette import TEXT_COLOR
 from parsim.charts.style import (
     LEFT_IN,
-    TEXT_COLOR,
     counted,
     file_format,
     grow,

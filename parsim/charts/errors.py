@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from parsim.charts.palette import MUTED_COLOR, SERIES_COLORS
 from parsim.charts.style import (
-    MUTED_COLOR,
-    SERIES_COLORS,
     SMALL_PT,
     counted,
     file_format,

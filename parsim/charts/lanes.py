@@ -17,17 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 
-from parsim.charts.style import (
-    COLORS,
-    DPI,
-    IDLE_COLOR,
-    LABELS,
-    OTHER_COLOR,
-    Color,
-    Entry,
-    lighter,
-    text_color_on,
-)
+from parsim.charts.palette import COLORS, IDLE_COLOR, LABELS, OTHER_COLOR
+from parsim.charts.style import DPI, Color, Entry, lighter, text_color_on
 from parsim.errors import ParsimError
 from parsim.timeline import COMPUTE, HOST, PP_STREAMS, Span, Timeline
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
 
+from parsim.charts.palette import SERIES_COLORS
 from parsim.charts.style import (
-    SERIES_COLORS,
     file_format,
     grow,
     header,

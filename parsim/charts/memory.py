@@ -13,9 +13,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from parsim.charts.palette import SERIES_COLORS, TEXT_COLOR
 from parsim.charts.style import (
-    SERIES_COLORS,
-    TEXT_COLOR,
     Color,
     Entry,
     file_format,

@@ -10,10 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
+from parsim.charts.palette import COLORS, IDLE_COLOR, LABELS
 from parsim.charts.style import (
-    COLORS,
-    IDLE_COLOR,
-    LABELS,
     LEFT_IN,
     RIGHT_IN,
     WIDTH_IN,

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from parsim.charts.palette import MUTED_COLOR, SERIES_COLORS
 from parsim.charts.style import (
-    MUTED_COLOR,
-    SERIES_COLORS,
     SMALL_PT,
     counted,
     file_format,

@@ -7,15 +7,8 @@ from pathlib import Path
 
 from matplotlib.ticker import FuncFormatter
 
-from parsim.charts.style import (
-    SERIES_COLORS,
-    file_format,
-    grow,
-    header,
-    new_figure,
-    save,
-    style,
-)
+from parsim.charts.palette import SERIES_COLORS
+from parsim.charts.style import file_format, grow, header, new_figure, save, style
 
 _WIDTH_IN = 8.5
 _PANEL_IN = 3.6

@@ -1,8 +1,6 @@
 """How every chart of parsim looks: colours, sizes, header and legend, and how it becomes a file.
 
-The colours stay apart for people with red- or green-blind eyes (tested with the matrices of Machado,
-Oliveira and Fernandes 2009, doi:10.1109/TVCG.2009.113); most are from the sets of Okabe and Ito and of
-Paul Tol. A file has the same bytes whenever it is drawn from the same data.
+The colours are those of `palette`. A file has the same bytes whenever it is drawn from the same data.
 """
 
 from __future__ import annotations
@@ -23,45 +21,11 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
 from matplotlib.transforms import Affine2DBase, ScaledTranslation
 
+from parsim.charts.palette import MUTED_COLOR, TEXT_COLOR
 from parsim.config import write_file
 from parsim.errors import ParsimError
 
 Color = tuple[float, float, float]
-
-COLORS = {
-    "forward": "#0072B2",
-    "backward": "#E69F00",
-    "input_grad": "#C8431B",
-    "weight_grad": "#009E73",
-    "recompute": "#332288",
-    "optimizer": "#661100",
-    "tp": "#AA4499",
-    "cp": "#DDCC77",
-    "ep": "#88CCEE",
-    "dp": "#117733",
-    "pp_send": "#3C3C3C",
-    "pp_recv": "#9A9A9A",
-    "host": "#999933",
-}
-"""Colour by what the time is for: Span.kind, with pipeline transfers split by direction."""
-OTHER_COLOR = "#C0A0D0"
-"""For a kind of span that has no colour of its own."""
-IDLE_COLOR = "#EBEBEB"
-TEXT_COLOR = "#1A1A1A"
-MUTED_COLOR = "#5A5A5A"
-SERIES_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#332288", "#E69F00", "#56B4E9", "#000000")
-"""For lines and points that stand for no kind of span."""
-LABELS = {
-    "input_grad": "input gradient",
-    "weight_grad": "weight gradient",
-    "tp": "tensor parallel",
-    "cp": "context parallel",
-    "ep": "expert parallel",
-    "dp": "data parallel",
-    "pp_send": "pipeline send",
-    "pp_recv": "pipeline receive",
-}
-"""Words of the legend where they differ from the key of COLORS."""
 
 WIDTH_IN = 12.0
 DPI = 150

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from parsim.charts.palette import SERIES_COLORS
 from parsim.charts.style import (
-    SERIES_COLORS,
     SMALL_PT,
     Entry,
     file_format,

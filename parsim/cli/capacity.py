@@ -33,6 +33,7 @@ from parsim.cli.options import (
     StackOption,
 )
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.report import ReportOption, write_report
 
 if TYPE_CHECKING:
     from parsim.search.capacity import Limits
@@ -103,6 +104,7 @@ def capacity(
     tornado_chart: Annotated[
         Path | None, typer.Option("--tornado-chart", help="Draw the sensitivity.")
     ] = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Plan a training: how long, what it costs, and which cluster to take.
@@ -144,13 +146,15 @@ def capacity(
     if csv is not None:
         write_csv(found, limits, pue, csv)
         written.append(csv)
+    inputs = flags.given() | {
+        "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
+        "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
+        "constraints": allowed.given(),
+    }  # fmt: skip
+    whole = document("capacity", inputs, report_data(found, limits, pue, origins, assumed))
+    write_report(report, whole)
     if as_json:
-        inputs = flags.given() | {
-            "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
-            "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
-            "constraints": allowed.given(),
-        }  # fmt: skip
-        print_json(document("capacity", inputs, report_data(found, limits, pue, origins, assumed)))
+        print_json(whole)
     else:
         print_report(found, limits, pue, assumed)
         print_lines([f"wrote {path}" for path in written])

@@ -8,6 +8,7 @@ runs, so that --help is quick.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from typing import Any
@@ -26,12 +27,14 @@ from parsim.cli import (
     models,
     plan,
     quickstart,
+    report,
     run,
     simulate,
     sweep,
     trace,
     validate,
 )
+from parsim.cli.output import COMMAND_LINE
 from parsim.errors import ParsimError
 
 HELP = """Choose, simulate and run parallel plans for training large language models.
@@ -61,6 +64,7 @@ app.command("run")(run.run)
 app.command("validate")(validate.validate)
 app.command("trace")(trace.trace)
 app.command("export")(export.export)
+app.command("report")(report.report)
 app.command("models")(models.models)
 app.command("hardware")(hardware.hardware)
 app.command("doctor")(doctor.doctor)
@@ -95,6 +99,7 @@ def main() -> None:
 
 def run_command(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command and return its exit status; explains errors on stderr."""
+    COMMAND_LINE.set(shlex.join(["parsim", *arguments]))
     try:
         status = app(arguments, prog_name="parsim", standalone_mode=False)
         sys.stdout.flush()

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from parsim.simulate.prediction import Prediction
+
+
+COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="")
+"""The command as it was typed, for those who want to repeat its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,8 @@ def document(
 ) -> dict[str, Any]:
     """The JSON document of a command's answer."""
     head = {"schema_version": 1, "version": __version__, "command": command, "seed": seed}
+    if line := COMMAND_LINE.get():
+        head["command_line"] = line
     return head | {"inputs": {k: v for k, v in inputs.items() if v is not None}} | answer
 
 

@@ -22,6 +22,7 @@ from parsim.cli.options import (
     load_setup,
 )
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.report import ReportOption, write_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,6 +62,7 @@ def plan(
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="Of a large search [default: one a core].")
     ] = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Rank all splits of N GPUs over dp, tp, pp and cp for a model.
@@ -96,7 +98,7 @@ def plan(
     def found(count: int) -> SearchResult:
         """Of all precisions together: those that nothing fits in give none of the plans."""
         results, none = [], []
-        with progress() as report:
+        with progress() as show:
             for of in setups:
                 try:
                     result = search(
@@ -106,7 +108,7 @@ def plan(
                         constraints=constraints,
                         top=count,
                         budget_s=budget_s,
-                        progress=report,
+                        progress=show,
                         processes=processes,
                     )
                 except NoPlan as no:
@@ -129,15 +131,17 @@ def plan(
         result = found(max(top, LEAST_LOOKED_AT))
     except NoPlan as no:
         asked = Question(job=setup.job, gpus=gpus, costs=setup.costs(), constraints=constraints)
-        with progress() as report:
-            error = explained(asked, no, report)
+        with progress() as show:
+            error = explained(asked, no, show)
         if as_json and isinstance(error, NoPlan):
             answer = {"space": asdict(no.space), "optimal": True, "plans": [], "why": str(error)}
             print_json(document("plan", inputs, answer))
         raise error from no
     advice = _advice(result, setup)
+    whole = document("plan", inputs, to_data(result, setup.origin, advice, show=top))
+    write_report(report, whole)
     if as_json:
-        print_json(document("plan", inputs, to_data(result, setup.origin, advice, show=top)))
+        print_json(whole)
     else:
         name, where = setup.job.model.name, setup.origin["hardware"]
         several = len(setups) > 1

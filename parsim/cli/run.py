@@ -24,6 +24,7 @@ from parsim.cli.options import (
     load_plan,
 )
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.report import ReportOption, write_report
 from parsim.cli.run_joined import goes_on, joined_here, one_voice, require_ranks
 from parsim.cli.run_launch import (
     print_dry_run,
@@ -122,6 +123,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be started, and start nothing.")
     ] = False,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a plan with torch.distributed on this machine: one process a rank, gloo or NCCL.
@@ -187,7 +189,7 @@ def run(
         if dry_run:
             print_dry_run(case, how, inputs, as_json=as_json)
             return
-        files = _Files(measurement=output, chart=chart, trace=trace)
+        files = _Files(measurement=output, chart=chart, trace=trace, report=report)
         if one_rank is not None:
             inputs |= {"one_rank": one_rank}
             _run_one_rank(setup, case, one_rank, how, inputs, files, as_json=as_json)
@@ -202,11 +204,13 @@ class _Files:
     measurement: Path | None
     chart: Path | None
     trace: Path | None
+    report: Path | None
+    """A folder."""
 
     @property
     def draws(self) -> bool:
         """Whether a timeline is wanted."""
-        return self.chart is not None or self.trace is not None
+        return any(path is not None for path in (self.chart, self.trace, self.report))
 
 
 def _run(
@@ -317,6 +321,8 @@ def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: 
 
         write_chrome_trace(files.trace, [predicted, measured])
         say(f"wrote {files.trace}")
+    if measured is not None:
+        write_report(files.report, whole, [predicted, measured])
 
 
 def _cpu_profile(plan: str) -> str:

@@ -24,6 +24,7 @@ from parsim.cli.options import (
     require_flush,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
+from parsim.cli.report import ReportOption, write_report
 from parsim.cli.simulate_detail import (
     DetailChartOption,
     DetailMicroBatchesOption,
@@ -105,6 +106,7 @@ def simulate(
     goodput_chart: GoodputChartOption = None,
     ps: PsOption = None,
     ps_chart: PsChartOption = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Replay one step of a plan: step time, breakdown, memory, timeline.
@@ -155,23 +157,25 @@ def simulate(
         ps_section(ps_settings, ps_chart, request),
         pictures_section(step, timeline, chart=chart, memory_chart=memory_chart, trace=trace),
     )
+    item = step.prediction.to_item() | setup.origin
+    for section in sections:
+        item |= section.item
+    inputs = flags.given() | {
+        "plan": plan,
+        "schedule": schedule,
+        "schedule_csv": schedule_csv and str(schedule_csv),
+        "straggler": straggler,
+        "jitter": jitter or None,
+        "rank_hardware": rank_hardware,
+        "fabric": fabric,
+        "mtbf": mtbf,
+        "ps": ps,
+        "detail": detail,
+    }
+    whole = document("simulate", inputs, item, seed=seed)
+    write_report(report, whole, [timeline])
     if as_json:
-        item = step.prediction.to_item() | setup.origin
-        for section in sections:
-            item |= section.item
-        inputs = flags.given() | {
-            "plan": plan,
-            "schedule": schedule,
-            "schedule_csv": schedule_csv and str(schedule_csv),
-            "straggler": straggler,
-            "jitter": jitter or None,
-            "rank_hardware": rank_hardware,
-            "fabric": fabric,
-            "mtbf": mtbf,
-            "ps": ps,
-            "detail": detail,
-        }
-        print_json(document("simulate", inputs, item, seed=seed))
+        print_json(whole)
     else:
         print_prediction(step.prediction, [line for section in sections for line in section.lines])
     for path in (path for section in sections for path in section.written):

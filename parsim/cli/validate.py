@@ -9,6 +9,7 @@ import typer
 
 from parsim.cli.options import Flags, HardwareOption, JsonOption, load_machine
 from parsim.cli.output import document, print_json, print_lines, progress
+from parsim.cli.report import ReportOption, write_report
 from parsim.cli.validate_step import StepFiles, validate_step
 
 
@@ -45,6 +46,7 @@ def validate(
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Both timelines as one Chrome trace.")
     ] = None,
+    report: ReportOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare predictions with what was measured: one step, a table of runs, or a table of kernels.
@@ -65,17 +67,18 @@ def validate(
             "validate compares one thing",
             expected="PREDICTION.json MEASUREMENT.json, --runs F, --published, or --kernels F",
         )
-    files = StepFiles(chart=chart, waterfall=waterfall, trace=trace)
-    if prediction is None and files.given():
-        flag, path = next(iter(files.given().items()))
+    files = StepFiles(chart=chart, waterfall=waterfall, trace=trace, report=report)
+    drawn = files.drawn()
+    if prediction is None and drawn:
+        flag, path = next(iter(drawn.items()))
         raise ParsimError(
             f"{flag} is about one step", where=str(path), expected="PREDICTION MEASUREMENT"
         )
     error: float | None
     if published or runs is not None:
-        error = _runs(runs, as_json)
+        error = _runs(runs, report, as_json)
     elif kernels is not None:
-        error = _kernels(kernels, hardware, as_json)
+        error = _kernels(kernels, hardware, report, as_json)
     else:
         assert prediction is not None
         assert measurement
@@ -84,31 +87,35 @@ def validate(
         raise typer.Exit(1)
 
 
-def _runs(path: Path | None, as_json: bool) -> float | None:
+def _runs(path: Path | None, report: Path | None, as_json: bool) -> float | None:
     """A table of runs, or the shipped one; returns the mean absolute error, None where no row could be
     predicted.
     """
     from parsim.compare.runs import PUBLISHED, validate_runs
 
-    with progress() as report:
-        found = validate_runs(path or PUBLISHED, progress=report)
+    with progress() as show:
+        found = validate_runs(path or PUBLISHED, progress=show)
+    inputs = {"runs": str(path)} if path else {"published": True}
+    whole = document("validate", inputs, found.to_data())
+    write_report(report, whole)
     if as_json:
-        inputs = {"runs": str(path)} if path else {"published": True}
-        print_json(document("validate", inputs, found.to_data()))
+        print_json(whole)
     else:
         print_lines(found.to_lines())
     return found.summary.mape
 
 
-def _kernels(path: Path, hardware: str | None, as_json: bool) -> float | None:
+def _kernels(path: Path, hardware: str | None, report: Path | None, as_json: bool) -> float | None:
     """A table of kernels; returns the mean absolute error, None where no row could be predicted."""
     from parsim.compare.kernels import validate_kernels
 
     cluster, _ = load_machine(Flags(hardware=hardware))
     found = validate_kernels(path, cluster)
+    inputs = {"kernels": str(path), "hardware": hardware}
+    whole = document("validate", inputs, found.to_data())
+    write_report(report, whole)
     if as_json:
-        inputs = {"kernels": str(path), "hardware": hardware}
-        print_json(document("validate", inputs, found.to_data()))
+        print_json(whole)
     else:
         print_lines(found.to_lines())
     return found.summary.mape

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from parsim.cli.options import Flags, load_plan
 from parsim.cli.output import document, print_json, print_lines, print_table, say
+from parsim.cli.report import write_report
 from parsim.cli.trace import read_run, traced_data
 
 if TYPE_CHECKING:
@@ -36,9 +37,11 @@ class StepFiles:
     chart: Path | None = None
     waterfall: Path | None = None
     trace: Path | None = None
+    report: Path | None = None
+    """A folder."""
 
-    def given(self) -> dict[str, Path]:
-        """Those that were asked for, by flag."""
+    def drawn(self) -> dict[str, Path]:
+        """Those that need the spans of both steps, by flag."""
         flags = {"--chart": self.chart, "--waterfall": self.waterfall, "--trace": self.trace}
         return {flag: path for flag, path in flags.items() if path is not None}
 
@@ -79,9 +82,12 @@ def validate_step(
             program=predicted.program,
         )
         write_step(files, predicted.timeline, measured, predicted.plan, found)
+    inputs = {"prediction": where[0], "measurement": [str(path) for path in measurement]}
+    answer = document("validate", inputs, found.to_data())
+    compared = () if measured is None or predicted is None else (predicted.timeline, measured)
+    write_report(files.report, answer, compared)
     if as_json:
-        inputs = {"prediction": where[0], "measurement": [str(path) for path in measurement]}
-        print_json(document("validate", inputs, found.to_data()))
+        print_json(answer)
     else:
         _show(found)
     return whole.error
@@ -149,7 +155,7 @@ def _refuse_files(files: StepFiles) -> None:
     """Raise ParsimError where something is to be drawn of steps without spans."""
     from parsim.errors import ParsimError
 
-    for flag, path in files.given().items():
+    for flag, path in files.drawn().items():
         raise ParsimError(
             f"{flag} needs the spans of both steps",
             where=str(path),
@@ -195,7 +201,7 @@ def write_step(
         from parsim.export.chrome_trace import write_chrome_trace
 
         write_chrome_trace(files.trace, [predicted, measured])
-    for path in files.given().values():
+    for path in files.drawn().values():
         say(f"wrote {path}")
 
 

@@ -25,8 +25,9 @@ from parsim.charts.comparison import comparison_figure, draw_comparison
 from parsim.charts.errors import draw_predicted_measured, predicted_measured_figure
 from parsim.charts.gantt import draw_gantt, gantt_figure
 from parsim.charts.memory import draw_memory, memory_figure
+from parsim.charts.palette import COLORS, IDLE_COLOR
 from parsim.charts.schedules import Panel, draw_schedules, schedules_figure
-from parsim.charts.style import COLORS, IDLE_COLOR, lighter
+from parsim.charts.style import lighter
 from parsim.errors import ParsimError
 from parsim.export.timeline_json import timeline_to_data
 from parsim.timeline import Span, Timeline
