@@ -43,7 +43,9 @@ def _pareto(model: str, rows: list[Node], chosen: Node | None, document: Node) -
         for row, (days, cost) in zip(rows, places, strict=True)
     ]
     lines = [
-        Line(points=((d / spread, c / spread), (d * spread, c * spread)), color=f"s{p.series}")
+        Line(
+            points=((d / spread, c / spread), (d * spread, c * spread)), color=f"s{p.series}", faint=True
+        )
         for (d, c), spread, p in zip(places, spreads, points, strict=True)
     ]
     front = sorted(places[i] for i in pareto_front(places))

@@ -41,7 +41,9 @@ def memory_picture(timeline: Timeline, *, capacity_bytes: float | None) -> Pictu
     ]
     rules = []
     if capacity_bytes is not None:
-        rules.append(Rule(value=capacity_bytes, text=f"device memory {format_bytes(capacity_bytes)}"))
+        rules.append(
+            Rule(value=capacity_bytes, text=f"{format_bytes(capacity_bytes)} for the allocator")
+        )
     highest = max(peaks[fullest], capacity_bytes or 0.0)
     plot = Plot(
         alt=f"Memory held by each rank over the step. {timeline.rank_name(fullest)} holds the most, "

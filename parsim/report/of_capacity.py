@@ -83,7 +83,6 @@ def _answer(model: str, own: list[Node], rows: list[Node]) -> Answer:
             meter_text="share of device memory in use",
             warns=row.number("memory_headroom") < 0,
         ),
-        Fact(label="Energy", value=f"{row.number('energy_kwh') / 1000:,.0f} MWh", note="of the GPUs"),
         Fact(label="What binds", value=row.text("binds"), sentence=True),
     ]
     others = "; ".join(
@@ -98,14 +97,14 @@ def _answer(model: str, own: list[Node], rows: list[Node]) -> Answer:
 
 
 def _cost_fact(row: Node) -> Fact:
-    usd = row.optional("usd")
+    usd, energy = row.optional("usd"), f"{row.number('energy_kwh') / 1000:,.0f} MWh of the GPUs"
     if usd is None:
-        return Fact(label="Cost", value="unknown", note="no price in the profile")
+        return Fact(label="Cost", value="unknown", note=f"no price in the profile; {energy}")
     low, high = row.numbers("usd_interval")
     return Fact(
         label="Cost",
         value=format_usd(usd),
-        note=f"{format_usd(low)} to {format_usd(high)}; "
+        note=f"{format_usd(low)} to {format_usd(high)}, {energy}; "
         f"{row.number('usd_per_gpu_hour'):.2f} USD a GPU-hour, {row.text('price_source')}",
     )
 
@@ -146,7 +145,6 @@ def _options(rows: list[Node], chosen: dict[str, Node]) -> Section:
         Column(key="model", title="model"),
         Column(key="hardware", title="hardware"),
         Column(key="gpus", title="GPUs", numeric=True),
-        Column(key="plan", title="plan", wide=True),
         Column(key="step", title="step", numeric=True),
         Column(key="mfu", title="MFU", numeric=True, help="in %"),
         Column(key="goes", title="where it goes", help="sorted by the share of compute"),
@@ -157,6 +155,7 @@ def _options(rows: list[Node], chosen: dict[str, Node]) -> Section:
         Column(key="mwh", title="MWh", numeric=True),
         Column(key="free", title="free memory", numeric=True, help="in %"),
         Column(key="pareto", title="Pareto", help="none other is better in time, cost, GPUs and memory"),
+        Column(key="plan", title="plan", wide=True),
     )
     table = Table(
         caption="Every cluster with its best plans; the highlighted ones are those to take",
@@ -164,7 +163,8 @@ def _options(rows: list[Node], chosen: dict[str, Node]) -> Section:
         rows=tuple(
             _option_row(row, marked=any(row is each for each in chosen.values())) for row in rows
         ),
-        note="Filter by words or by columns: h100 gpus>=1024 usd<5000000 pareto=yes",
+        note="by words or by columns, as in: h100 gpus>=1024 usd<5000000 pareto=yes; a click on a heading "
+        "sorts",
     )
     return Section(title="Options", parts=(table,))
 
@@ -180,7 +180,6 @@ def _option_row(row: Node, *, marked: bool) -> Row:
         Cell(text=model, value=model),
         Cell(text=hardware, value=hardware),
         Cell(text=f"{row.number('gpus'):,.0f}", value=row.number("gpus")),
-        Cell(text=plan, value=plan),
         Cell(text=format_duration(row.number("step_time_s")), value=row.number("step_time_s")),
         Cell(text=f"{row.number('mfu'):.1%}", value=100 * row.number("mfu")),
         Cell(text=said, value=row.seconds("breakdown_s").get("compute"), shares=shares),
@@ -191,6 +190,7 @@ def _option_row(row: Node, *, marked: bool) -> Row:
         Cell(text=f"{energy:,.4g}", value=energy),
         Cell(text=f"{headroom:.0%}", value=100 * headroom),
         Cell(text=pareto, value=pareto),
+        Cell(text=plan, value=plan),
     )
     return Row(cells=cells, marked=marked)
 

@@ -103,7 +103,7 @@ def _ranking(items: list[Node], index: int, chosen: Node) -> Table:
         caption="The fastest plans; the highlighted one is the one to take",
         columns=tuple(columns[i] for i in kept),
         rows=tuple(Row(cells=tuple(r.cells[i] for i in kept), marked=r.marked) for r in rows),
-        note="Filter by words or by columns: tp=8 pp<=4 schedule=zb mfu>40",
+        note="by words or by columns, as in: tp=8 pp<=4 schedule=zb mfu>40; a click on a heading sorts",
     )
 
 

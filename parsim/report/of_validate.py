@@ -261,7 +261,7 @@ def _rows_section(rows: list[Node], suffix: str, unit_s: float, noun: str) -> Se
         else f"The {len(kept):,} {noun} with the largest errors; {left_out:,} others are in --json",
         columns=tuple(columns[i] for i in used),
         rows=tuple(Row(cells=tuple(row.cells[i] for i in used)) for row in made),
-        note="Filter by words or by columns: h100 size>10 status=ok",
+        note="by words or by columns, as in: h100 size>10 status=ok; a click on a heading sorts",
     )
     return Section(title=noun.capitalize(), parts=(table,))
 

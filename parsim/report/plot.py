@@ -54,6 +54,7 @@ class Line:
     """A value holds until the next point."""
     dashed: bool = False
     strong: bool = False
+    faint: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,7 @@ class ScheduleChart {
     this.canvas.dataset.from = this.from * second;
     this.canvas.dataset.to = this.to * second;
     this.figure.querySelector(".view").textContent =
-      `${seconds(this.from * second, span)} to ${seconds(this.to * second, span)}`;
+      `${seconds(this.from * second, span, 0.1)} to ${seconds(this.to * second, span, 0.1)}`;
   }
 
   drawPicked(context, view, paint) {

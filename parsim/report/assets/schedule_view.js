@@ -129,9 +129,10 @@ function timeStep(span) {
   return [1, 2, 5, 10].map((factor) => factor * size).find((step) => span / step <= 10);
 }
 
-function seconds(value, span) {
+// A time in the unit that suits a span, to a step of its axis, or `fine` of one.
+function seconds(value, span, fine = 1) {
   const [unit, size] = span >= 1.5 ? ["s", 1] : span >= 1.5e-3 ? ["ms", 1e-3] : ["µs", 1e-6];
-  const digits = Math.max(0, Math.ceil(-Math.log10(timeStep(span) / size) - 1e-9));
+  const digits = Math.max(0, Math.ceil(-Math.log10((fine * timeStep(span)) / size) - 1e-9));
   return `${(value / size).toFixed(digits)} ${unit}`;
 }
 
