@@ -10,11 +10,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from parsim.charts.palette import MUTED_COLOR, SERIES_COLORS, TEXT_COLOR
 from parsim.charts.style import (
-    MUTED_COLOR,
-    SERIES_COLORS,
     SMALL_PT,
-    TEXT_COLOR,
     Entry,
     file_format,
     grow,

@@ -163,8 +163,8 @@ def _options(rows: list[Node], chosen: dict[str, Node]) -> Section:
         rows=tuple(
             _option_row(row, marked=any(row is each for each in chosen.values())) for row in rows
         ),
-        note="by words or by columns, as in: h100 gpus>=1024 usd<5000000 pareto=yes; a click on a heading "
-        "sorts",
+        note="by words or by columns, as in: h100 gpus>=1024 usd<5000000 pareto=yes; "
+        "a click on a heading sorts",
     )
     return Section(title="Options", parts=(table,))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from parsim.errors import ParsimError
+from parsim.export.timeline_json import timeline_from_data
 from parsim.plan_file import plan_from_data
 from parsim.report.document import Node
 from parsim.report.of_simulate import simulate_chapter
@@ -10,7 +13,9 @@ from parsim.report.page import Answer, Chapter, Fact, Lines, Picture, Section
 from parsim.report.parts import comparison_table
 from parsim.report.plot import Line, Plot, Point, Rule, linear_axis
 from parsim.report.sources import inputs_section, reproduce_section
-from parsim.report.step import Step, timeline_sections
+from parsim.report.step import SAME, Step, costs_of, timeline_sections
+from parsim.simulate.fold import unfolded
+from parsim.simulate.prediction import predict
 from parsim.timeline import Timeline, breakdown_s
 from parsim.units import format_count, format_duration
 
@@ -28,10 +33,8 @@ def run_chapter(document: Node, timelines: tuple[Timeline, ...] = ()) -> Chapter
             where=document.where,
             hint="a dry run, or a machine other than the first, has none",
         )
-    file = plan_from_data(dict(document.data), where=document.where)
-    missing = "" if timelines else "a document holds no timelines; run with --report for them"
-    step = Step(file=file, timelines=timelines, why_not=missing)
-    sections = [_comparison(document, timelines), *timeline_sections(step), _steps(document)]
+    step = _step(document, timelines)
+    sections = [_comparison(document, step.timelines), *timeline_sections(step), _steps(document)]
     if "loss" in document:
         sections.append(_loss(document))
     restarts = document.texts("restarts")
@@ -42,9 +45,29 @@ def run_chapter(document: Node, timelines: tuple[Timeline, ...] = ()) -> Chapter
     return Chapter(
         command="run",
         title=title,
-        answers=(_answer(document, file.plan.short()),),
+        answers=(_answer(document, step.file.plan.short()),),
         sections=tuple(sections),
     )
+
+
+def _step(document: Node, timelines: tuple[Timeline, ...]) -> Step:
+    """The run's plan and costs; its timelines are the given ones, or that of the document and, where it
+    can be had again, the predicted one before it.
+    """
+    file = plan_from_data(dict(document.data), where=document.where)
+    inputs = document.table("inputs")
+    named = {key: inputs.text(key) for key in ("hardware", "stack") if key in inputs}
+    file = replace(file, **named)  # type: ignore[arg-type]
+    costs, why_not = costs_of(file)
+    if timelines or "timeline" not in document:
+        missing = "" if timelines else "this document holds no timeline"
+        return Step(file=file, costs=costs, timelines=timelines, why_not=missing)
+    measured = timeline_from_data(document.data["timeline"], where=f"{document.where}: timeline")
+    if costs is not None and file.job is not None and "predicted_s" in document:
+        prediction, predicted = predict(file.job, file.plan, costs)
+        if abs(prediction.step_time_s / document.number("predicted_s") - 1) <= SAME:
+            timelines = (unfolded(predicted, file.plan),)
+    return Step(file=file, costs=costs, timelines=(*timelines, measured), why_not=why_not)
 
 
 def _answer(document: Node, plan: str) -> Answer:
@@ -113,7 +136,7 @@ def _verify_fact(document: Node) -> Fact:
 def _comparison(document: Node, timelines: tuple[Timeline, ...]) -> Section:
     """Where the error is: the measured breakdown, beside the predicted one where that is known."""
     measured = document.seconds("breakdown_s")
-    predicted = breakdown_s(timelines[0]) if timelines else {}
+    predicted = breakdown_s(timelines[0]) if len(timelines) > 1 else {}
     table = comparison_table(predicted, measured, step_s=document.number("step_time_s"))
     return Section(title="Predicted against measured", parts=(table,))
 

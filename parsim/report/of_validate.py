@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from parsim.errors import ParsimError
+from parsim.report.compared_step import step_chapter
 from parsim.report.document import Node
 from parsim.report.page import (
     Answer,
@@ -18,10 +20,8 @@ from parsim.report.page import (
     Section,
     Table,
 )
-from parsim.report.parts import comparison_table
 from parsim.report.plot import Line, Plot, Point, log_axis
 from parsim.report.sources import inputs_section, reproduce_section
-from parsim.report.step import Step, timeline_sections
 from parsim.timeline import Timeline
 from parsim.units import format_bytes, format_duration
 
@@ -34,59 +34,10 @@ PIXEL = 0.004
 def validate_chapter(document: Node, timelines: tuple[Timeline, ...] = ()) -> Chapter:
     """The chapter of a `validate --json` document: of one step, of runs, or of kernels."""
     if "parts" in document:
-        return _step_chapter(document, timelines)
+        return step_chapter(document, timelines)
     if "rows" not in document:
         raise ParsimError("this document compares nothing", where=document.where)
     return _rows_chapter(document)
-
-
-def _step_chapter(document: Node, timelines: tuple[Timeline, ...]) -> Chapter:
-    predicted_s, measured_s = document.number("predicted_s"), document.number("measured_s")
-    error = document.number("error")
-    parts = document.tables("parts")
-    worst = max(parts, key=lambda part: abs(part.number("difference_s")))
-    answer = Answer(
-        headline=f"Predicted {format_duration(predicted_s)}, measured {format_duration(measured_s)}: "
-        f"{_off(error)}",
-        facts=(
-            Fact(label="Predicted", value=format_duration(predicted_s)),
-            Fact(label="Measured", value=format_duration(measured_s)),
-            Fact(label="Error", value=f"{error:+.1%}", note="predicted over measured, less 1"),
-            Fact(
-                label="Largest part of the error",
-                value=f"{worst.text('what')}: {worst.number('share_of_error'):+.1%} of the step",
-                sentence=True,
-            ),
-        ),
-    )
-    table = comparison_table(
-        {part.text("what"): part.number("predicted_s") for part in parts},
-        {part.text("what"): part.number("measured_s") for part in parts},
-        step_s=measured_s,
-    )
-    sections = [Section(title="Where the error is", parts=(table,))]
-    if timelines:
-        sections += _schedule(timelines)
-    sections += [inputs_section({}, document), reproduce_section(document)]
-    return Chapter(
-        command="validate",
-        title="one step",
-        answers=(answer,),
-        sections=tuple(sections),
-    )
-
-
-def _schedule(timelines: tuple[Timeline, ...]) -> list[Section]:
-    from parsim.plan import ParallelPlan
-    from parsim.plan_file import PlanFile
-
-    return timeline_sections(Step(file=PlanFile(plan=ParallelPlan()), timelines=timelines))
-
-
-def _off(error: float) -> str:
-    if abs(error) < 5e-4:
-        return "the same"
-    return f"{abs(error):.1%} too {'long' if error > 0 else 'short'}"
 
 
 def _rows_chapter(document: Node) -> Chapter:
@@ -160,8 +111,6 @@ def _rows_answer(document: Node, summary: Node, noun: str) -> Answer:
 
 def _scatter(rows: list[Node], suffix: str, unit_s: float, noun: str) -> Section:
     """Predicted over measured times; the band is 10 % to either side."""
-    import math
-
     series = list(dict.fromkeys(row.text("hardware", "") for row in rows))
     shown: dict[tuple[int, int], Point] = {}
     for row in rows:

@@ -56,11 +56,9 @@ def step_of(item: Node, timelines: tuple[Timeline, ...] = ()) -> Step:
     file = plan_from_data(dict(item.data), where=item.where)
     if file.job is None:
         raise ParsimError("this item does not say what is trained", where=item.where)
-    try:
-        costs = _costs(file)
-    except ParsimError as error:
-        why = f"{error.what} ({error.where})" if error.where else error.what
-        return Step(file=file, timelines=timelines, why_not=f"not at hand: {why}")
+    costs, why_not = costs_of(file)
+    if costs is None:
+        return Step(file=file, timelines=timelines, why_not=why_not)
     prediction, timeline = predict(file.job, file.plan, costs)
     step_s = item.number("step_time_s")
     if abs(prediction.step_time_s / step_s - 1) <= SAME:
@@ -76,11 +74,17 @@ def step_of(item: Node, timelines: tuple[Timeline, ...] = ()) -> Step:
     )
 
 
-def _costs(file: PlanFile) -> CostModel:
+def costs_of(file: PlanFile) -> tuple[CostModel | None, str]:
+    """The costs of what a plan file names; None, and why, where that is not at hand."""
     if file.job is None or file.hardware is None:
-        raise ParsimError("no hardware is named")
-    cluster = with_overrides(load_cluster(file.hardware), **file.hardware_overrides)  # type: ignore[arg-type]
-    return CostModel(file.job.model, cluster, load_stack(file.stack or cluster.default_stack))
+        return None, "no hardware is named"
+    try:
+        cluster = with_overrides(load_cluster(file.hardware), **file.hardware_overrides)  # type: ignore[arg-type]
+        stack = load_stack(file.stack or cluster.default_stack)
+    except ParsimError as error:
+        why = f"{error.what} ({error.where})" if error.where else error.what
+        return None, f"not at hand: {why}"
+    return CostModel(file.job.model, cluster, stack), ""
 
 
 def timeline_sections(
