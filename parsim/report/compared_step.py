@@ -17,7 +17,7 @@ from parsim.report.page import (
     Table,
     Waterfall,
 )
-from parsim.report.parts import comparison_table
+from parsim.report.parts import comparison_table, off_by
 from parsim.report.sources import inputs_section, reproduce_section
 from parsim.report.step import Step, timeline_sections
 from parsim.timeline import Timeline
@@ -32,7 +32,7 @@ def step_chapter(document: Node, timelines: tuple[Timeline, ...]) -> Chapter:
     worst = max(parts, key=lambda part: abs(part.number("difference_s")))
     answer = Answer(
         headline=f"Predicted {format_duration(predicted_s)}, measured {format_duration(measured_s)}: "
-        f"{_off(error)}",
+        f"{off_by(error)}",
         facts=(
             Fact(label="Predicted", value=format_duration(predicted_s)),
             Fact(label="Measured", value=format_duration(measured_s)),
@@ -134,9 +134,3 @@ def _actions(document: Node) -> Section:
         rows=tuple(rows),
     )
     return Section(title="Actions", parts=(table,))
-
-
-def _off(error: float) -> str:
-    if abs(error) < 5e-4:
-        return "the same"
-    return f"{abs(error):.1%} too {'long' if error > 0 else 'short'}"

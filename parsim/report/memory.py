@@ -17,6 +17,8 @@ MOST_POINTS = 600
 MOST_NAMED = len(SERIES_COLORS) - 1
 """Ranks that have colours of their own."""
 GIB = 2.0**30
+FAR = 5.0
+"""Over the peak: a capacity beyond would leave the lines at the bottom of the plot."""
 
 
 def memory_picture(timeline: Timeline, *, capacity_bytes: float | None) -> Picture | None:
@@ -39,12 +41,14 @@ def memory_picture(timeline: Timeline, *, capacity_bytes: float | None) -> Pictu
         )
         for number, rank in enumerate(shown)
     ]
-    rules = []
-    if capacity_bytes is not None:
+    rules, of = [], ""
+    if capacity_bytes is not None and capacity_bytes > FAR * peaks[fullest]:
+        of = f" of {format_bytes(capacity_bytes)}, far above the plot"
+    elif capacity_bytes is not None:
         rules.append(
             Rule(value=capacity_bytes, text=f"{format_bytes(capacity_bytes)} for the allocator")
         )
-    highest = max(peaks[fullest], capacity_bytes or 0.0)
+    highest = max([peaks[fullest], *(rule.value for rule in rules)])
     plot = Plot(
         alt=f"Memory held by each rank over the step. {timeline.rank_name(fullest)} holds the most, "
         f"{format_bytes(peaks[fullest])}.",
@@ -59,7 +63,8 @@ def memory_picture(timeline: Timeline, *, capacity_bytes: float | None) -> Pictu
     left_out = len(by_rank) - len(shown)
     also = f"; {left_out} ranks between them are left out" if left_out else ""
     return Picture(
-        caption=f"{timeline.rank_name(fullest)} holds the most: {format_bytes(peaks[fullest])}{also}",
+        caption=f"{timeline.rank_name(fullest)} holds the most: "
+        f"{format_bytes(peaks[fullest])}{of}{also}",
         plot=plot,
         table=_table(timeline, by_rank, capacity_bytes),
     )

@@ -10,7 +10,7 @@ from parsim.plan_file import plan_from_data
 from parsim.report.document import Node
 from parsim.report.of_simulate import simulate_chapter
 from parsim.report.page import Answer, Chapter, Fact, Lines, Picture, Section
-from parsim.report.parts import comparison_table
+from parsim.report.parts import comparison_table, off_by
 from parsim.report.plot import Line, Plot, Point, Rule, linear_axis
 from parsim.report.sources import inputs_section, reproduce_section
 from parsim.report.step import SAME, Step, costs_of, timeline_sections
@@ -80,8 +80,11 @@ def _answer(document: Node, plan: str) -> Answer:
         Fact(
             label="Measured",
             value=format_duration(measured_s),
-            note=f"median of {timed - disturbed or timed} undisturbed steps of {timed}, spread "
-            f"{document.number('spread'):.1%}",
+            note=f"median of {timed - disturbed} undisturbed steps of {timed}, "
+            f"spread {document.number('spread'):.1%}"
+            if disturbed < timed
+            else f"median of {timed} steps, every one of them disturbed by other processes, "
+            f"spread {document.number('spread'):.1%}",
         )
     ]
     error = document.optional("error")
@@ -110,7 +113,7 @@ def _answer(document: Node, plan: str) -> Answer:
     ]
     verdict = f"{disturbed} of {timed} steps were disturbed by other processes." if disturbed else ""
     name = document.table("model").text("name")
-    said = "" if error is None else f", {error:+.1%} predicted"
+    said = "" if error is None else f", predicted {off_by(error)}"
     return Answer(
         headline=f"{format_duration(measured_s)} a step measured{said}: {name} on {ranks:.0f} ranks",
         plan=plan,

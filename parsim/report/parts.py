@@ -57,3 +57,14 @@ def comparison_table(
 def _seconds(value: float | None, shares: tuple[Share, ...] = ()) -> Cell:
     text = "" if value is None else format_duration(value)
     return Cell(text=text, value=value, shares=shares)
+
+
+def off_by(error: float) -> str:
+    """How far a predicted time is off, in words.
+
+    >>> off_by(0.1), off_by(-0.02), off_by(0.0001)
+    ('10.0% too long', '2.0% too short', 'the same')
+    """
+    if abs(error) < 5e-4:
+        return "the same"
+    return f"{abs(error):.1%} too {'long' if error > 0 else 'short'}"
