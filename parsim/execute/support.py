@@ -115,12 +115,31 @@ def _check_model(model: ModelSpec, plan: ParallelPlan) -> None:
         raise _refuse("layers without exactly two norms", "model.norms_per_layer", model.norms_per_layer)
     if model.position == "rope" and model.head_dim % 2:
         raise _refuse("rotary positions on heads of odd width", "model.head_dim", model.head_dim)
-    if model.tied_embeddings and plan.num_stages > 1:
+    if model.tied_embeddings and plan.pp > 1:
+        _check_tied(plan)
+
+
+def _check_tied(plan: ParallelPlan) -> None:
+    if plan.schedule in ASYNCHRONOUS_SCHEDULES:
         raise _refuse(
-            "tied embeddings in a pipeline",
+            "tied embeddings in a pipeline without a flush",
             "model.tied_embeddings",
-            f"pp {plan.pp}",
-            "embedding and head lie on different ranks; use pp=1",
+            plan.schedule,
+            "they would be two copies of different age",
+        )
+    if plan.stage_rank(0) == plan.stage_rank(plan.num_stages - 1):
+        raise _refuse(
+            "tied embeddings where one rank has the first and the last stage",
+            "model.tied_embeddings",
+            plan.schedule,
+            "torch's stages share no parameters; other schedules have a copy on each end",
+        )
+    if plan.compression != "none":
+        raise _refuse(
+            "compressed gradients of tied embeddings in a pipeline",
+            "compression",
+            plan.compression,
+            "what is lost differs between the copies, which would drift apart",
         )
 
 

@@ -81,6 +81,7 @@ TWO_RANKS: tuple[Chain, ...] = (
             "tp=2,micro_batch=8,sequence_parallel=no", "dp=2,zero=3,micro_batch=4")),
     (MODEL, ("pp=2,recompute=full", "pp=2,vpp=2,schedule=interleaved", "dp=2,zero=3,micro_batch=4",
              "pp=2,schedule=zbv,micro_batch=2")),
+    (TIED, ("pp=2,micro_batch=2", "dp=2,zero=1,micro_batch=4")),
     (EXPERTS, ("dp=2,ep=2,zero=1,micro_batch=4", "dp=2,zero=3,micro_batch=4", "cp=2,micro_batch=8",
                "tp=2,ep=2,micro_batch=8")),
 )  # fmt: skip

@@ -119,6 +119,8 @@ TWO_RANKS = (
     "deepseek dp=2,ep=2,zero=3,recompute=full",
     "deepseek tp=2",
     "deepseek cp=2,ep=2,zero=2",
+    "tied pp=2",
+    "tied pp=2,schedule=zb-h1,recompute=full",
     "tied tp=2",
     "tied dp=2,zero=3",
 )
@@ -146,6 +148,11 @@ FOUR_RANKS = (
     "deepseek dp=2,tp=2,zero=1",
     "deepseek dp=2,pp=2,ep=2,zero=2,schedule=zbv",
     "mixtral dp=2,pp=2,ep=2,zero=3",
+    "tied dp=2,pp=2,zero=1",
+    "tied dp=2,pp=2,zero=3",
+    "tied tp=2,pp=2,vpp=2,schedule=interleaved",
+    "tied tp=2,pp=2,sequence_parallel=no",
+    "tied pp=4 2",
 )
 EIGHT_RANKS = (
     "llama dp=2,tp=2,pp=2",

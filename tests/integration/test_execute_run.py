@@ -147,50 +147,66 @@ def test_sequence_parallel_layers_communicate_as_megatron_does(
     assert len(backward) == 4 * MODEL.layers + ends
 
 
-OVERFLOWING = 2.0**34
+OVERFLOWING = 2.0**28
 """A loss scale under which fp16 gradients of the model above are infinite at first."""
 
 
 @pytest.fixture(scope="module")
 def in_fp16(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Measurement]:
-    """Twelve steps of fp16 on one rank and on two, and the second half of them from a checkpoint."""
+    """Fourteen steps of fp32 and of fp16, some also from a checkpoint behind the twelfth."""
 
-    def half(text: str, folder: Path | None, start: int = 0) -> Case:
-        policy = folder and Checkpoints(folder=str(folder), every=6, start=start)
-        return dataclasses.replace(
-            timed(text), warmup=0, steps=12, dtype="fp16", loss_scale=OVERFLOWING, checkpoint=policy
-        )
+    def case(text: str, *, scale: float = OVERFLOWING, dtype: str = "fp16") -> Case:
+        return dataclasses.replace(timed(text), warmup=0, steps=14, dtype=dtype, loss_scale=scale)
 
-    folder = tmp_path_factory.mktemp("fp16")
-    texts = ("dp=2,micro_batch=4", "dp=2,zero=3,micro_batch=4", "tp=2,micro_batch=8", "pp=2")
-    alone = run_cases([half("micro_batch=8", None)], Launch(timeout_s=120))
-    cases = [*(half(text, None) for text in texts), half("pp=2", folder), half("pp=2", folder, 6)]
-    found = [*alone, *run_cases(cases, Launch(timeout_s=120))]
-    names = ("alone", *texts, "written", "resumed")
-    return {n: f for n, f in zip(names, found, strict=True) if isinstance(f, Measurement)}
+    cases = {
+        "exact": case("dp=2,micro_batch=4", dtype="fp32"),
+        "scaled": case("dp=2,micro_batch=4", scale=65536.0),
+        "frozen": case("dp=2,micro_batch=4", scale=2.0**60),  # fourteen halvings are not enough
+        "replicas": case("dp=2,micro_batch=4"),
+        "fsdp": case("dp=2,zero=3,micro_batch=4"),
+        "tp": case("tp=2,micro_batch=8"),
+        "pipeline": case("pp=2"),
+    }
+    again: dict[str, Case] = {}
+    for name in ("frozen", "fsdp", "pipeline"):
+        policy = Checkpoints(folder=str(tmp_path_factory.mktemp(name)), every=12)
+        cases[name] = dataclasses.replace(cases[name], checkpoint=policy)
+        begun = dataclasses.replace(policy, start=12)
+        again[f"{name} again"] = dataclasses.replace(cases[name], checkpoint=begun)
+    cases |= again  # run in this order
+    found = run_cases(list(cases.values()), Launch(timeout_s=120))
+    return {n: f for n, f in zip(cases, found, strict=True) if isinstance(f, Measurement)}
 
 
 @pytest.mark.slow
-def test_fp16_leaves_steps_out_on_all_ranks_until_gradients_are_finite(
-    in_fp16: dict[str, Measurement],
+def test_fp16_trains_as_fp32_does(in_fp16: dict[str, Measurement]) -> None:
+    scaled = in_fp16["scaled"]
+    assert scaled.loss == pytest.approx(in_fp16["exact"].loss, rel=2e-3)
+    assert scaled.loss_scale == {"skipped_steps": 0, "final": 65536.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["replicas", "fsdp", "tp", "pipeline"])
+def test_fp16_leaves_steps_out_until_gradients_are_finite(
+    in_fp16: dict[str, Measurement], name: str
 ) -> None:
-    """Which stage, shard or part of a matrix overflows differs; that the step is left out does not."""
-    alone = in_fp16["alone"]
-    skipped = alone.loss_scale["skipped_steps"]
-    assert 0 < skipped < 10
-    assert alone.loss_scale["final"] == OVERFLOWING / 2**skipped
-    for found in in_fp16.values():
-        assert found.loss == pytest.approx(alone.loss, rel=2e-3)
-        if found is not in_fp16["resumed"]:
-            assert found.loss_scale == alone.loss_scale
+    found = in_fp16[name]
+    skipped = int(found.loss_scale["skipped_steps"])
+    assert 0 < skipped < 12
+    assert found.loss_scale["final"] == OVERFLOWING / 2**skipped
+    # Until then the weights are those of the beginning.
+    frozen = in_fp16["frozen"].loss[: skipped + 1]
+    assert found.loss[: skipped + 1] == pytest.approx(frozen, rel=2e-4)
+    assert abs(found.loss[-1] / in_fp16["frozen"].loss[-1] - 1) > 1e-3
 
 
 @pytest.mark.slow
 def test_fp16_goes_on_with_the_scale_of_its_checkpoint(in_fp16: dict[str, Measurement]) -> None:
-    written, resumed = in_fp16["written"], in_fp16["resumed"]
-    assert resumed.resumed_at == 6
-    assert resumed.loss == written.loss
-    assert resumed.loss_scale["final"] == written.loss_scale["final"]
+    for name in ("frozen", "fsdp", "pipeline"):
+        written, resumed = in_fp16[name], in_fp16[f"{name} again"]
+        assert resumed.resumed_at == 12
+        assert resumed.loss == written.loss
+        assert resumed.loss_scale["final"] == written.loss_scale["final"]
 
 
 @pytest.mark.slow

@@ -21,6 +21,11 @@ States = dict[str, torch.Tensor]
 
 def saved_states(data_parallel: Replicas | Shards) -> States:
     """Every tensor that this rank has to save; collective over the dp ranks."""
+    if not data_parallel.optimizer.state:  # fp16 may have left out every step so far
+        _create_states(data_parallel.optimizer)
+        for state in data_parallel.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
     if isinstance(data_parallel, Shards):
         return _of_shards(data_parallel)
     states: States = {}

@@ -28,6 +28,9 @@ from parsim.timeline import COMPUTE, DP, HOST, TP
 BUCKET_PARAMETERS = 40_000_000
 """Size at which a bucket is closed, as in Megatron-Core."""
 
+TIED = "embedding.token.weight"
+"""The matrix that a head uses too where embeddings are tied."""
+
 # The first names are those since torch 2.13, which warns of the second ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -138,6 +141,7 @@ class Replicas:
         *,
         dp_mesh: DeviceMesh,
         tp_mesh: DeviceMesh,
+        tied: dist.ProcessGroup | None,
         expert_mesh: DeviceMesh | None,
         sharded_optimizer: bool,
         make_optimizer: MakeOptimizer,
@@ -145,12 +149,15 @@ class Replicas:
         compressor: Compressor | None = None,
         loss_scale: LossScale | None = None,
     ) -> None:
-        """`expert_mesh`: the ranks that hold the same routed experts as this one, where there are any.
+        """`tied`: this rank and the one that has the other copy of a tied embedding, if it has one.
+
+        `expert_mesh`: the ranks that hold the same routed experts as this one, where there are any.
 
         `compressor` takes the place of the all-reduce of whole gradients.
         """
         self.replicas = dp_mesh.size()
         self.tp_group = tp_mesh.get_group()
+        self.tied = tied
         self.recorder = recorder
         self.compressor = compressor
         self.loss_scale = loss_scale
@@ -184,6 +191,9 @@ class Replicas:
         for index, bucket in enumerate(self.buckets):
             with self.recorder.span(Label(HOST, "flatten gradients", "host", bucket.stage)):
                 flat = bucket.gather_gradients()
+            if self.tied is not None and TIED in bucket.parameters:
+                start, stop = bucket.extents()[TIED]
+                sum_tied(flat[start:stop], self.tied, bucket.stage, self.recorder)
             if bucket.among.size > 1:
                 name = f"gradients {bucket.stage}"
                 with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
@@ -272,6 +282,12 @@ class Replicas:
             ):
                 whole = like(parameter, piece.view(local(parameter).shape)).detach()
                 yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def sum_tied(gradient: torch.Tensor, group: dist.ProcessGroup, stage: int, recorder: Recorder) -> None:
+    """Let both copies of a tied embedding have the sum of their gradients."""
+    with recorder.span(Label(DP, "tied embedding", DP, stage), waits=True):
+        dist.all_reduce(gradient, group=group)
 
 
 def is_routed(name: str) -> bool:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from parsim.execute.training.local import local
 from parsim.execute.training.loss_scale import LossScale, take_step
 from parsim.execute.training.recorder import Label, Recorder
-from parsim.execute.training.replicas import MakeOptimizer, is_routed
+from parsim.execute.training.replicas import TIED, MakeOptimizer, is_routed, sum_tied
 from parsim.timeline import COMPUTE
 
 
@@ -25,6 +26,7 @@ class Shards:
         stages: dict[int, nn.Module],
         *,
         replicas: int,
+        tied: dist.ProcessGroup | None,
         zero: int,
         make_optimizer: MakeOptimizer,
         recorder: Recorder,
@@ -32,6 +34,7 @@ class Shards:
     ) -> None:
         self.stages = stages
         self.replicas = replicas
+        self.tied = tied
         self.keep_whole = zero == 2
         self.recorder = recorder
         self.loss_scale = loss_scale
@@ -55,7 +58,14 @@ class Shards:
                 module.set_reshard_after_backward(last)
 
     def reduce(self) -> None:
-        """Of experts a mean over the replicas; all else has been reduced behind its backward."""
+        """The sum over both copies of a tied embedding, and of experts a mean over the replicas.
+
+        All else has been reduced behind its backward.
+        """
+        for stage, module in self.stages.items():
+            parameter = dict(module.named_parameters()).get(TIED)
+            if self.tied is not None and parameter is not None:
+                sum_tied(local(parameter.grad), self.tied, stage, self.recorder)
         for name, parameter in self.parameters().items():
             if is_routed(name):
                 local(parameter.grad).div_(self.replicas)

@@ -63,6 +63,7 @@ class Trainer:
         )
         self.expert_mesh = self._expert_mesh()
         self.share = self._share()
+        self.tied_group = self._tied_group()
         self.tp_mesh: DeviceMesh | None = self.mesh["tp"] if plan.tp > 1 else None
         self.dtype = DTYPES[case.dtype]
         self.loss_scale = LossScale(case.loss_scale, device) if self.dtype == torch.float16 else None
@@ -100,6 +101,16 @@ class Trainer:
         if self.expert_mesh is not None and plan.ep > 1:
             experts = self._layer_group(self.expert_mesh["ep"], EP)
         return Share(context=context, experts=experts)
+
+    def _tied_group(self) -> dist.ProcessGroup | None:
+        """This rank and the one with the other copy of a tied embedding: the ends of a pipeline."""
+        plan = self.case.plan
+        if not self.case.job.model.tied_embeddings or plan.pp == 1:
+            return None
+        ranks = self.mesh.mesh
+        pairs = torch.stack((ranks[0].flatten(), ranks[-1].flatten()), dim=1).tolist()
+        mine, _ = dist.new_subgroups_by_enumeration(pairs)
+        return mine
 
     def _layer_group(self, mesh: DeviceMesh, stream: str) -> LayerGroup:
         return LayerGroup(group=mesh.get_group(), stream=stream, recorder=self.recorder)
@@ -152,6 +163,7 @@ class Trainer:
             return Shards(
                 self.stages,
                 replicas=self.mesh["dp"].size(),
+                tied=self.tied_group,
                 zero=self.case.plan.zero,
                 make_optimizer=make,
                 recorder=self.recorder,
@@ -161,6 +173,7 @@ class Trainer:
             self.stages,
             dp_mesh=self.mesh["dp"],
             tp_mesh=self.mesh["tp"],
+            tied=self.tied_group,
             expert_mesh=None if self.expert_mesh is None else self.expert_mesh["holders"],
             sharded_optimizer=self.case.plan.zero >= 1,
             make_optimizer=make,
@@ -268,7 +281,12 @@ class Trainer:
 
 
 def make_optimizer(name: str, parameters: list[Any]) -> torch.optim.Optimizer:
-    """torch's own optimizer of a Job's name, in its fused form: ten times faster on a core."""
+    """torch's own optimizer of a Job's name, in its fused form: ten times faster on a core.
+
+    `parameters` are tensors or, where FSDP holds them, groups of DTensors, for which torch 2.13 has no
+    fused form of SGD.
+    """
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=LEARNING_RATE, fused=True)
+        whole = not parameters or isinstance(parameters[0], torch.Tensor)
+        return torch.optim.SGD(parameters, lr=LEARNING_RATE, fused=whole)
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)

@@ -143,6 +143,14 @@ class Block(nn.Module):  # type: ignore[misc]
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
+class Table(nn.Module):  # type: ignore[misc]
+    """The token embedding's matrix alone: a last stage's copy, which its head uses."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.token = nn.Embedding(spec.vocab, spec.hidden)
+
+
 class Embedding(nn.Module):  # type: ignore[misc]
     """Tokens [b, s] to hidden states [b, s, h]."""
 
@@ -179,7 +187,11 @@ class Transformer(nn.Module):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         positions = share.context.positions(seq_len)
-        self.embedding = Embedding(spec, positions) if part.first else None
+        self.embedding: Embedding | Table | None = None
+        if part.first:
+            self.embedding = Embedding(spec, positions)
+        elif part.last and spec.tied_embeddings:
+            self.embedding = Table(spec)
         again = part.layers[: part.recomputed]
         self.layers = nn.ModuleDict(
             {
@@ -201,13 +213,12 @@ class Transformer(nn.Module):  # type: ignore[misc]
 
     def tie(self) -> None:
         """Let the head use the embedding's matrix, where the model does."""
-        if self.tied:
-            assert self.head is not None
+        if self.tied and self.head is not None:
             assert self.embedding is not None
             self.head.weight = self.embedding.token.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.embedding is not None:
+        if isinstance(self.embedding, Embedding):
             x = self.embedding(x)
         for layer in self.layers.values():
             x = layer(x, self.cos, self.sin)
