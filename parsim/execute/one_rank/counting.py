@@ -38,7 +38,7 @@ class Counted(NamedTuple):
     """Collectives of one kind in the groups of one mesh dimension."""
 
     dimension: str
-    """tp, dp, cp or pp."""
+    """tp, dp, cp, pp, or tied: between both copies of an embedding."""
     kind: str
 
 
@@ -50,8 +50,16 @@ class StepCounter(TorchDispatchMode):  # type: ignore[misc]
     would be counted too: run a step before, after which it is remembered.
     """
 
-    def __init__(self, mesh: DeviceMesh, context: dist.ProcessGroup | None) -> None:
-        """`context`: the ranks that share a sequence. Where those are all replicas, they count as dp."""
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        context: dist.ProcessGroup | None,
+        tied: dist.ProcessGroup | None,
+    ) -> None:
+        """`context`: the ranks that share a sequence; where those are all replicas, they count as dp.
+
+        `tied`: the two that have a copy of a tied embedding; in short pipelines all of its ranks.
+        """
         super().__init__()
         self.flops = 0
         self.count: Counter[Counted] = Counter()
@@ -64,6 +72,7 @@ class StepCounter(TorchDispatchMode):  # type: ignore[misc]
         }
         if context is not None:
             self._dimensions.setdefault(_members(context), CP)
+        self._tied = None if tied is None else _members(tied)
 
     def __torch_dispatch__(
         self,
@@ -89,16 +98,24 @@ class StepCounter(TorchDispatchMode):  # type: ignore[misc]
             return
         kind = _KINDS.get(name, name)
         sizes = [t.nbytes for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
-        at = Counted(self._dimension(args), kind)
+        at = Counted(self._dimension(args, kind), kind)
         self.count[at] += 1
         self.num_bytes[at] += max(sizes)  # a gather's result, a reduce-scatter's input
 
-    def _dimension(self, args: tuple[Any, ...]) -> str:
-        for arg in args:
-            if isinstance(arg, torch.ScriptObject):
-                return self._dimensions.get(_members(dist.ProcessGroup.unbox(arg)), "other")
-        named = _resolve_process_group(args[-1])  # functional collectives end with the group's name
-        return self._dimensions.get(_members(named), "other")
+    def _dimension(self, args: tuple[Any, ...], kind: str) -> str:
+        members = next(
+            (
+                _members(dist.ProcessGroup.unbox(arg))
+                for arg in args
+                if isinstance(arg, torch.ScriptObject)
+            ),
+            None,
+        )
+        if members is None:  # functional collectives end with the group's name
+            members = _members(_resolve_process_group(args[-1]))
+        if members == self._tied and kind == "all_reduce":
+            return "tied"
+        return self._dimensions.get(members, "other")
 
     def to_data(self) -> dict[str, Any]:
         """Everything counted, as plain data."""

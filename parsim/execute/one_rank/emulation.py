@@ -48,7 +48,7 @@ def emulate_case(case: Case, trainer: Trainer, progress: TextIO, index: int) -> 
     peak = torch.cuda.max_memory_allocated() if on_gpu else None
     trainer.recorder.say("counting operations")
     context = trainer.share.context.ranks
-    with StepCounter(trainer.mesh, context and context.group) as counted:
+    with StepCounter(trainer.mesh, context and context.group, trainer.tied_group) as counted:
         _step(trainer, case.total_steps)
     if peak is None:
         trainer.recorder.say("tracking memory")

@@ -191,7 +191,8 @@ def count_rows(measured: OneRank, program: Program, costs: CostModel) -> list[Co
     ):
         sent = sum(t.num_bytes for t in program.tasks if t.rank == mine and t.stream in streams)
         found = _sent_bytes(measured, dimension)
-        found += _sent_bytes(measured, CP) if CP in streams else 0.0
+        if dimension == DP:
+            found += _sent_bytes(measured, CP) + _sent_bytes(measured, "tied")
         name = "dp, cp" if CP in streams and case.plan.cp > 1 else dimension
         rows.append(CountRow(f"{name} sent", "bytes", found, sent))
     return rows
