@@ -147,6 +147,9 @@ def print_dry_run(case: Case, how: Launch, inputs: dict[str, Any], *, as_json: b
             lines.append(f"{place}parameter server {rank['server']}")
             continue
         stages = ", ".join(map(str, rank["stages"]))
-        lines.append(f"{place}pp {rank['pp']}  dp {rank['dp']}  tp {rank['tp']}  stages {stages}")
+        context = f"cp {rank['cp']}  " if case.plan.cp > 1 else ""
+        lines.append(
+            f"{place}pp {rank['pp']}  dp {rank['dp']}  {context}tp {rank['tp']}  stages {stages}"
+        )
     more = data["world_size"] - RANKS_SHOWN
     print_lines(lines + ([f"  … and {more} more, which --json lists"] if more > 0 else []))

@@ -78,9 +78,16 @@ def test_a_dry_run_starts_nothing_and_shows_every_rank(tmp_path: Path) -> None:
     assert shown["command"][-2:] == ["parsim.execute.launch.worker", shown["files"]["request"][:-13]]
     assert len(shown["ranks"]) == 64
     assert shown["ranks"][43] == {
-        "rank": 43, "node": 5, "device": "cuda:3", "pp": 1, "dp": 1, "tp": 3, "stages": [1]
+        "rank": 43, "node": 5, "device": "cuda:3", "pp": 1, "dp": 1, "cp": 0, "tp": 3, "stages": [1]
     }  # fmt: skip
     assert list(tmp_path.iterdir()) == []
     text = CliRunner().invoke(app, arguments).stdout
     assert "--master-addr=node0 --master-port=29500" in text
     assert "64 ranks on 8 machines, 8 each; this is machine 2; nccl" in text
+
+
+def test_a_dry_run_shows_which_part_of_the_sequences_a_rank_has() -> None:
+    command = ["run", "dp=2,cp=2", "--model", "tiny-llama-8l", "--device", "cpu", "--dry-run"]
+    lines = CliRunner().invoke(app, command).stdout.splitlines()
+    found = [line.split("dp ")[1].split("  ")[:2] for line in lines if "  dp " in line]
+    assert found == [["0", "cp 0"], ["0", "cp 1"], ["1", "cp 0"], ["1", "cp 1"]]

@@ -60,6 +60,7 @@ def _rank(case: Case, how: Launch, rank: int, stages: dict[int, list[int]]) -> d
         "device": device,
         "pp": at.pp,
         "dp": at.dp,
+        "cp": at.cp,
         "tp": at.tp,
         "stages": stages[at.pp],
     }
