@@ -193,6 +193,7 @@ def _pareto(items: list[Node], index: int, costs: CostModel | None) -> Section:
             "peak memory of the fullest rank",
             [*(peak for _, peak in places), *(rule.value for rule in rules)],
             format_bytes,
+            zero=False,
             unit=2.0**30,
         ),
         lines=(line,),

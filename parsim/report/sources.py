@@ -41,6 +41,10 @@ def inputs_section(steps: Mapping[str, Step], document: Node, files: tuple[Path,
     )
     parts: list[Part] = []
     if entries:
+        shown = [
+            (what, value, "as above" if before and source == before[2] and source else source)
+            for before, (what, value, source) in zip([(), *entries], entries, strict=False)
+        ]
         parts.append(
             Table(
                 caption="What the figures rest on",
@@ -49,7 +53,7 @@ def inputs_section(steps: Mapping[str, Step], document: Node, files: tuple[Path,
                     Column(key="value", title="value", wide=True),
                     Column(key="source", title="source", wide=True),
                 ),
-                rows=tuple(Row(cells=tuple(Cell(text=t, value=t) for t in entry)) for entry in entries),
+                rows=tuple(Row(cells=tuple(Cell(text=t, value=t) for t in entry)) for entry in shown),
             )
         )
     hashed = sorted({*_named_files(document, steps), *((str(path), path) for path in files)})

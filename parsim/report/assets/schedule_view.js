@@ -78,9 +78,11 @@ function textOn(color) {
 function inks(data, colors, ground) {
   const kinds = data.kinds.map((kind) => colors[kind] ?? colors.other);
   const known = new Map();
+  // On a dark ground the later chunks must not sink into it.
+  const [step, most] = parseInt(ground.slice(1, 3), 16) > 127 ? [0.17, 0.55] : [0.11, 0.38];
   return (kind, chunk) => {
     const key = kind * 64 + chunk;
-    if (!known.has(key)) known.set(key, mixed(kinds[kind], ground, Math.min(0.55, 0.17 * chunk)));
+    if (!known.has(key)) known.set(key, mixed(kinds[kind], ground, Math.min(most, step * chunk)));
     return known.get(key);
   };
 }
