@@ -152,12 +152,12 @@ def capacity(
         "constraints": allowed.given(),
     }  # fmt: skip
     whole = document("capacity", inputs, report_data(found, limits, pue, origins, assumed))
-    write_report(report, whole)
     if as_json:
         print_json(whole)
     else:
         print_report(found, limits, pue, assumed)
         print_lines([f"wrote {path}" for path in written])
+    write_report(report, whole)
     if found.partial:
         say("interrupted: only what was done by then is shown")
         raise typer.Exit(130)

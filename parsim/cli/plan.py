@@ -139,13 +139,13 @@ def plan(
         raise error from no
     advice = _advice(result, setup)
     whole = document("plan", inputs, to_data(result, setup.origin, advice, show=top))
-    write_report(report, whole)
     if as_json:
         print_json(whole)
     else:
         name, where = setup.job.model.name, setup.origin["hardware"]
         several = len(setups) > 1
         print_result(result, name, where, gpus, advice, show=top, several_precisions=several)
+    write_report(report, whole)
 
 
 def _setups(flags: Flags) -> list[Setup]:

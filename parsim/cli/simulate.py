@@ -173,12 +173,12 @@ def simulate(
         "detail": detail,
     }
     whole = document("simulate", inputs, item, seed=seed)
-    write_report(report, whole, [timeline])
     if as_json:
         print_json(whole)
     else:
         print_prediction(step.prediction, [line for section in sections for line in section.lines])
     for path in (path for section in sections for path in section.written):
         say(f"wrote {path}")
+    write_report(report, whole, [timeline])
     if not step.prediction.fits:
         raise typer.Exit(1)

@@ -97,11 +97,11 @@ def _runs(path: Path | None, report: Path | None, as_json: bool) -> float | None
         found = validate_runs(path or PUBLISHED, progress=show)
     inputs = {"runs": str(path)} if path else {"published": True}
     whole = document("validate", inputs, found.to_data())
-    write_report(report, whole)
     if as_json:
         print_json(whole)
     else:
         print_lines(found.to_lines())
+    write_report(report, whole)
     return found.summary.mape
 
 
@@ -113,9 +113,9 @@ def _kernels(path: Path, hardware: str | None, report: Path | None, as_json: boo
     found = validate_kernels(path, cluster)
     inputs = {"kernels": str(path), "hardware": hardware}
     whole = document("validate", inputs, found.to_data())
-    write_report(report, whole)
     if as_json:
         print_json(whole)
     else:
         print_lines(found.to_lines())
+    write_report(report, whole)
     return found.summary.mape

@@ -85,11 +85,11 @@ def validate_step(
     inputs = {"prediction": where[0], "measurement": [str(path) for path in measurement]}
     answer = document("validate", inputs, found.to_data())
     compared = () if measured is None or predicted is None else (predicted.timeline, measured)
-    write_report(files.report, answer, compared)
     if as_json:
         print_json(answer)
     else:
         _show(found)
+    write_report(files.report, answer, compared)
     return whole.error
 
 

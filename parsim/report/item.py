@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from parsim.config import validate
 from parsim.cost.stage import CostModel
 from parsim.plan import ParallelPlan
 from parsim.report.document import Node
@@ -68,9 +70,7 @@ def cost_of(item: Node, costs: CostModel) -> Cost | None:
 
 
 def plan_text(item: Node) -> str:
-    """A plan as users type it: a long list of stages is counted."""
-    from parsim.config import validate
-
+    """A plan as users type it."""
     plan = validate(ParallelPlan, dict(item.table("plan").data), where=f"{item.where}: plan")
     return plan.short()
 
@@ -197,11 +197,10 @@ def waterfall_bars(
     pieces: list[tuple[str, float, str]],
     *,
     total: tuple[str, float],
-    text: object,
+    text: Callable[[float], str],
     scale: float | None = None,
 ) -> tuple[Bar, ...]:
     """Bars for (label, amount, colour), each from where the one before ended, and one for the total."""
-    assert callable(text)
     whole = scale or max(total[1], sum(amount for _, amount, _ in pieces))
     bars, at = [], 0.0
     for label, amount, key in pieces:

@@ -28,11 +28,10 @@ Entry = tuple[str, str, str]
 """What, its value, its source."""
 
 
-def inputs_section(steps: Mapping[str, Step], document: Node, files: tuple[Path, ...] = ()) -> Section:
+def inputs_section(steps: Mapping[str, Step], document: Node) -> Section:
     """Model, job, hardware and software of each step, with their sources, and the files by hash.
 
-    `steps` by what to call them; entries that several share stand once. `files` are read beside those
-    that the inputs name.
+    `steps` by what to call them; entries that several share stand once.
     """
     entries = dict.fromkeys(
         (f"{what} of {name}" if len(steps) > 1 and what == "plan" else what, value, source)
@@ -56,7 +55,7 @@ def inputs_section(steps: Mapping[str, Step], document: Node, files: tuple[Path,
                 rows=tuple(Row(cells=tuple(Cell(text=t, value=t) for t in entry)) for entry in shown),
             )
         )
-    hashed = sorted({*_named_files(document, steps), *((str(path), path) for path in files)})
+    hashed = sorted(set(_named_files(document, steps)))
     if hashed:
         parts.append(_files_table(hashed))
     return Section(title="Inputs and their sources", parts=tuple(parts))
