@@ -246,7 +246,13 @@ def load_stack(name: str) -> Stack:
 
 
 def load_model(name: str) -> ModelSpec:
-    """A model by name, by path to TOML, or from a Hugging Face config.json."""
+    """A model by name, by path to TOML or a Hugging Face config.json, or from the Hub (hf:org/name)."""
+    if name.startswith("hf:"):
+        from parsim.importers.hub import hub_config
+        from parsim.importers.huggingface import model_from_config
+
+        downloaded, where = hub_config(name)
+        return model_from_config(read_json(downloaded), where=where)
     path = find("models", name, what="model")
     if path.suffix == ".json":
         from parsim.importers.huggingface import model_from_config

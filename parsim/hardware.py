@@ -53,6 +53,10 @@ class Device:
     """One accelerator (or one CPU core's worth of a host), by its data sheet."""
 
     name: str
+    driver_names: tuple[str, ...] = ()
+    """What the driver (nvidia-smi) calls it."""
+    nvlinks: int = 0
+    """NVLink ports of one device; 0: none, or not told."""
     peak_flops_per_s: dict[str, float]
     """Dense matrix rate by dtype; sparsity is never counted."""
     memory_bytes: float

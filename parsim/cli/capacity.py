@@ -18,6 +18,7 @@ from parsim.cli.capacity_inputs import (
     read_cases,
     read_gpu_counts,
     read_long_run,
+    read_prices,
 )
 from parsim.cli.capacity_report import print_report, report_data, write_csv
 from parsim.cli.capacity_run import Found, Wanted, find
@@ -70,6 +71,10 @@ def capacity(
     memory: MemoryOption = None,
     usd_per_gpu_hour: Annotated[
         float | None, typer.Option("--usd-per-gpu-hour", help="Price [default: the profile's].")
+    ] = None,
+    prices: Annotated[
+        Path | None,
+        typer.Option("--prices", help="CSV of hardware,usd_per_gpu_hour,source,date for several."),
     ] = None,
     mtbf: Annotated[
         str,
@@ -128,7 +133,8 @@ def capacity(
         check_chart(path)
     limits = Limits(deadline_s=deadline_s(deadline), budget_usd=budget_usd(budget))
     check_numbers(pue, usd_per_gpu_hour)
-    cases = list(read_cases(model, flags, read_gpu_counts(gpus), tokens, usd_per_gpu_hour))
+    listed = read_prices(prices)
+    cases = list(read_cases(model, flags, read_gpu_counts(gpus), tokens, usd_per_gpu_hour, listed))
     check_prices(limits, cases)
     long_run, assumed = read_long_run(mtbf)
     wanted = Wanted(
@@ -149,6 +155,7 @@ def capacity(
     inputs = flags.given() | {
         "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
         "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
+        "prices": str(prices) if prices else None,
         "constraints": allowed.given(),
     }  # fmt: skip
     whole = document("capacity", inputs, report_data(found, limits, pue, origins, assumed))

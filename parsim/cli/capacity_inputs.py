@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from parsim.cli.options import Flags, load_setup
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from parsim.cost.checkpoint import Checkpointing, Failures
+    from parsim.hardware import Price
     from parsim.model import ModelSpec
     from parsim.search.capacity import Case, Limits, LongRunOf, Option
     from parsim.simulate.prediction import Prediction
@@ -23,8 +24,16 @@ in 54 days of 16,384 H100s (Llama team 2024, arXiv 2407.21783, table 5)."""
 
 
 def read_cases(
-    models: str, flags: Flags, counts: Sequence[int], tokens: str, usd_per_gpu_hour: float | None
+    models: str,
+    flags: Flags,
+    counts: Sequence[int],
+    tokens: str,
+    usd_per_gpu_hour: float | None,
+    prices: Mapping[str, Price],
 ) -> Iterator[Case]:
+    """Cases of all models, hardware and numbers of GPUs; `prices` by hardware go before a profile's own,
+    and usd_per_gpu_hour before both.
+    """
     from parsim.config import load_model
     from parsim.cost.stage import CostModel
     from parsim.hardware import with_overrides
@@ -37,7 +46,8 @@ def read_cases(
         batch = flags.global_batch or usual_batch(budget, max(1, seq_len))
         for hardware in _names(flags.hardware or "", "--hardware"):
             setup = load_setup(replace(flags, model=name, hardware=hardware, global_batch=batch))
-            cluster = with_overrides(setup.cluster, usd_per_gpu_hour=usd_per_gpu_hour)
+            cluster = replace(setup.cluster, price=prices.get(hardware, setup.cluster.price))
+            cluster = with_overrides(cluster, usd_per_gpu_hour=usd_per_gpu_hour)
             costs = CostModel(setup.job.model, cluster, setup.stack)
             for gpus in counts:
                 yield Case(job=setup.job, tokens=budget, costs=costs, hardware=hardware, gpus=gpus)
@@ -159,8 +169,38 @@ def check_prices(limits: Limits, cases: Sequence[Case]) -> None:
             "a budget needs prices, and this profile has none",
             where="--budget",
             got=unknown[0],
-            hint="--usd-per-gpu-hour, or a [price] in the profile",
+            hint="--usd-per-gpu-hour, --prices FILE, or a [price] in the profile",
         )
+
+
+def read_prices(path: Path | None) -> dict[str, Price]:
+    """What a GPU-hour costs by hardware, from a CSV file: hardware, usd_per_gpu_hour, source, date.
+
+    Raises ParsimError for a price that is none, or a hardware that is priced twice.
+    """
+    from parsim.compare.csv_table import read_csv
+    from parsim.errors import ParsimError
+    from parsim.hardware import Price
+    from parsim.units import parse_usd
+
+    prices: dict[str, Price] = {}
+    if path is None:
+        return prices
+    rows = read_csv(path, required=("hardware", "usd_per_gpu_hour"), optional=("source", "date"))
+    for number, row in enumerate(rows, 2):
+        name, where = row.get("hardware", "").strip(), f"{path}, row {number}"
+        if not name or name in prices:
+            what = "a hardware is priced twice" if name else "a price without a hardware"
+            raise ParsimError(what, where=where, got=name or row.get("usd_per_gpu_hour"))
+        source = row.get("source", "").strip() or str(path)
+        try:
+            usd = parse_usd(row.get("usd_per_gpu_hour", ""))
+            check_numbers(None, usd)
+            price = Price(usd_per_gpu_hour=usd, source=source, date=row.get("date", "").strip())
+        except ParsimError as error:
+            raise error.at(where) from None
+        prices[name] = price
+    return prices
 
 
 def check_chart(path: Path | None) -> None:

@@ -1,7 +1,8 @@
-"""`parsim hardware`: the hardware profiles that parsim ships."""
+"""`parsim hardware`: the hardware profiles that parsim ships, and the one that fits this machine."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,24 @@ from parsim.cli.output import document, print_json, print_table
 
 
 def hardware(
-    name: Annotated[str | None, typer.Argument(help="Show one: a name or a file.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="Show one: a name or a file. `detect`: the one of this machine's GPUs."),
+    ] = None,
+    smi_gpus: Annotated[
+        Path | None,
+        typer.Option(
+            "--smi-gpus",
+            help="detect: another node's answer to nvidia-smi "
+            "--query-gpu=name,memory.total --format=csv,noheader.",
+        ),
+    ] = None,
+    smi_topology: Annotated[
+        Path | None, typer.Option("--smi-topology", help="detect: its `nvidia-smi topo -m`.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="detect: write a profile of this machine.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the shipped hardware profiles, or show one with the sources of its numbers.
@@ -20,10 +38,21 @@ def hardware(
     Examples:
       parsim hardware
       parsim hardware h100-sxm-80gb
+      parsim hardware detect -o my-node.toml
     """
     from parsim.config import load_cluster, shipped, to_data
+    from parsim.errors import ParsimError
     from parsim.hardware import Cluster, default_precision, describe
     from parsim.units import format_bandwidth, format_bytes, format_rate
+
+    if name == "detect":
+        from parsim.cli.hardware_detect import hardware_detect
+
+        hardware_detect(smi_gpus, smi_topology, output, as_json=as_json)
+        return
+    for flag, value in (("--smi-gpus", smi_gpus), ("--smi-topology", smi_topology), ("-o", output)):
+        if value is not None:
+            raise ParsimError("only `parsim hardware detect` takes this", where=flag)
 
     def data(cluster: Cluster) -> dict[str, Any]:
         facts = to_data(cluster)

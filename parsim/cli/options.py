@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help="A shipped name, a TOML file, or a Hugging Face config.json."),
+    typer.Option(
+        "--model", help="A shipped name, a TOML file, a Hugging Face config.json, or hf:org/name."
+    ),
 ]
 HardwareOption = Annotated[
     str | None, typer.Option("--hardware", help="A shipped profile, or a TOML file.")
