@@ -50,6 +50,7 @@ TORCHTITAN: tuple[Case, ...] = (
     ("mixtral-8x7b", "dp=8,tp=2,pp=4,ep=8,zero=3", 64, "bf16"),
     ("qwen3-30b-a3b", "dp=16,pp=2,ep=8,zero=2", 64, "bf16"),
     ("kimi-k2", "dp=16,pp=8,ep=16,zero=2,recompute=full", 128, "bf16"),
+    ("llama-4-maverick-400b", "dp=16,tp=2,pp=2,ep=16,zero=2", 64, "bf16"),
 )
 SCHEDULE_CLASSES = {
     "gpipe": "ScheduleGPipe",

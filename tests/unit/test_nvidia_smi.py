@@ -63,6 +63,17 @@ def test_fewer_gpus_and_slower_adapters_are_said_and_taken() -> None:
     assert "4 adapters" in found.cluster.inter_node.source
 
 
+def test_gpus_that_share_an_adapter_share_its_rate() -> None:
+    # The matrix of a node of 4 with 2 adapters, each on the PCIe switch of two GPUs.
+    gpus = ["GPU0", "GPU1", "GPU2", "GPU3"]
+    lines = ["\t" + "\t".join([*gpus, "mlx5_0", "mlx5_1", "CPU Affinity"])]
+    for i, name in enumerate(gpus):
+        cells = ["X" if i == j else "NV18" for j in range(4)]
+        lines.append("\t".join([name, *cells, *(["PXB", "SYS"] if i < 2 else ["SYS", "PXB"]), "0-51"]))
+    found = node(H100 * 4, "\n".join(lines), "400 Gb/sec (4X NDR)", 2)
+    assert found.cluster.inter_node.bandwidth_bytes_per_s == 25e9
+
+
 def test_two_adapters_a_gpu_add_up() -> None:
     found = node(H100 * 4, matrix(4, "NV18", 8), "400 Gb/sec (4X NDR)", 8)
     assert found.cluster.inter_node.bandwidth_bytes_per_s == 100e9
