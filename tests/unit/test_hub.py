@@ -103,8 +103,8 @@ def test_without_a_network_the_file_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["hf:", "hf:../../etc/passwd", "hf:a/b/c", "hf:org/na me", "hf:org/..", "hf:-x/y", "hf:o/n@", "hf:o/n..x",
-     "hf:o/n\n", "hf:https://x/y", "hf:o/" + "n" * 97],
+    ["hf:", "hf:../../etc/passwd", "hf:a/b/c", "hf:org/na me", "hf:org/..", "hf:-x/y", "hf:o/n@",
+     "hf:o/n..x", "hf:o/n\n", "hf:https://x/y", "hf:o/" + "n" * 97],
 )  # fmt: skip
 def test_what_is_no_name_never_reaches_the_library(name: str) -> None:
     with pytest.raises(ParsimError, match="no name of a repository"):
