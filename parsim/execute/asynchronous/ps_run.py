@@ -19,6 +19,7 @@ from parsim.execute.asynchronous.ps_ranks import (
     shard_bounds,
     whole_model,
 )
+from parsim.execute.gloo_threads import let_gloo_give_way
 from parsim.execute.request import Case
 from parsim.execute.training.batches import whole_batch
 from parsim.execute.training.parallelize import token_loss
@@ -43,6 +44,7 @@ def run_served_case(
     """What this rank did and when; with case.verify, how far all were from one process."""
     works = dist.get_rank() < case.plan.dp
     actor = (Worker if works else Server)(case, device, recorder)
+    let_gloo_give_way()
     recorder.say("waiting: start of the run")
     dist.barrier(group=control)
     before = reading()

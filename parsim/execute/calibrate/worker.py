@@ -23,6 +23,7 @@ from parsim.execute.calibrate.clock import Agree, Timing, time_call
 from parsim.execute.calibrate.collectives import calls_in_one, collective_call, subgroup
 from parsim.execute.calibrate.kernels import DTYPES, Arena, kernel_call
 from parsim.execute.calibrate.points import ESSENTIAL, points
+from parsim.execute.gloo_threads import let_gloo_give_way
 
 GPU_POWER_W = 700.0
 """Where nvidia-smi does not tell: the limit of an H100 SXM (NVIDIA's data sheet)."""
@@ -79,6 +80,7 @@ def _join(config: dict[str, Any]) -> Agree:
         found: list[float] = largest.tolist()
         return found
 
+    let_gloo_give_way()
     return agree
 
 
@@ -95,6 +97,7 @@ def _timings(config: dict[str, Any], agree: Agree) -> Iterator[tuple[int, Timing
             group_size = point.size[1]
             if group_size not in groups:
                 groups[group_size] = subgroup(group_size)
+                let_gloo_give_way()  # as in training
             call = collective_call(point, groups[group_size], device)
         else:
             if point.dtype not in arenas:

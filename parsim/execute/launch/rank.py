@@ -14,6 +14,7 @@ import torch.distributed as dist
 from parsim.execute.asynchronous.ps_run import run_served_case
 from parsim.execute.asynchronous.stale_check import verify_stale_case
 from parsim.execute.asynchronous.stale_run import time_stale_case
+from parsim.execute.gloo_threads import let_gloo_give_way
 from parsim.execute.launch.clocks import ranks_per_node
 from parsim.execute.launch.heartbeat import Heartbeats
 from parsim.execute.one_rank.emulation import emulate_case, join_alone
@@ -58,6 +59,8 @@ def run_rank(
             results.append(run_served_case(case, device, recorder, control, folder, index))
             continue
         trainer = Trainer(case, device, recorder, control)
+        if device.type == "cpu":
+            let_gloo_give_way()
         stale = case.plan.schedule in ASYNCHRONOUS_SCHEDULES
         if case.verify:
             results.append((verify_stale_case if stale else verify_case)(case, trainer))
