@@ -14,6 +14,12 @@ from dataclasses import dataclass, field
 
 from parsim.errors import ParsimError
 
+HOST_MODES = (
+    *("plain", "recompute selective", "recompute full"),
+    *("tensor parallel", "sequence parallel", "zero 2", "zero 3"),
+)
+"""How a model is split or recomputed, as far as the host's work depends on it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residuals:
@@ -271,6 +277,32 @@ class MeasuredOptimizer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostMode:
+    """Host time of parsim's executor with one way of splitting or recomputing a model."""
+
+    mode: str
+    """One of HOST_MODES."""
+    layer_forward_s: float
+    layer_backward_s: float
+    """With what it recomputes."""
+    ends_forward_s: float = 0.0
+    """Embedding, final norm, head and loss together."""
+    ends_backward_s: float = 0.0
+    layer_step_s: float = 0.0
+    """What each layer adds to a step outside its passes: flattened gradients, an update's tensors."""
+    step_s: float = 0.0
+    """The rest of a step outside passes."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in HOST_MODES:
+            raise ParsimError(
+                "unknown mode", where="mode", got=self.mode, expected=", ".join(HOST_MODES)
+            )
+        _check_points(((self.layer_forward_s, self.layer_backward_s),))
+        _check_not_negative(self, "ends_forward_s", "ends_backward_s", "layer_step_s", "step_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredHost:
     """Time that eager PyTorch itself takes on this machine's host, at sizes where kernels take none.
 
@@ -282,11 +314,33 @@ class MeasuredHost:
     layer_forward_s: float
     """One layer of parsim's executor (RMSNorm, rotary positions, SwiGLU)."""
     layer_backward_s: float
+    modes: tuple[HostMode, ...] = ()
+    """Without them the stack's own constants stand for what else the host does."""
+    action_s: float = 0.0
+    """torch's pipeline runtime around every action."""
+    split_s: float = 0.0
+    """What a layer's backward takes more where the gradients of input and weights run apart."""
+    split_walk_s: float = 0.0
+    """On top, for each pair of layers of a stage: the gradient of every tensor of weights is a walk of
+    its own over the graph of all layers before."""
     source: str = ""
     date: str = ""
 
     def __post_init__(self) -> None:
         _check_points(((self.op_s, self.layer_forward_s, self.layer_backward_s),))
+        _check_not_negative(self, "action_s", "split_s", "split_walk_s")
+        missing = set(HOST_MODES) - {mode.mode for mode in self.modes}
+        if self.modes and (missing or len(self.modes) > len(HOST_MODES)):
+            raise ParsimError(
+                "either none of the modes is measured or all are, once each",
+                where="modes",
+                got=[mode.mode for mode in self.modes],
+                expected=", ".join(HOST_MODES),
+            )
+
+    def mode(self, name: str) -> HostMode | None:
+        """What was measured with a mode, if modes were."""
+        return next((mode for mode in self.modes if mode.mode == name), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

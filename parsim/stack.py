@@ -97,7 +97,18 @@ class Stack:
     """Full recomputation ends with the last tensor that the backward needs: a layer's last product does
     not run again (PyTorch from 2.1, torch.utils.checkpoint without re-entry)."""
 
+    recomputes_for_each_weight: bool = False
+    """Where a backward runs as two passes, the second runs a recomputed layer again for each of its
+    tensors of weights: torch's stage_backward_weight calls autograd once for each, and a checkpoint
+    keeps what it recomputes for one call."""
+    gradients_arise_anew: bool = False
+    """Every backward leaves new tensors of gradients, and the second and later ones add them to those
+    before (eager autograd); else products add to a buffer as they write."""
+
     # Communication
+    sequence_copies: bool = False
+    """Under sequence parallelism what is gathered or scattered is copied once more: collectives work on
+    a tensor's first dimension, and the sequence is its second (DTensor)."""
     collective_overhead_s: float = 0.0
     """What a collective among layers costs beyond itself, for each doubling of its ranks: its launch,
     and waiting for the rank that comes last."""

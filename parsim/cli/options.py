@@ -134,13 +134,14 @@ def _origin(flags: Flags, cluster: Cluster) -> dict[str, Any]:
 def load_machine(flags: Flags) -> tuple[Cluster, Stack]:
     """The cluster with what the flags say better, and the software on it."""
     from parsim.config import load_cluster, load_stack
+    from parsim.cost.host import stack_on
     from parsim.hardware import with_overrides
 
     cluster = load_cluster(_required(flags.hardware, "--hardware", "parsim hardware"))
     cluster = with_overrides(
         cluster, inter_node=flags.inter_node, intra_node=flags.intra_node, memory=flags.memory
     )
-    return cluster, load_stack(flags.stack or cluster.default_stack)
+    return cluster, stack_on(load_stack(flags.stack or cluster.default_stack), cluster)
 
 
 def load_plan(

@@ -83,6 +83,7 @@ def _calibrated(
     import os
 
     from parsim.config import load_model, load_stack
+    from parsim.cost.host import stack_on
     from parsim.execute.calibrate.profile import write_profile
     from parsim.execute.devices import available_gpus
     from parsim.hardware import default_precision
@@ -104,7 +105,7 @@ def _calibrated(
         global_batch=4 * devices,
         precision=default_precision(cluster.device),
     )
-    stack = load_stack(cluster.default_stack)
+    stack = stack_on(load_stack(cluster.default_stack), cluster)
     origin = {"hardware": str(profile), "stack": cluster.default_stack}
     return Setup(job=job, cluster=cluster, stack=stack, origin=origin), devices, kind
 

@@ -49,7 +49,7 @@ def residual(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> Elementwi
 
 def enter_tensor_parallel(
     name: str, model: ModelSpec, cell: Cell, stack: Stack, *, fp8: bool = True
-) -> tuple[Transfer, ...]:
+) -> tuple[Operation, ...]:
     """Before a column-parallel GEMM: gather the sequence; its backward scatters the gradient.
 
     Without sequence parallelism the forward has nothing to do and the backward sums the gradient. What
@@ -64,9 +64,10 @@ def enter_tensor_parallel(
     if not cell.sequence_parallel:
         return (tensor_parallel(gradient, "all_reduce", size, "backward", summed),)
     gathered: Beside | None = "next forward" if cell.tp_overlap else None
-    transfers = (
+    transfers: tuple[Operation, ...] = (
         tensor_parallel(f"{name} input", "all_gather", sent, "forward", gathered),
         tensor_parallel(gradient, "reduce_scatter", size, "backward", summed),
+        *_copies(f"{name} input", size, stack),
     )
     if not stack.tp_async_backward:
         return transfers
@@ -74,7 +75,9 @@ def enter_tensor_parallel(
     return (*transfers, again)
 
 
-def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Transfer, ...]:
+def leave_tensor_parallel(
+    name: str, model: ModelSpec, cell: Cell, stack: Stack
+) -> tuple[Operation, ...]:
     """After a row-parallel GEMM: the mirror image of enter_tensor_parallel."""
     if cell.tp == 1:
         return ()
@@ -88,7 +91,16 @@ def leave_tensor_parallel(name: str, model: ModelSpec, cell: Cell, stack: Stack)
         tensor_parallel(
             f"{name} output gradient", "all_gather", size * _narrowed(cell, stack), "backward", backward
         ),
+        *_copies(f"{name} output", size, stack),
     )
+
+
+def _copies(name: str, size: float, stack: Stack) -> tuple[Elementwise, ...]:
+    """What a gathered or scattered sequence is copied, each way, where its collectives cannot cut it."""
+    if not stack.sequence_copies:
+        return ()
+    copied = Elementwise(name=f"{name} copied", forward_bytes=2 * size, backward_bytes=2 * size)
+    return (copied,)
 
 
 def tensor_parallel(

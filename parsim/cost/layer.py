@@ -90,10 +90,12 @@ def embedding_operations(model: ModelSpec, cell: Cell, stack: Stack) -> tuple[Op
     h, e, T = model.hidden, cell.activation_bytes, cell.tokens
     size = T * h * e
     tables = 2 if model.position == "learned" else 1
+    # A gradient that arises anew is all of the table, even where tp splits it (DTensor).
+    anew = model.vocab * h * e if stack.gradients_arise_anew else 0
     lookup = Elementwise(
         name="embedding",
         forward_bytes=(1 + tables) * size,
-        backward_bytes=(1 + 2 * tables) * size,  # reads dy, adds to rows of the gradient
+        backward_bytes=(1 + 2 * tables) * size + anew,  # reads dy, adds to rows of the gradient
         saved_bytes=cell.local_tokens * h if stack.dropout else 0,
     )
     norms: tuple[Elementwise, ...] = ()

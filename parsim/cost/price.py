@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from parsim.cost.cell import Cell
+from parsim.cost.host import LAUNCHED_AGAIN, HostTime
 from parsim.cost.operation import Attention, Beside, Gemm, Operation, Pass, Transfer
 from parsim.cost.operation_time import (
     forward_s,
@@ -60,6 +61,9 @@ class PartTime(NamedTuple):
     input_grad: PassTime
     weight_grad: PassTime
     recompute: PassTime
+    apart: PassTime = PassTime()
+    """What the weights' gradients take more where they are a pass of their own, in stages that hand the
+    gradient of their input back."""
 
     @property
     def backward(self) -> PassTime:
@@ -72,16 +76,6 @@ class PartTime(NamedTuple):
 
 
 NO_TIME = PartTime(PassTime(), PassTime(), PassTime(), PassTime())
-
-
-class HostTime(NamedTuple):
-    """Seconds that the host takes to launch the passes of one part of the model."""
-
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    lead_s: float = 0.0
-    """Before the device's first work of a pass, where parts are timed one by one: a pass then begins
-    with nothing queued, and its collectives, timed by themselves, are not beside the launches."""
 
 
 class TimedOperation(NamedTuple):
@@ -116,9 +110,6 @@ class PartPasses(NamedTuple):
             *(_with_host(pass_time(timed), s) for timed, s in zip(self[:4], self.host_s, strict=True))
         )
 
-
-_LAUNCHED_AGAIN = ("everything", "every_other_gemm")
-"""What of a layer is recomputed by launching it again; an attention kernel alone is no matter."""
 
 _Product = Literal["forward", "input_grad", "weight_grad"]
 _SECONDS: dict[_Product, Callable[[Operation, Cell, Cluster, Stack], float]] = {
@@ -198,8 +189,7 @@ def part_passes(
     passes = tuple(forward), tuple(input_grad), tuple(weight_grad), tuple(recompute)
     if cluster.device.is_host:
         return PartPasses(*passes)
-    again_s = host.forward_s if recomputed(cell, stack) in _LAUNCHED_AGAIN else 0.0
-    launches_s = host.forward_s, max(0.0, host.backward_s - behind_s), 0.0, again_s
+    launches_s = host.forward_s, max(0.0, host.backward_s - behind_s), 0.0, host.again_s
     return PartPasses(*passes, host_s=launches_s)
 
 
@@ -289,7 +279,8 @@ def _recompute(
     shares = recomputed_shares(operations, what, stops_early=stack.recompute_stops_early)
     transfers = _transfers(operations, "forward", cell, cluster, stack, shares)
     timed = list(_timed(operations, "forward", transfers, cell, cluster, stack, shares))
-    return _launched(timed, host, host.forward_s, cluster) if what in _LAUNCHED_AGAIN else timed
+    again = what in LAUNCHED_AGAIN or host.again_s > 0
+    return _launched(timed, host, host.again_s, cluster) if again else timed
 
 
 def _transfers(

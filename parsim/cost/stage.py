@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from parsim.cost.cell import Cell
+from parsim.cost.host import HostTime, ends_host, layer_host, split_host_s
 from parsim.cost.layer import (
     embedding_operations,
     head_operations,
     layer_operations,
     mtp_operations,
 )
-from parsim.cost.operation import Operation, Transfer
-from parsim.cost.price import NO_TIME, HostTime, PartPasses, PartTime, part_passes
+from parsim.cost.operation import Elementwise, Gemm, Operation, Transfer
+from parsim.cost.price import NO_TIME, PartPasses, PartTime, PassTime, part_passes
 from parsim.cost.recompute import recomputed, saved_bytes
 from parsim.cost.weights import (
     NOT_PARTIAL,
@@ -165,11 +166,14 @@ class CostModel:
         cell, kind = _as_priced(cell, kind)
         operations = self._operations(cell, kind)
         if kind not in (EMBEDDING, HEAD):
-            host = self._layer_host(self._layer_of(kind), cell)
+            is_moe = self.model.is_moe_layer(self._layer_of(kind))
+            host = layer_host(cell, self.cluster, self.stack, is_moe=is_moe)
             return part_passes(operations, cell, self.cluster, self.stack, host=host)
         if self.stack.layer_lead_s:  # timed alone on one device: only layers get their transfers back
             operations = tuple(op for op in operations if not isinstance(op, Transfer))
         host = HostTime(lead_s=self.stack.layer_lead_s)
+        if kind == HEAD:  # measured together with the embedding
+            host = ends_host(cell, self.cluster, self.stack)
         once = cell._replace(recompute="none")
         return part_passes(operations, once, self.cluster, self.stack, host=host)
 
@@ -184,29 +188,18 @@ class CostModel:
         if self.model.moe is not None and self.model.is_moe_layer(layer):
             experts = self.model.moe.experts * expert_parameters(self.model)
         dense = parameters - experts
+        time = self.passes(cell, kind).time
+        if self.stack.recomputes_for_each_weight and again == "everything":
+            time = time._replace(apart=time.recompute.times(_weight_groups(operations)))
         return PartCost(
             is_layer=True,
-            time=self.passes(cell, kind).time,
+            time=time,
             saved_bytes=kept,
             recomputed_bytes=recomputed_bytes,
             dense_parameters=_on_rank(dense, replicated_layer_parameters(self.model, layer), cell.tp),
             expert_parameters=experts // (cell.ep * cell.expert_tp),
             partial=layer_partial(self.model, cell),
         )
-
-    def _layer_host(self, layer: int, cell: Cell) -> HostTime:
-        """As measured on this machine, or as the stack says: the backward launches as much again."""
-        measured = self.cluster.kernels.measured_host
-        if measured is not None:
-            return HostTime(measured.layer_forward_s, measured.layer_backward_s)
-        stack, is_moe = self.stack, self.model.is_moe_layer(layer)
-        host_s = stack.layer_host_s
-        graphed = stack.graphs_for_slow_hosts and self.cluster.device.host_slowdown > 1
-        if not (is_moe and (stack.fused_experts or graphed)):
-            host_s += (cell.cp - 1) * stack.ring_host_s + cell.low_precision * stack.narrow_host_s
-            host_s += is_moe * stack.moe_host_s
-        host_s *= self.cluster.device.host_slowdown
-        return HostTime(host_s, host_s, stack.layer_lead_s)
 
     def _end_part(self, cell: Cell, kind: str, parameters: int) -> PartCost:
         """Embedding or head; never recomputed."""
@@ -282,7 +275,7 @@ class CostModel:
             copy = self.model.vocab * self.model.hidden // cell.tp if tied else 0
             once = dict(zip(map(bare, kinds), parts, strict=True))
             distinct = sum(p.dense_parameters for kind, p in once.items() if kind != EMBEDDING)
-            self._stages[key] = _sum(parts, copy, distinct)
+            self._stages[key] = _sum(parts, copy, distinct, self.cluster)
         return self._stages[key]
 
 
@@ -298,13 +291,21 @@ def _on_rank(parameters: int, replicated: int, tp: int) -> int:
     return replicated + math.ceil((parameters - replicated) / tp)
 
 
-def _sum(parts: list[PartCost], tied_copy: int, distinct: int) -> StageCost:
+def _weight_groups(operations: tuple[Operation, ...]) -> int:
+    """Walks over a layer's graph for the gradients of its weights: a product's each, and a norm's."""
+    products = sum(len(op.columns) or 1 for op in operations if isinstance(op, Gemm))
+    return products + sum(isinstance(op, Elementwise) and "norm" in op.name for op in operations)
+
+
+def _sum(parts: list[PartCost], tied_copy: int, distinct: int, cluster: Cluster) -> StageCost:
     time = NO_TIME
     for part in parts:
         time = time.plus(part.time)
+    layers = sum(p.is_layer for p in parts)
+    host_s = split_host_s(layers, cluster)
     return StageCost(
-        time=time,
-        num_layers=sum(p.is_layer for p in parts),
+        time=time._replace(apart=time.apart.plus(PassTime(host_s))),
+        num_layers=layers,
         saved_bytes=sum(p.saved_bytes for p in parts),
         recomputed_bytes=max((p.recomputed_bytes for p in parts), default=0.0),
         dense_parameters=sum(p.dense_parameters for p in parts) + tied_copy,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from parsim.cost.collective import group_over
 from parsim.cost.compression import NOTHING_REDUCED, Reduced, reduced_over
+from parsim.cost.host import layer_step_s, shard_host
 from parsim.cost.interpolation import along_line
 from parsim.cost.memory import (
     accumulates,
@@ -40,6 +41,11 @@ class StageSync:
     buffer (FSDP2)."""
     reduce_takes_s: float = 0.0
     """The same of a reduction, with copies into the buffer."""
+    forward_takes_s: float = 0.0
+    """What sharding takes on the host in every forward, whether parameters are gathered or not."""
+    backward_takes_s: float = 0.0
+    add_s: float = 0.0
+    """Adding a backward's gradients to those of the ones before it."""
     buckets: int
     """Pieces that both can be cut into, to run beside compute."""
     optimizer_s: float
@@ -96,7 +102,11 @@ def stage_sync(
     # micro-batch's has that of the next.
     each = plan.zero >= 2 and not accumulates(plan, stack)
     beside = 1.0 if each else (buckets - 1) / buckets
+    host = shard_host(plan.zero, plan.shard_group, cluster)
     return StageSync(
+        forward_takes_s=stage.num_layers * host.forward_s,
+        backward_takes_s=stage.num_layers * host.backward_s,
+        add_s=_add_s(stage, job, plan, cluster, stack, each=each),
         reduce_s=reduce_s,
         gather_s=gather_s,
         gather_takes_s=stack.dp_overlap_cost * gather_s * ahead
@@ -104,13 +114,35 @@ def stage_sync(
         reduce_takes_s=stack.dp_overlap_cost * reduce_s * beside
         + _copy_s(stage, plan, cluster, stack, gathered_width + width),
         buckets=buckets,
-        optimizer_s=_optimizer_s(stage, job, plan, cluster, stack),
+        optimizer_s=_optimizer_s(stage, job, plan, cluster, stack)
+        + _update_host_s(stage, plan, cluster),
         reduce_bytes=reduced.traffic.num_bytes,
         reduce_kernels_s=reduced.device_s,
         gather_bytes=gathered.num_bytes,
         accumulates=accumulates(plan, stack),
         norms=_norms(stage, job, plan, cluster, stack),
     )
+
+
+def _add_s(
+    stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack, *, each: bool
+) -> float:
+    """Seconds to read new gradients and those before, and to write the sum: of shards where every
+    backward's gradients are reduced.
+    """
+    if not stack.gradients_arise_anew:
+        return 0.0
+    values = sharded(stage, plan) if each else stage.parameters
+    moved = 3 * values * gradient_bytes(job.precision, stack)
+    return stack.memory_bound_slowdown * memory_bound_s(cluster, moved)
+
+
+def _update_host_s(stage: StageCost, plan: ParallelPlan, cluster: Cluster) -> float:
+    """What the host does once a step for each layer, between the last backward and the update's end."""
+    if plan.zero >= 2 and plan.shard_group > 1:
+        return stage.num_layers * shard_host(plan.zero, plan.shard_group, cluster).update_s
+    sequence_parallel = plan.sequence_parallel and plan.tp > 1
+    return stage.num_layers * layer_step_s(plan.tp, sequence_parallel=sequence_parallel, cluster=cluster)
 
 
 def _copy_s(

@@ -101,6 +101,9 @@ class _Lowering:
             for stage, cost in enumerate(self.cost.stages)
             for kind, time in pass_times(cost.time, host).items()
         }
+        for stage, each in enumerate(self.cost.stages[1:], start=1):
+            apart = self.times[stage, WEIGHT_GRAD].plus(each.time.apart)
+            self.times[stage, WEIGHT_GRAD] = apart
         for key, seconds in self.compute_s.items():
             self.times[key] = self.times[key]._replace(compute_s=seconds + host.compute_s)
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
@@ -138,7 +141,7 @@ class _Lowering:
         """The compute of one action, in pieces or whole, with its communication."""
         cut = self.sync.cut(action)
         part = time if cut.pieces == 1 else time.times(1 / cut.pieces)
-        if cut.waits_for_update or cut.gathers or cut.reduces:
+        if cut.takes_s:
             part = part.plus(PassTime(cut.takes_s / cut.pieces))
         for piece in range(cut.pieces):
             after = tuple(self.work.chain[rank][-1:])

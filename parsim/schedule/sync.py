@@ -47,7 +47,8 @@ class Cut(NamedTuple):
 
     pieces: int
     takes_s: float
-    """What that communication takes from the whole action's compute."""
+    """What that communication, and adding gradients to those before, takes from the whole action's
+    compute."""
     waits_for_update: bool
     """The pieces wait for parameters that were gathered at the start of the step (ZeRO-1 and 2)."""
     gathers: bool
@@ -78,6 +79,7 @@ class ReplicaSync:
     rank_of: dict[int, int] = field(init=False)
     """The pipeline rank of every stage, in order of stage."""
     last_gradient: dict[int, Action] = field(init=False)
+    first_gradient: dict[int, Action] = field(init=False)
     first_forward: dict[int, Action] = field(init=False)
     reduced_when_told: set[int] = field(init=False)
     """Stages whose gradients are reduced where an action says so."""
@@ -86,6 +88,8 @@ class ReplicaSync:
         actions = list(self.schedule.actions())
         self.rank_of = dict(sorted(self.schedule.stage_ranks().items()))
         self.last_gradient = {a.stage: a for a in actions if a.kind in (BACKWARD, WEIGHT_GRAD)}
+        first = (a for a in reversed(actions) if a.kind in (BACKWARD, WEIGHT_GRAD))
+        self.first_gradient = {a.stage: a for a in first}
         self.first_forward = {a.stage: a for a in reversed(actions) if a.kind == FORWARD}
 
         told = (a for rank in self.schedule.ranks for a in rank if a.kind == REDUCE_GRAD)
@@ -111,10 +115,14 @@ class ReplicaSync:
         there = action.stage in self.unsharded or action.stage in self.kept
         gathers &= sync.gather_s > 0 and not there
         reduces = self._reduces(action)
+        takes_s = sync.forward_takes_s if action.kind == FORWARD else 0.0
+        if action.kind in (BACKWARD, WEIGHT_GRAD):
+            takes_s = sync.backward_takes_s
+            takes_s += sync.add_s * (action != self.first_gradient[action.stage])
+        takes_s += (waits or gathers) * sync.gather_takes_s
         return Cut(
             pieces=sync.buckets if waits or gathers or reduces else 1,
-            takes_s=(waits or gathers) * sync.gather_takes_s
-            + reduces * (sync.reduce_takes_s + sync.reduce_kernels_s),
+            takes_s=takes_s + reduces * (sync.reduce_takes_s + sync.reduce_kernels_s),
             waits_for_update=waits,
             gathers=gathers,
             reduces=reduces,

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from parsim import __version__
+from parsim.cost.host import stack_on
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.hardware import Cluster
@@ -110,7 +111,7 @@ def _no(status: Status, reason: str) -> dict[str, Any]:
 
 
 def _searched(question: Question) -> dict[str, Any]:
-    costs = CostModel(question.job.model, question.cluster, question.stack)
+    costs = CostModel(question.job.model, question.cluster, stack_on(question.stack, question.cluster))
     result = search(
         question.job,
         question.gpus,
@@ -130,7 +131,7 @@ def _searched(question: Question) -> dict[str, Any]:
 
 def _simulated(question: Question) -> dict[str, Any]:
     assert question.plan is not None
-    costs = CostModel(question.job.model, question.cluster, question.stack)
+    costs = CostModel(question.job.model, question.cluster, stack_on(question.stack, question.cluster))
     prediction, _ = predict(question.job, question.plan, costs)
     row = {"status": "ok", "reason": None, "plans": [prediction.to_item() | question.origin]}
     if prediction.fits:

@@ -12,9 +12,11 @@ torch = pytest.importorskip("torch")
 
 from parsim.execute.training.checking import gradient_error  # noqa: E402
 from parsim.execute.training.transformer import (  # noqa: E402
+    Block,
     Part,
     Transformer,
     build,
+    rope_angles,
     synthetic_tokens,
     whole,
 )
@@ -197,3 +199,24 @@ def test_context_ranks_have_the_whole_sequence_and_equal_work(ranks: int) -> Non
     chunks = [chunks_of(i, ranks) for i in range(ranks)]
     assert sorted(sum(chunks, ())) == list(range(2 * ranks))
     assert len({first + second for first, second in chunks}) == 1  # chunks seen, but for a constant
+
+
+@pytest.mark.parametrize(("gated", "tensors"), [(True, 9), (False, 8)])
+def test_torch_recomputes_a_layer_for_each_tensor_whose_gradient_it_takes_apart(
+    gated: bool, tensors: int
+) -> None:
+    """What the stack's recomputes_for_each_weight says, found by counting a layer's forwards."""
+    backward = pytest.importorskip("torch.distributed.pipelining._backward")
+    spec = dataclasses.replace(LLAMA, gated_mlp=gated)
+    with torch.random.fork_rng():
+        layer = Block(spec, "full")
+    runs: list[int] = []
+    layer.feed_forward_norm.register_forward_hook(lambda *_: runs.append(1))
+    x = torch.randn(1, 4, spec.hidden, requires_grad=True)
+    angles = rope_angles(4, spec.head_dim).float()
+    out = layer(x, angles.cos(), angles.sin())
+    assert len(runs) == 1
+    _, groups = backward.stage_backward_input([out], [torch.ones_like(out)], [x], layer.parameters())
+    assert len(runs) == 2
+    backward.stage_backward_weight(layer.parameters(), groups)
+    assert len(runs) == 2 + tensors

@@ -91,7 +91,8 @@ def test_a_step_is_taken_apart_without_its_communication() -> None:
         [COMPUTE, "optimizer", "optimizer", -1, -1, 7.0, 7.5],
     ]
     found = work_of(spans, 8.0)
-    assert found["actions"] == [{"stage": 0, "kind": "forward", "seconds": [2.0, 1.0]}]
+    actions = [{"stage": 0, "kind": "forward", "seconds": [2.0, 1.0], "whole": [2.5, 1.0]}]
+    assert found["actions"] == actions
     assert found["optimizer_s"] == 0.5
     assert found["action_host_s"] == pytest.approx(0.5)  # 1 s for two actions
     assert found["step_host_s"] == pytest.approx(2.0)  # before, flattening, after

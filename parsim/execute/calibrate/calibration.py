@@ -11,10 +11,12 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from parsim.errors import ParsimError
+from parsim.execute.calibrate.host import TYPICAL_S, measure_host
 from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
 from parsim.execute.calibrate.profile import TimedPoint, cluster_of, cpu_facts
 from parsim.execute.calibrate.ranks import listen, usable_cores
@@ -54,11 +56,15 @@ def calibrate(
     _check(device, ranks, budget_s)
     start = time.monotonic()
     cores = usable_cores()
-    config = {"device": device, "dtypes": DTYPES[device], "deadline": start + 0.95 * budget_s}
+    # The executor on CPUs computes on the host, so there its host times count as much as kernels.
+    host_budget_s = TYPICAL_S if device == "cpu" and budget_s >= 2 * TYPICAL_S else 0.0
+    deadline = start + 0.95 * (budget_s - host_budget_s)
+    config = {"device": device, "dtypes": DTYPES[device], "deadline": deadline}
     configs = [{**config, "core": cores[rank % len(cores)]} for rank in range(ranks)]
     plan = points(device, ranks, DTYPES[device])
     lines: dict[int, list[dict[str, Any]]] = defaultdict(list)
     head: dict[str, Any] = {}
+    interrupted = False
     try:
         for rank, line in listen(configs):
             if "point" not in line:
@@ -69,20 +75,36 @@ def calibrate(
                 done = max(line["point"] / len(plan), (time.monotonic() - start) / budget_s)
                 progress(_label(plan[line["point"]]), min(done, 1.0))
     except KeyboardInterrupt:
+        interrupted = True
         essential = sum(point.level == ESSENTIAL for point in plan)
         if sum(len(lines[at]) == ranks for at in range(essential)) < essential:
             raise
     timed = tuple(_merged(plan[at], lines[at]) for at in sorted(lines) if len(lines[at]) == ranks)
     facts = head["facts"] or cpu_facts(ranks)
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    cluster = cluster_of(device, ranks, facts, timed, torch_version=head["torch"], date=date)
+    host_timed = host_budget_s == 0.0
+    if host_budget_s and not interrupted:
+        if progress is not None:
+            progress("host", 1 - host_budget_s / budget_s)
+        with suppress(KeyboardInterrupt):  # the kernels are in
+            cluster, host_timed = with_host(cluster), True
     return Calibration(
-        cluster=cluster_of(device, ranks, facts, timed, torch_version=head["torch"], date=date),
+        cluster=cluster,
         timed=timed,
         torch_version=head["torch"],
         date=date,
         elapsed_s=time.monotonic() - start,
-        complete=len(timed) == len(plan),
+        complete=len(timed) == len(plan) and host_timed,
     )
+
+
+def with_host(cluster: Cluster) -> Cluster:
+    """The profile with this machine's host times in every mode of the executor."""
+    measured = cluster.kernels.measured_host
+    assert measured is not None
+    host = measure_host(measured.op_s, ", ".join(measured.source.split(", ")[:2]), measured.date)
+    return replace(cluster, kernels=replace(cluster.kernels, measured_host=host))
 
 
 def _check(device: str, ranks: int, budget_s: float) -> None:

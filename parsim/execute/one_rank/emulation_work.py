@@ -15,10 +15,12 @@ Spans = Sequence[Sequence[Any]]
 def work_of(spans: Spans, step_s: float) -> dict[str, Any]:
     """What a step's time went to, without communication.
 
-    Actions: seconds of each by stage and kind. action_host: what passed between the first action and the
+    Actions: seconds of each by stage and kind; whole, from its begin to its end, with what the host does
+    in communication that nobody answers. action_host: what passed between the first action and the
     last outside any span, for each action: torch's pipeline runtime. step_host: the rest of the step.
     """
     actions: dict[tuple[int, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    extents: dict[tuple[int, str, int], tuple[float, float]] = {}
     optimizer_s, begin, end = 0.0, step_s, 0.0
     for stream, _, kind, stage, micro_batch, start_s, end_s in spans:
         if stream == COMPUTE and kind == "optimizer":
@@ -26,6 +28,8 @@ def work_of(spans: Spans, step_s: float) -> dict[str, Any]:
         elif stream == COMPUTE:
             actions[stage, kind][micro_batch] += end_s - start_s
             begin, end = min(begin, start_s), max(end, end_s)
+            first_s, last_s = extents.get((stage, kind, micro_batch), (start_s, end_s))
+            extents[stage, kind, micro_batch] = min(first_s, start_s), max(last_s, end_s)
     # Handing a message over is the host's work, as is all that torch does between actions.
     hosts = (HOST, *(stream for stream in PP_STREAMS if stream.startswith("pp_send")))
     known = merged((row[5], row[6]) for row in spans if row[0] not in hosts)
@@ -35,7 +39,12 @@ def work_of(spans: Spans, step_s: float) -> dict[str, Any]:
     count = sum(len(found) for found in actions.values())
     return {
         "actions": [
-            {"stage": stage, "kind": kind, "seconds": list(found.values())}
+            {
+                "stage": stage,
+                "kind": kind,
+                "seconds": list(found.values()),
+                "whole": [b - a for a, b in (extents[stage, kind, i] for i in found)],
+            }
             for (stage, kind), found in sorted(actions.items())
         ],
         "optimizer_s": optimizer_s,

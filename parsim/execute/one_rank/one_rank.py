@@ -39,6 +39,8 @@ class ActionTime(NamedTuple):
     """Interquartile range over the median."""
     number: int
     """How many the median is of."""
+    whole_s: float = 0.0
+    """Median from begin to end: with what the host does to communicate, though nobody answers."""
 
 
 class Collectives(NamedTuple):
@@ -133,14 +135,17 @@ def _one_rank(case: Case, rank: int, found: dict[str, Any], device: str) -> OneR
 def _actions(work: Sequence[dict[str, Any]]) -> list[ActionTime]:
     """Medians over all steps and micro-batches."""
     seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+    whole: dict[tuple[int, str], list[float]] = defaultdict(list)
     for step in work:
         for row in step["actions"]:
             seconds[row["stage"], PASSES[row["kind"]]] += row["seconds"]
+            whole[row["stage"], PASSES[row["kind"]]] += row["whole"]
     times = []
     for (stage, kind), each in sorted(seconds.items()):
         middle = statistics.median(each)
         low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (middle,) * 3
-        times.append(ActionTime(stage, kind, middle, (high - low) / middle, len(each)))
+        spread, whole_s = (high - low) / middle, statistics.median(whole[stage, kind])
+        times.append(ActionTime(stage, kind, middle, spread, len(each), whole_s))
     return times
 
 

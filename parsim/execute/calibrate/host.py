@@ -1,0 +1,121 @@
+"""Host times of parsim's executor: what its passes and steps take where kernels take next to nothing.
+
+A model too small for its kernels to matter trains as one rank of two under torch's fake process group,
+by the same code as every run, with few and with more layers: a layer is the difference, the rest is what
+does not grow. So DTensor's dispatch, FSDP's hooks, checkpoints and torch's pipeline runtime are timed
+where they arise, without anything to wait for.
+"""
+
+from __future__ import annotations
+
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.one_rank.one_rank import OneRank, measure_one_rank
+from parsim.execute.request import Case
+from parsim.kernels import HOST_MODES, HostMode, MeasuredHost
+from parsim.model import ModelSpec
+from parsim.plan import Job, ParallelPlan, parse_plan
+from parsim.schedule import running_schedule
+
+PLANS = dict(
+    zip(
+        HOST_MODES,
+        (
+            *("dp=2", "dp=2,recompute=selective", "dp=2,recompute=full"),
+            *("tp=2,sequence_parallel=false", "tp=2", "dp=2,zero=2", "dp=2,zero=3"),
+        ),
+        strict=True,
+    )
+)
+"""A plan of two ranks for each mode."""
+WHOLE, SPLIT = "pp=2", "pp=2,schedule=zb-h1"
+FEW, MORE = 2, 6
+"""Layers of a rank."""
+RANK = 1
+"""The last of a pipeline: it hands gradients back."""
+MICRO_BATCHES, STEPS, WARMUP = 4, 5, 2
+TYPICAL_S = 30.0
+
+
+def measure_host(op_s: float, source: str, date: str) -> MeasuredHost:
+    """The host times of this machine; takes about TYPICAL_S seconds of one core.
+
+    `op_s`: of one operation without autograd. Raises ParsimError where the rank is lost.
+    """
+    texts = [*PLANS.values(), WHOLE, SPLIT]
+    cases = [_case(parse_plan(text), layers) for text in texts for layers in (FEW, MORE)]
+    found = measure_one_rank(cases, RANK, Launch(device="cpu"))
+    pairs = dict(zip(texts, zip(found[::2], found[1::2], strict=True), strict=True))
+    modes = tuple(host_mode(mode, *pairs[text]) for mode, text in PLANS.items())
+    split_s, split_walk_s = split_host(pairs[WHOLE], pairs[SPLIT])
+    return MeasuredHost(
+        op_s=op_s,
+        layer_forward_s=modes[0].layer_forward_s,
+        layer_backward_s=modes[0].layer_backward_s,
+        modes=modes,
+        action_s=_rounded(pairs[WHOLE][1].action_host_s),
+        split_s=split_s,
+        split_walk_s=split_walk_s,
+        source=f"{source}, {STEPS} steps of {MICRO_BATCHES} micro-batches each",
+        date=date,
+    )
+
+
+def _case(plan: ParallelPlan, layers: int) -> Case:
+    """So many layers on each pipeline rank, of the smallest sizes that two tp ranks can share."""
+    spec = ModelSpec(
+        name="host", layers=layers * plan.pp, hidden=16, heads=2, ffn_hidden=16, gated_mlp=True,
+        vocab=16, max_seq_len=4,
+    )  # fmt: skip
+    job = Job(model=spec, seq_len=4, global_batch=MICRO_BATCHES * plan.dp, precision="fp32")
+    schedule = running_schedule(plan, MICRO_BATCHES, STEPS + WARMUP)
+    return Case(job=job, plan=plan, schedule=schedule, steps=STEPS, warmup=WARMUP, seed=0, dtype="fp32")
+
+
+def host_mode(mode: str, few: OneRank, more: OneRank) -> HostMode:
+    """A layer and the rest, from what a rank with few and with more layers took."""
+    forward_s, ends_forward_s = _line(*(_pass_s(rank, "F") for rank in (few, more)))
+    backward_s, ends_backward_s = _line(*(_pass_s(rank, "B") for rank in (few, more)))
+    layer_step_s, step_s = _line(*(_outside_s(rank) for rank in (few, more)))
+    return HostMode(
+        mode=mode,
+        layer_forward_s=forward_s,
+        layer_backward_s=backward_s,
+        ends_forward_s=ends_forward_s,
+        ends_backward_s=ends_backward_s,
+        layer_step_s=layer_step_s,
+        step_s=step_s,
+    )
+
+
+def split_host(whole: tuple[OneRank, OneRank], split: tuple[OneRank, OneRank]) -> tuple[float, float]:
+    """What the two halves of a backward take more than a whole one: a s + b s² for s layers of a stage.
+
+    Each of a layer's walks for the gradients of its weights goes on to the stage's first layer.
+    """
+    more_s = [
+        max(0.0, _pass_s(apart, "I") + _pass_s(apart, "W") - _pass_s(one, "B"))
+        for one, apart in zip(whole, split, strict=True)
+    ]
+    each = [seconds / layers for seconds, layers in zip(more_s, (FEW, MORE), strict=True)]
+    walk_s = max(0.0, (each[1] - each[0]) / (MORE - FEW))
+    return _rounded(max(0.0, each[0] - walk_s * FEW)), _rounded(walk_s)
+
+
+def _pass_s(rank: OneRank, kind: str) -> float:
+    return sum(action.whole_s for action in rank.actions if action.kind == kind)
+
+
+def _outside_s(rank: OneRank) -> float:
+    """A step's host time outside its actions, with an update whose kernels take nothing."""
+    return rank.step_host_s + rank.optimizer_s
+
+
+def _line(few_s: float, more_s: float) -> tuple[float, float]:
+    """(seconds a layer, the rest); neither is negative."""
+    layer_s = max(0.0, (more_s - few_s) / (MORE - FEW))
+    return _rounded(layer_s), _rounded(max(0.0, few_s - FEW * layer_s))
+
+
+def _rounded(seconds: float) -> float:
+    """Three digits are more than repeats agree on."""
+    return float(f"{seconds:.3g}")
