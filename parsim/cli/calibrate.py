@@ -40,7 +40,7 @@ def calibrate(
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="Devices busy at once [default: all].")
     ] = None,
-    budget_s: Annotated[float, typer.Option("--budget-s", min=1, help="Seconds to spend.")] = 60.0,
+    budget_s: Annotated[float, typer.Option("--budget-s", min=1, help="Seconds to spend.")] = 90.0,
     runs: Annotated[
         Path | None, typer.Option("--runs", help="A CSV of measured training runs, one a row.")
     ] = None,

@@ -52,7 +52,7 @@ def quickstart(
     ] = None,
     calibration_s: Annotated[
         float, typer.Option("--calibration-s", min=1, help="Seconds to spend on calibration.")
-    ] = 60.0,
+    ] = 90.0,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to time for each plan.")] = 10,
     as_json: JsonOption = False,
 ) -> None:

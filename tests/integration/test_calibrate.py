@@ -17,6 +17,7 @@ from parsim.cost.gemm import gemm_s
 from parsim.errors import ParsimError
 from parsim.execute.calibrate import calibration as calibrate_module
 from parsim.execute.calibrate.calibration import Calibration, calibrate
+from parsim.execute.calibrate.host import measure_host
 from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
 from parsim.execute.calibrate.profile import (
     TimedPoint,
@@ -25,6 +26,7 @@ from parsim.execute.calibrate.profile import (
     write_profile,
 )
 from parsim.execute.calibrate.ranks import usable_cores
+from parsim.kernels import HOST_MODES
 
 pytest.importorskip("torch", reason="the executor needs torch")
 two_cores = pytest.mark.skipif(len(usable_cores()) < 2, reason="two ranks need two cores")
@@ -204,3 +206,21 @@ def test_only_a_disturbed_point_slower_than_a_larger_one_is_left_out(
     )
     for table in cluster.kernels.measured_collective:
         assert [size for size, _ in table.points] == sizes
+
+
+@pytest.mark.slow
+def test_host_times_are_of_the_work_that_each_mode_adds() -> None:
+    """A model whose kernels take nothing: DTensor, FSDP and checkpoints only ever add."""
+    host = measure_host(1e-6, "here", "2026-11-21")
+    modes = {mode.mode: mode for mode in host.modes}
+    plain = modes.pop("plain")
+    assert set(modes) | {"plain"} == set(HOST_MODES)
+    for mode in modes.values():
+        assert mode.layer_forward_s > plain.layer_forward_s > 1e-5
+        assert mode.layer_backward_s > plain.layer_backward_s > 1e-5
+    for split in ("tensor parallel", "sequence parallel"):
+        assert modes[split].layer_forward_s > 2 * plain.layer_forward_s
+        assert modes[split].ends_forward_s > plain.ends_forward_s
+    assert modes["recompute full"].layer_backward_s > plain.layer_backward_s + plain.layer_forward_s
+    assert 0 < host.action_s < 0.1
+    assert host.split_s + host.split_walk_s > 0

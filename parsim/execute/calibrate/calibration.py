@@ -42,7 +42,7 @@ def calibrate(
     *,
     device: Literal["cpu", "cuda"],
     ranks: int,
-    budget_s: float = 60.0,
+    budget_s: float = 90.0,
     progress: Progress | None = None,
 ) -> Calibration:
     """Time this machine's kernels and collectives with `ranks` devices busy at once.
