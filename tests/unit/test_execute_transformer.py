@@ -213,7 +213,7 @@ def test_torch_recomputes_a_layer_for_each_tensor_whose_gradient_it_takes_apart(
     runs: list[int] = []
     layer.feed_forward_norm.register_forward_hook(lambda *_: runs.append(1))
     x = torch.randn(1, 4, spec.hidden, requires_grad=True)
-    angles = rope_angles(4, spec.head_dim).float()
+    angles = rope_angles(torch.arange(4), spec.head_dim).float()
     out = layer(x, angles.cos(), angles.sin())
     assert len(runs) == 1
     _, groups = backward.stage_backward_input([out], [torch.ones_like(out)], [x], layer.parameters())

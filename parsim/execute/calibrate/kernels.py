@@ -145,7 +145,7 @@ def _host(point: Point, arena: Arena) -> Call:
     )
     with torch.device(number.device):
         layer = Block(spec, "none")
-        angles = rope_angles(2, spec.head_dim).float()
+        angles = rope_angles(torch.arange(2), spec.head_dim).float()
     cos, sin = angles.cos(), angles.sin()
     x = arena.take(1, 2, spec.hidden).float().clone().requires_grad_()
     if point.variant == "forward":
