@@ -25,6 +25,7 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_prediction, say
 from parsim.cli.report import ReportOption, write_report
+from parsim.cli.simulate_charts import RooflineOption, WaterfallOption, parts_section
 from parsim.cli.simulate_detail import (
     DetailChartOption,
     DetailMicroBatchesOption,
@@ -81,6 +82,8 @@ def simulate(
     memory_chart: Annotated[
         Path | None, typer.Option("--memory-chart", help="Draw memory over time: .png, .svg or .pdf.")
     ] = None,
+    waterfall: WaterfallOption = None,
+    roofline: RooflineOption = None,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="Write a Chrome trace, to open in Perfetto.")
     ] = None,
@@ -155,6 +158,7 @@ def simulate(
         unevenness_section(step),
         goodput_section(mtbf, goodput_chart, step),
         ps_section(ps_settings, ps_chart, request),
+        parts_section(step, waterfall=waterfall, roofline=roofline),
         pictures_section(step, timeline, chart=chart, memory_chart=memory_chart, trace=trace),
     )
     item = step.prediction.to_item() | setup.origin

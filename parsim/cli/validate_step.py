@@ -11,6 +11,7 @@ from parsim.cli.options import Flags, load_plan
 from parsim.cli.output import document, print_json, print_lines, print_table, say
 from parsim.cli.report import write_report
 from parsim.cli.trace import read_run, traced_data
+from parsim.timeline import COMPUTE
 
 if TYPE_CHECKING:
     from parsim.compare.itemised import ItemisedComparison
@@ -182,7 +183,11 @@ def write_step(
         if abs(measured.end_s / found.whole.measured_s - 1) > SHOWN_AS_ONE:
             because += "; measured is the step nearest to the median of "
             because += format_duration(found.whole.measured_s)
-        draw_comparison(predicted, shown, files.chart, because=because.removeprefix("; "))
+        ranks = slowest_replicas(measured, plan)
+        if len(ranks) < len(measured.ranks):
+            because += "; of each pipeline rank the replica that computes longest"
+        drawn = predicted.only(ranks), shown.only(ranks)
+        draw_comparison(*drawn, files.chart, because=because.removeprefix("; "))
     if files.waterfall is not None:
         from parsim.charts.waterfall import Waterfall, draw_waterfall
         from parsim.compare.itemised import WORDS
@@ -203,6 +208,24 @@ def write_step(
         write_chrome_trace(files.trace, [predicted, measured])
     for path in files.drawn().values():
         say(f"wrote {path}")
+
+
+def slowest_replicas(measured: Timeline, plan: ParallelPlan) -> tuple[int, ...]:
+    """All ranks, or where they are too many to be drawn, of each pipeline rank the one that sets its pace:
+    the one that computes longest.
+    """
+    if len(measured.ranks) <= RANKS_SHOWN:
+        return measured.ranks
+    busy_s = dict.fromkeys(measured.ranks, 0.0)
+    for span in measured.spans:
+        if span.stream == COMPUTE:
+            busy_s[span.rank] += span.duration_s
+    slowest: dict[int, int] = {}
+    for rank in measured.ranks:
+        stage = plan.coordinate(rank).pp
+        if busy_s[rank] > busy_s[slowest.setdefault(stage, rank)]:
+            slowest[stage] = rank
+    return tuple(sorted(slowest.values()))
 
 
 def _show(found: ItemisedComparison) -> None:

@@ -9,11 +9,13 @@ import pytest
 
 from parsim.cli.main import run_command
 from parsim.cli.options import Flags, load_plan
+from parsim.cli.validate_step import slowest_replicas
 from parsim.export.timeline_json import timeline_to_data
+from parsim.plan import ParallelPlan
 from parsim.schedule.program import task_times, timeline_of
 from parsim.simulate.fold import unfolded
 from parsim.simulate.prediction import program_of
-from parsim.timeline import breakdown_s
+from parsim.timeline import Span, Timeline, breakdown_s
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -62,3 +64,14 @@ def test_validate_itemises_a_step_with_its_spans(
         if event["name"] == "process_name"
     }
     assert processes == {f"{source} rank {i}" for source in ("simulated", "measured") for i in range(8)}
+
+
+def test_of_many_replicas_the_slowest_is_drawn() -> None:
+    plan = ParallelPlan(dp=16, pp=2)
+    longer = {5: 1.5, 20: 1.2}
+    spans = tuple(
+        Span(rank, "compute", "0F0", 0.0, longer.get(rank, 1.0), "forward") for rank in range(32)
+    )
+    assert slowest_replicas(Timeline(spans=spans), plan) == (5, 20)
+    few = Timeline(spans=spans[:16])
+    assert slowest_replicas(few, plan) == few.ranks
