@@ -25,6 +25,7 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import ReportOption, write_report
+from parsim.cli.run_compare import compared
 from parsim.cli.run_joined import goes_on, joined_here, one_voice, require_ranks
 from parsim.cli.run_launch import (
     print_dry_run,
@@ -52,11 +53,14 @@ from parsim.cli.run_verify import (
     verified_lines,
 )
 from parsim.cli.simulate_ps import plan_of_workers
+from parsim.cli.validate_step import draw_overlay
 
 if TYPE_CHECKING:
+    from parsim.compare.itemised import ItemisedComparison
     from parsim.execute.launch.attempts import Launch
     from parsim.execute.measurement import Measurement
     from parsim.execute.request import Case
+    from parsim.plan import ParallelPlan
     from parsim.simulate.parameter_server import PsRun
     from parsim.simulate.prediction import Prediction
     from parsim.timeline import Timeline
@@ -238,6 +242,7 @@ def _run(
             print_json(document("run", inputs, {"node_rank": how.nodes.index}, seed=case.seed))
         return
     measurement = next((each for each in found if isinstance(each, Measurement)), None)
+    comparison = None
     verification = next((each for each in found if isinstance(each, Verification)), None)
     if measurement is None:
         data = untimed_data(case, prediction)
@@ -245,11 +250,14 @@ def _run(
         data = _measured_data(setup, case, measurement, prediction, served)
         if served is not None:
             predicted = simulated_timeline(served, measurement.timeline.title)
+        comparison = compared(setup, case, predicted, measurement)
+        if comparison is not None and comparison.because:
+            data["because"] = comparison.because
     if checked is not None and verification is not None:
         data["verify"] = verified_data(case, checked, verification)
     timeline = None if measurement is None else measurement.timeline
     whole = document("run", inputs, data | _timeline_data(timeline), seed=case.seed)
-    _write(files, whole, predicted, timeline)
+    _write(files, whole, predicted, timeline, case.plan, comparison)
     if as_json:
         print_json(whole)
     else:
@@ -297,14 +305,21 @@ def _run_one_rank(
     """Measure one rank, replay the step with it, and answer."""
     step = one_rank_step(setup, case, rank, how)
     whole = document("run", inputs, one_rank_data(step), seed=case.seed)
-    _write(files, whole, step.predicted_timeline, step.replayed_timeline)
+    _write(files, whole, step.predicted_timeline, step.replayed_timeline, case.plan)
     if as_json:
         print_json(whole)
     else:
         print_lines(one_rank_lines(step))
 
 
-def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: Timeline | None) -> None:
+def _write(
+    files: _Files,
+    whole: dict[str, Any],
+    predicted: Timeline,
+    measured: Timeline | None,
+    plan: ParallelPlan,
+    comparison: ItemisedComparison | None = None,
+) -> None:
     """The files that were asked for."""
     from parsim.config import dump_json, write_file
 
@@ -312,9 +327,12 @@ def _write(files: _Files, whole: dict[str, Any], predicted: Timeline, measured: 
         write_file(files.measurement, dump_json(whole))
         say(f"wrote {files.measurement}")
     if files.chart is not None and measured is not None:
-        from parsim.charts.comparison import draw_comparison
+        if comparison is not None:
+            draw_overlay(files.chart, predicted, measured, plan, comparison)
+        else:
+            from parsim.charts.comparison import draw_comparison
 
-        draw_comparison(predicted, measured, files.chart)
+            draw_comparison(predicted, measured, files.chart)
         say(f"wrote {files.chart}")
     if files.trace is not None and measured is not None:
         from parsim.export.chrome_trace import write_chrome_trace
@@ -370,6 +388,8 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"predicted  {format_duration(data['predicted_s'])}   error {data['error']:+.1%}",
         f"loss       {data['loss'][0]:.6f} to {data['loss'][-1]:.6f}",
     ]
+    if "because" in data:
+        lines.insert(2, f"           {data['because']}")
     if "gradient_sent_bytes" in data:
         sent = format_bytes(max(data["gradient_sent_bytes"]))
         foreseen = format_bytes(max(data["predicted_gradient_sent_bytes"]))

@@ -174,20 +174,7 @@ def write_step(
 ) -> None:
     """The pictures and the trace that were asked for."""
     if files.chart is not None:
-        from parsim.charts.comparison import draw_comparison
-        from parsim.compare.waiting import without_waiting
-        from parsim.units import format_duration
-
-        shown = without_waiting(measured, plan, collectives=False)
-        because = found.because.replace("%", " %")
-        if abs(measured.end_s / found.whole.measured_s - 1) > SHOWN_AS_ONE:
-            because += "; measured is the step nearest to the median of "
-            because += format_duration(found.whole.measured_s)
-        ranks = slowest_replicas(measured, plan)
-        if len(ranks) < len(measured.ranks):
-            because += "; of each pipeline rank the replica that computes longest"
-        drawn = predicted.only(ranks), shown.only(ranks)
-        draw_comparison(*drawn, files.chart, because=because.removeprefix("; "))
+        draw_overlay(files.chart, predicted, measured, plan, found)
     if files.waterfall is not None:
         from parsim.charts.waterfall import Waterfall, draw_waterfall
         from parsim.compare.itemised import WORDS
@@ -210,9 +197,32 @@ def write_step(
         say(f"wrote {path}")
 
 
+def draw_overlay(
+    path: Path,
+    predicted: Timeline,
+    measured: Timeline,
+    plan: ParallelPlan,
+    found: ItemisedComparison,
+) -> None:
+    """Predicted above measured; waiting for another stage's result is idle time in both."""
+    from parsim.charts.comparison import draw_comparison
+    from parsim.compare.waiting import without_waiting
+    from parsim.units import format_duration
+
+    notes = [found.because.replace("%", " %")] if found.because else []
+    if abs(measured.end_s / found.whole.measured_s - 1) > SHOWN_AS_ONE:
+        median = format_duration(found.whole.measured_s)
+        notes.append(f"measured is the step nearest to the median of {median}")
+    ranks = slowest_replicas(measured, plan)
+    if len(ranks) < len(measured.ranks):
+        notes.append("of each pipeline rank the replica that computes longest")
+    shown = without_waiting(measured, plan, collectives=False)
+    draw_comparison(predicted.only(ranks), shown.only(ranks), path, because="; ".join(notes))
+
+
 def slowest_replicas(measured: Timeline, plan: ParallelPlan) -> tuple[int, ...]:
-    """All ranks, or where they are too many to be drawn, of each pipeline rank the one that sets its pace:
-    the one that computes longest.
+    """All ranks, or where they are too many to be drawn, of each pipeline rank the one that sets its
+    pace: the one that computes longest.
     """
     if len(measured.ranks) <= RANKS_SHOWN:
         return measured.ranks

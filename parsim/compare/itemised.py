@@ -19,6 +19,8 @@ from parsim.units import format_duration
 
 _ACTION = re.compile(r"(\d+[FBIW])\d+$")
 """An action without its micro-batch."""
+ENOUGH, NEARLY_ALL, MOST_NAMED = 0.75, 0.95, 3
+"""A sentence names causes until they explain this share of an error, and so many at most."""
 SMALL = 0.005
 """An error below this share of the step needs no cause."""
 WORDS = {
@@ -156,27 +158,31 @@ def itemise(
 
 
 def _because(whole: StepComparison, causes: Sequence[Cause]) -> str:
-    """The largest cause that makes the prediction err the way it does, and one that hides part of it."""
+    """The largest causes that make the prediction err the way it does, and the one that hides most."""
     if not causes or abs(whole.error) < SMALL:
         return ""
     difference_s = whole.predicted_s - whole.measured_s
-    same = [cause for cause in causes if cause.difference_s * difference_s > 0]
-    largest = max(same, key=lambda cause: abs(cause.difference_s))
-    share = largest.difference_s / difference_s
-    text = f"{'mostly ' if 0.5 < share < 0.95 else ''}because of {WORDS[largest.what]}"
-    text += f" ({largest.difference_s / whole.measured_s:+.1%} of the step"
-    if largest.predicted_work_s and largest.measured_work_s:
-        ratio = largest.measured_work_s / largest.predicted_work_s
-        text += f"; it takes {ratio:.2f} times what was predicted"
-    text += ")"
-    against = [cause for cause in causes if cause.difference_s * difference_s < 0]
-    if against:
-        most = max(against, key=lambda cause: abs(cause.difference_s))
-        if abs(most.difference_s) > SMALL * whole.measured_s:
-            text += (
-                f"; {WORDS[most.what]} hides some of it ({most.difference_s / whole.measured_s:+.1%})"
-            )
+    by_share = sorted(causes, key=lambda cause: -cause.difference_s / difference_s)
+    named: list[Cause] = []
+    for cause in by_share[:MOST_NAMED]:
+        explained = sum(other.difference_s for other in named) / difference_s
+        if explained < ENOUGH and cause.difference_s / difference_s > 0:
+            named.append(cause)
+    share = sum(cause.difference_s for cause in named) / difference_s
+    text = "because of " if share > NEARLY_ALL else "mostly because of "
+    text += ", then ".join(_in_words(cause, whole) for cause in named)
+    against = by_share[-1]
+    if against.difference_s / difference_s < 0 and abs(against.difference_s) > SMALL * whole.measured_s:
+        of_step = against.difference_s / whole.measured_s
+        text += f"; {WORDS[against.what]} hides some of it ({of_step:+.1%})"
     return text
+
+
+def _in_words(cause: Cause, whole: StepComparison) -> str:
+    text = f"{WORDS[cause.what]} ({cause.difference_s / whole.measured_s:+.1%} of the step"
+    if cause.predicted_work_s and cause.measured_work_s:
+        text += f", {cause.measured_work_s / cause.predicted_work_s:.2f} times what was predicted"
+    return text + ")"
 
 
 def _scaled(timeline: Timeline, factor: float) -> Timeline:

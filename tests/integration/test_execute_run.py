@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from parsim.compare.causes import causes_of
+from parsim.config import load_cluster, load_stack
+from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.execute.launch.attempts import Launch, Progress
 from parsim.execute.launch.cases import execute, run_cases
@@ -24,7 +27,9 @@ from parsim.model import ModelSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
-from parsim.timeline import COMPUTE, DP, STREAMS, TP, Span
+from parsim.schedule.program import step_time_s
+from parsim.simulate.prediction import program_of
+from parsim.timeline import COMPUTE, DP, STREAMS, TP, Span, transfers
 
 pytest.importorskip("torch")
 
@@ -74,6 +79,25 @@ def in_order(found: list[Span]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", PLANS)
 class TestMeasurement:
+    def test_the_prediction_has_the_same_tasks(
+        self, measured: dict[str, Measurement], text: str
+    ) -> None:
+        """What was computed and sent bears the names of the Program's tasks, so that its measured
+        durations can replace theirs one by one; and every transfer has both its ends.
+        """
+        found, plan = measured[text], parse_plan(text)
+        costs = CostModel(MODEL, load_cluster("local-cpu"), load_stack("parsim-executor"))
+        program, _ = program_of(JOB, plan, costs, schedule_of(text))
+        for kind in ("forward", "backward", "pp", "optimizer"):
+            tasks = {(task.rank, task.name) for task in program.tasks if task.kind == kind}
+            sends = [s for s in found.timeline.spans if not s.stream.startswith("pp_recv")]
+            assert {(plan.coordinate(s.rank).pp, s.name) for s in sends if s.kind == kind} == tasks
+        sent = [task for task in program.tasks if task.kind == "pp"]
+        assert len(transfers(found.timeline.spans)) == len(sent)
+        causes = causes_of(program, plan, found.timeline, found.step_time_s)
+        error_s = step_time_s(program) - found.step_time_s
+        assert sum(cause.difference_s for cause in causes) == pytest.approx(error_s)
+
     def test_every_counted_step_has_a_time_and_a_loss(
         self, measured: dict[str, Measurement], text: str
     ) -> None:
