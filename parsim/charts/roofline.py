@@ -12,11 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from parsim.charts.palette import MUTED_COLOR, SERIES_COLORS, TEXT_COLOR
 from parsim.charts.style import (
-    MUTED_COLOR,
-    SERIES_COLORS,
     SMALL_PT,
-    TEXT_COLOR,
     Entry,
     file_format,
     grow,
