@@ -318,6 +318,9 @@ class MeasuredHost:
     """Without them the stack's own constants stand for what else the host does."""
     action_s: float = 0.0
     """torch's pipeline runtime around every action."""
+    wait_s: float = 0.0
+    """What a collective among layers takes between real ranks beyond the host's part and its own time
+    when nothing else runs: waking threads, and waiting for the rank that comes last."""
     split_s: float = 0.0
     """What a layer's backward takes more where the gradients of input and weights run apart."""
     split_walk_s: float = 0.0
@@ -328,7 +331,7 @@ class MeasuredHost:
 
     def __post_init__(self) -> None:
         _check_points(((self.op_s, self.layer_forward_s, self.layer_backward_s),))
-        _check_not_negative(self, "action_s", "split_s", "split_walk_s")
+        _check_not_negative(self, "action_s", "wait_s", "split_s", "split_walk_s")
         missing = set(HOST_MODES) - {mode.mode for mode in self.modes}
         if self.modes and (missing or len(self.modes) > len(HOST_MODES)):
             raise ParsimError(

@@ -103,7 +103,8 @@ class Stack:
     keeps what it recomputes for one call."""
     gradients_arise_anew: bool = False
     """Every backward leaves new tensors of gradients, and the second and later ones add them to those
-    before (eager autograd); else products add to a buffer as they write."""
+    before (eager autograd); replicas copy them into a flat buffer once a step. Else products add to a
+    buffer as they write."""
 
     # Communication
     sequence_copies: bool = False

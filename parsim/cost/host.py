@@ -38,7 +38,7 @@ class ShardHost(NamedTuple):
 def stack_on(stack: Stack, cluster: Cluster) -> Stack:
     """The stack with this machine's own host times in place of its constants, where they were measured.
 
-    Collectives were then timed as they run in training: what one costs beyond itself is in its table.
+    What a collective costs beyond itself was then found between real ranks.
     """
     measured = cluster.kernels.measured_host
     plain = measured.mode("plain") if measured is not None else None
@@ -48,7 +48,7 @@ def stack_on(stack: Stack, cluster: Cluster) -> Stack:
         stack,
         action_host_s=measured.action_s,
         step_overhead_s=plain.step_s,
-        collective_overhead_s=0.0,
+        collective_overhead_s=measured.wait_s,
     )
 
 

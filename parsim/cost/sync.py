@@ -115,6 +115,7 @@ def stage_sync(
         + _copy_s(stage, plan, cluster, stack, gathered_width + width),
         buckets=buckets,
         optimizer_s=_optimizer_s(stage, job, plan, cluster, stack)
+        + _flatten_s(stage, job, plan, cluster, stack)
         + _update_host_s(stage, plan, cluster),
         reduce_bytes=reduced.traffic.num_bytes,
         reduce_kernels_s=reduced.device_s,
@@ -134,6 +135,14 @@ def _add_s(
         return 0.0
     values = sharded(stage, plan) if each else stage.parameters
     moved = 3 * values * gradient_bytes(job.precision, stack)
+    return stack.memory_bound_slowdown * memory_bound_s(cluster, moved)
+
+
+def _flatten_s(stage: StageCost, job: Job, plan: ParallelPlan, cluster: Cluster, stack: Stack) -> float:
+    """Seconds to read the gradients of replicas, and to write them into one flat buffer."""
+    if not stack.gradients_arise_anew or (plan.zero >= 2 and plan.shard_group > 1):
+        return 0.0
+    moved = 2 * stage.parameters * gradient_bytes(job.precision, stack)
     return stack.memory_bound_slowdown * memory_bound_s(cluster, moved)
 
 

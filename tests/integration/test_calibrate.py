@@ -211,7 +211,7 @@ def test_only_a_disturbed_point_slower_than_a_larger_one_is_left_out(
 @pytest.mark.slow
 def test_host_times_are_of_the_work_that_each_mode_adds() -> None:
     """A model whose kernels take nothing: DTensor, FSDP and checkpoints only ever add."""
-    host = measure_host(1e-6, "here", "2026-11-21")
+    host = measure_host(1e-6, "here", "2026-11-21", cluster=load_cluster("local-cpu"))
     modes = {mode.mode: mode for mode in host.modes}
     plain = modes.pop("plain")
     assert set(modes) | {"plain"} == set(HOST_MODES)
@@ -223,4 +223,5 @@ def test_host_times_are_of_the_work_that_each_mode_adds() -> None:
         assert modes[split].ends_forward_s > plain.ends_forward_s
     assert modes["recompute full"].layer_backward_s > plain.layer_backward_s + plain.layer_forward_s
     assert 0 < host.action_s < 0.1
+    assert 0 <= host.wait_s < 0.1
     assert host.split_s + host.split_walk_s > 0

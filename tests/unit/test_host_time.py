@@ -18,6 +18,7 @@ from parsim.execute.one_rank.one_rank import ActionTime, OneRank
 from parsim.execute.request import Case
 from parsim.hardware import Cluster
 from parsim.kernels import HOST_MODES, HostMode, Kernels, MeasuredHost
+from parsim.model import num_parameters
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.search.bound import lower_bound_s
@@ -37,8 +38,8 @@ MODES = tuple(
 """Whole seconds, so that nothing else of a step matters: plain 1 and 2, selective 2 and 5, full 3 and 8,
 tp 4 and 11, with sequence parallelism 5 and 14, ZeRO-2 6 and 17, ZeRO-3 7 and 20."""
 HOST = MeasuredHost(
-    op_s=1e-6, layer_forward_s=1.0, layer_backward_s=2.0, modes=MODES, action_s=0.03125, split_s=3.0,
-    split_walk_s=0.25,
+    op_s=1e-6, layer_forward_s=1.0, layer_backward_s=2.0, modes=MODES, action_s=0.03125,
+    wait_s=0.015625, split_s=3.0, split_walk_s=0.25,
 )  # fmt: skip
 
 
@@ -87,7 +88,7 @@ def test_without_modes_a_profile_says_what_it_says() -> None:
     assert (found.forward_s, found.backward_s, found.again_s) == (1.0, 2.0, 1.0)
     measured = stack_on(stack, on_host())
     assert (measured.action_host_s, measured.step_overhead_s) == (0.03125, 0.0625)
-    assert measured.collective_overhead_s == 0.0
+    assert measured.collective_overhead_s == 0.015625
 
 
 def test_embedding_and_head_have_their_host_time_once() -> None:
@@ -145,6 +146,21 @@ def test_gradients_that_arise_anew_are_added_to_those_before() -> None:
     first, second = (next(t.duration_s for t in program.tasks if t.name == f"0B{i}") for i in (0, 1))
     assert second - first == pytest.approx(added_s)
     assert compute_s("dp=2,micro_batch=2", "0B0") == compute_s("dp=2,micro_batch=2", "0B1")
+
+
+@pytest.mark.parametrize(("zero", "copies"), [(0, 1), (1, 1), (2, 0)])
+def test_replicas_copy_their_gradients_into_one_buffer(zero: int, copies: int) -> None:
+    """Four bytes a parameter, read and written; shards are reduced where they arise."""
+    plan = parse_plan(f"dp=2,zero={zero}")
+    (plain,), (anew,) = (
+        step_cost(
+            JOB, plan, costs_of(on_host(), gradients_arise_anew=is_anew, gradient_dtype="same")
+        ).syncs
+        for is_anew in (False, True)
+    )
+    num_bytes = 8 * num_parameters(MODEL)
+    copied_s = memory_bound_s(on_host(), num_bytes)
+    assert anew.optimizer_s - plain.optimizer_s == pytest.approx(copies * copied_s)
 
 
 def test_a_sequence_is_copied_where_collectives_cannot_cut_it() -> None:

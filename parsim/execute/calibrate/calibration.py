@@ -103,7 +103,8 @@ def with_host(cluster: Cluster) -> Cluster:
     """The profile with this machine's host times in every mode of the executor."""
     measured = cluster.kernels.measured_host
     assert measured is not None
-    host = measure_host(measured.op_s, ", ".join(measured.source.split(", ")[:2]), measured.date)
+    source = ", ".join(measured.source.split(", ")[:2])
+    host = measure_host(measured.op_s, source, measured.date, cluster=cluster)
     return replace(cluster, kernels=replace(cluster.kernels, measured_host=host))
 
 

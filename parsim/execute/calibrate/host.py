@@ -8,9 +8,13 @@ where they arise, without anything to wait for.
 
 from __future__ import annotations
 
+from parsim.cost.collective import Group, collective_s
 from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import run_cases
+from parsim.execute.measurement import Measurement
 from parsim.execute.one_rank.one_rank import OneRank, measure_one_rank
 from parsim.execute.request import Case
+from parsim.hardware import Cluster
 from parsim.kernels import HOST_MODES, HostMode, MeasuredHost
 from parsim.model import ModelSpec
 from parsim.plan import Job, ParallelPlan, parse_plan
@@ -33,13 +37,17 @@ FEW, MORE = 2, 6
 RANK = 1
 """The last of a pipeline: it hands gradients back."""
 MICRO_BATCHES, STEPS, WARMUP = 4, 5, 2
+COLLECTIVES = 4
+"""All-reduces of a layer under tensor parallelism, both passes together (Shoeybi et al. 2019)."""
 TYPICAL_S = 30.0
 
 
-def measure_host(op_s: float, source: str, date: str) -> MeasuredHost:
+def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None = None) -> MeasuredHost:
     """The host times of this machine; takes about TYPICAL_S seconds of one core.
 
-    `op_s`: of one operation without autograd. Raises ParsimError where the rank is lost.
+    `op_s`: of one operation without autograd. `cluster` has the machine's collectives; with two devices
+    or more, what one takes among layers beyond its time there is found too.
+    Raises ParsimError where a rank is lost.
     """
     texts = [*PLANS.values(), WHOLE, SPLIT]
     cases = [_case(parse_plan(text), layers) for text in texts for layers in (FEW, MORE)]
@@ -47,17 +55,39 @@ def measure_host(op_s: float, source: str, date: str) -> MeasuredHost:
     pairs = dict(zip(texts, zip(found[::2], found[1::2], strict=True), strict=True))
     modes = tuple(host_mode(mode, *pairs[text]) for mode, text in PLANS.items())
     split_s, split_walk_s = split_host(pairs[WHOLE], pairs[SPLIT])
+    wait_s = 0.0
+    if cluster is not None and cluster.gpus_per_node >= 2:
+        alone = modes[HOST_MODES.index("tensor parallel")]
+        wait_s = _wait_s(alone.layer_forward_s + alone.layer_backward_s, cluster)
     return MeasuredHost(
         op_s=op_s,
         layer_forward_s=modes[0].layer_forward_s,
         layer_backward_s=modes[0].layer_backward_s,
         modes=modes,
         action_s=_rounded(pairs[WHOLE][1].action_host_s),
+        wait_s=wait_s,
         split_s=split_s,
         split_walk_s=split_walk_s,
         source=f"{source}, {STEPS} steps of {MICRO_BATCHES} micro-batches each",
         date=date,
     )
+
+
+def _wait_s(alone_s: float, cluster: Cluster) -> float:
+    """What one collective of a layer takes on two real ranks beyond its host's part and its own time.
+
+    `alone_s`: both passes of a layer on the host of a rank that nobody answers.
+    """
+    plan = parse_plan(PLANS["tensor parallel"])
+    cases = [_case(plan, layers) for layers in (FEW, MORE)]
+    few, more = run_cases(cases, Launch(device="cpu"))
+    assert isinstance(few, Measurement)
+    assert isinstance(more, Measurement)
+    layer_s = (more.step_time_s - few.step_time_s) / (MORE - FEW) / MICRO_BATCHES
+    job = cases[0].job
+    num_bytes = 4.0 * job.seq_len * job.model.hidden
+    own_s = collective_s(cluster, "all_reduce", num_bytes, Group(size=2, local=2))
+    return _rounded(max(0.0, (layer_s - alone_s) / COLLECTIVES - own_s))
 
 
 def _case(plan: ParallelPlan, layers: int) -> Case:
