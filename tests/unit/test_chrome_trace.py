@@ -154,3 +154,12 @@ def test_nothing_to_write_is_refused() -> None:
         chrome_trace([Timeline(spans=(), title="empty")])
     with pytest.raises(ParsimError, match="no timeline"):
         chrome_trace([])
+
+
+def test_a_receive_that_shows_twice_ends_with_its_last_part() -> None:
+    spans = [
+        Span(0, "pp_send_next", "0F0", 1.0, 1.1, "pp", 0, 0),
+        Span(1, "pp_recv_prev", "0F0", 0.0, 0.2, "pp", 0, 0),
+        Span(1, "pp_recv_prev", "0F0", 1.0, 1.5, "pp", 0, 0),
+    ]
+    assert transfers(spans) == [(spans[0], spans[2])]

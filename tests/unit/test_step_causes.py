@@ -176,3 +176,37 @@ def test_actions_are_grouped_and_the_slowest_is_named(program: Program) -> None:
 
 def job_of_eight() -> Job:
     return Job(model=load_model("tiny-llama-8l"), seq_len=256, global_batch=8)
+
+
+def test_replicas_of_another_tensor_parallel_rank_are_not_waited_for() -> None:
+    """dp=2, tp=2: ranks 0 and 2 sum among themselves, 1 and 3 a second later among themselves."""
+    spans = tuple(
+        Span(rank, "dp", "gradients 0", begin_s, begin_s + 0.5, "dp")
+        for rank, begin_s in enumerate((1.0, 2.0, 1.0, 2.0))
+    )
+    timeline = Timeline(spans=spans, source="measured")
+    assert without_waiting(timeline, ParallelPlan(dp=2, tp=2)) == timeline
+
+
+def test_work_under_other_names_still_counts() -> None:
+    """A trace names kernels, not actions: what a rank measured is shared by its predicted actions."""
+    tasks = (
+        Task(0, "compute", "0F0", "forward", 1.0, ()),
+        Task(0, "compute", "0B0", "backward", 3.0, (0,)),
+    )
+    spans = (
+        Span(0, "compute", "gemm", 0.0, 2.0, "forward"),
+        Span(0, "compute", "other gemm", 2.0, 6.0, "backward"),
+    )
+    measured = Timeline(spans=spans, source="measured")
+    causes = {c.what: c for c in causes_of(Program(tasks=tasks), ParallelPlan(), measured, 6.0)}
+    assert causes["compute"].difference_s == pytest.approx(-2.0)
+    assert causes["rest"].difference_s == pytest.approx(0.0)
+
+
+def test_a_sentence_stops_where_enough_is_explained(program: Program) -> None:
+    """Compute explains nearly all; the optimizer, off as well, is not named."""
+    factors = {"forward": 2.0, "backward": 2.0, "optimizer": 1.2}
+    found = compared(program, measured_of(stretched(program, factors)))
+    assert "because of compute" in found.because
+    assert "optimizer" not in found.because

@@ -312,3 +312,30 @@ def test_files_may_be_lists_or_compressed_and_clumsy(tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:100])
     with pytest.raises(ParsimError, match="cannot be read"):
         read_traces([packed])
+
+
+def shared(folder: Path, ahead_us: dict[int, float], *, one_host: bool = False) -> TracedRun:
+    """Ranks 0 and 2 sum, then 1 and 2: nothing ties 0 and 1 but what both share with 2."""
+    groups = {0: [("1", [0, 2])], 1: [("2", [1, 2])], 2: [("1", [0, 2]), ("2", [1, 2])]}
+    paths = []
+    for rank, own in groups.items():
+        events = launched("gemm", 1, 5, 10)
+        for name, ranks in own:
+            at = 20.0 * int(name)
+            events += launched(ALL_REDUCE, at, at + 1, 8, **nccl("allreduce", name, ranks))
+        host = "a" if one_host else f"host{rank}"
+        path = folder / f"{rank}.json"
+        paths.append(write(path, events, rank=rank, world=3, host=host, shift=ahead_us.get(rank, 0.0)))
+    return read_traces(paths)
+
+
+def test_clocks_are_set_through_a_third_rank(tmp_path: Path) -> None:
+    run = shared(tmp_path, {1: 500.0, 2: -200.0})
+    assert run.clock_offsets_s == pytest.approx({1: 500e-6, 2: -200e-6})
+
+
+def test_clocks_of_one_host_are_set_where_they_contradict_themselves(tmp_path: Path) -> None:
+    """4 µs may be a late rank; a sum that ends before its other rank begins is a wrong clock."""
+    assert shared(tmp_path, {1: 4.0}, one_host=True).clock_offsets_s == {}
+    found = shared(tmp_path, {1: 50.0}, one_host=True).clock_offsets_s
+    assert found == pytest.approx({1: 50e-6})
