@@ -92,9 +92,24 @@ def options(
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    _keep_stdout_for_the_answer()
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     sys.exit(run_command([a for a in arguments if a != "--debug"], debug=debug))
+
+
+def _keep_stdout_for_the_answer() -> None:
+    """Whatever compiled code prints goes to stderr: HiGHS prints a line of its own now and then,
+    whatever its options say (jump-dev/HiGHS.jl issue 312), into the middle of a JSON document.
+    """
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started us
+        sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for good
+        return
+    sys.stdout.flush()
+    answer, encoding, errors = os.dup(1), sys.stdout.encoding, sys.stdout.errors
+    os.dup2(2, 1)
+    buffering = 1 if os.isatty(answer) else -1
+    sys.stdout = os.fdopen(answer, "w", buffering, encoding=encoding, errors=errors)
 
 
 def run_command(arguments: list[str], *, debug: bool = False) -> int:

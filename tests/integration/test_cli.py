@@ -340,3 +340,27 @@ def test_sizes_are_bounded(capsys: pytest.CaptureFixture[str]) -> None:
         assert {plan[key] for plan in plans} == set(range(1, most + 1)), key
     assert "contradict" in refusal(capsys, f"plan {EIGHT_B} --gpus 8 --global-batch 8 --tp 4 --max-tp 2")
     assert "true" in refusal(capsys, f"plan {EIGHT_B} --gpus 8 --global-batch 8 --tp-overlap maybe")
+
+
+def test_what_a_compiled_solver_prints_does_not_reach_the_answer() -> None:
+    code = """
+import ctypes, sys
+from parsim.cli import main, models
+
+def noisy(data, answer=models.print_json):
+    ctypes.CDLL(None).puts(b"a line of the solver's own")
+    answer(data)
+
+models.print_json = noisy
+sys.argv = ["parsim", "models", "--json"]
+main.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["models"]
+    assert "a line of the solver's own" in done.stderr
+
+
+def test_an_answer_that_nobody_reads_is_no_error() -> None:
+    command = f"{sys.executable} -m parsim models >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

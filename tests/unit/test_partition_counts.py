@@ -1,14 +1,12 @@
 """The least recomputation for chunks that share a memory, beside every choice."""
 
-import ctypes
 from itertools import product
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parsim.search.partition.counts import Chunk, Moments, least_recomputed, unheard
+from parsim.search.partition.counts import Chunk, Moments, least_recomputed
 
 
 @st.composite
@@ -76,13 +74,3 @@ def test_a_layer_that_needs_room_of_its_own_may_not_be_worth_it() -> None:
     )
     moments = Moments(np.array([[1.0, 1.0]]), np.array([21.0]))
     assert least_recomputed([large, small], moments) == (0, 1)
-
-
-def test_what_a_compiled_solver_prints_is_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
-    c_library = ctypes.CDLL(None)
-    c_library.puts(b"before")
-    with unheard():
-        c_library.puts(b"from a solver")
-    c_library.puts(b"after")
-    c_library.fflush(None)
-    assert sorted(capfd.readouterr().out.split("\n")) == ["", "after", "before"]

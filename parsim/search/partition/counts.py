@@ -8,10 +8,7 @@ each moment for itself, layers in any order and in parts. Where it does not, an 
 
 from __future__ import annotations
 
-import ctypes
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -143,37 +140,19 @@ def _programmed(chunks: Sequence[Chunk], moments: Moments) -> tuple[int, ...] | 
     one_each = (owner == np.arange(len(chunks))[:, None]).astype(float)
     fits = np.column_stack([moments.kept[:, owner] * saved / most, np.ones(len(moments.kept))])
     at_once = np.column_stack([one_each * again / most, -np.ones(len(chunks))])
-    with unheard():
-        found = milp(
-            np.append(seconds / whole, 0.0),
-            integrality=np.append(np.ones(len(owner)), 0.0),
-            bounds=Bounds(0.0, np.append(np.ones(len(owner)), np.inf)),
-            constraints=[
-                LinearConstraint(np.column_stack([one_each, np.zeros(len(chunks))]), 1.0, 1.0),
-                LinearConstraint(fits, -np.inf, moments.room_bytes / most),
-                LinearConstraint(at_once, -np.inf, 0.0),
-            ],
-        )
+    found = milp(
+        np.append(seconds / whole, 0.0),
+        integrality=np.append(np.ones(len(owner)), 0.0),
+        bounds=Bounds(0.0, np.append(np.ones(len(owner)), np.inf)),
+        constraints=[
+            LinearConstraint(np.column_stack([one_each, np.zeros(len(chunks))]), 1.0, 1.0),
+            LinearConstraint(fits, -np.inf, moments.room_bytes / most),
+            LinearConstraint(at_once, -np.inf, 0.0),
+        ],
+    )
     if found.x is None:
         return None
     starts = np.cumsum([0, *sizes[:-1]])
     return tuple(
         int(found.x[start : start + size].argmax()) for start, size in zip(starts, sizes, strict=True)
     )
-
-
-@contextmanager
-def unheard() -> Iterator[None]:
-    """What compiled code prints is lost: HiGHS has a line that it puts into the middle of our answer now
-    and then, whatever its options say (jump-dev/HiGHS.jl issue 312).
-    """
-    c_library, stdout = ctypes.CDLL(None), os.dup(1)
-    c_library.fflush(None)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        c_library.fflush(None)  # what it printed waits in a buffer of its own
-        os.dup2(stdout, 1)
-        os.close(stdout)
