@@ -28,8 +28,9 @@ from parsim.compare.measured_steps import MeasuredStep, QuickSteps, measured_ste
 from parsim.compare.runs import read_runs
 from parsim.compare.stack_constants import afresh, named_in
 from parsim.compare.stack_fit import fit_stack
-from parsim.config import data_folder, load_stack, shipped, write_file
+from parsim.config import load_stack, write_file
 from parsim.cost.interval import WIDTHS, leans_on
+from parsim.shipped import data_folder, shipped
 from parsim.stack import Stack
 
 COLUMNS = ("id", "stack", "group", "parameters", "measured_s", "left_out_s", "leans_on")

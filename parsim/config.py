@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from parsim.errors import ParsimError, did_you_mean, shorten
 from parsim.hardware import Cluster
 from parsim.model import ModelSpec
+from parsim.shipped import shipped
 from parsim.stack import Stack
 from parsim.units import parse_field
 
@@ -31,21 +32,6 @@ T = TypeVar("T")
 LISTED_BY = {"model": "`parsim models` lists them", "hardware": "`parsim hardware` lists them"}
 MAX_FILE_BYTES = 64 * 2**20
 """Larger configuration files are refused before they are read."""
-
-
-def data_folder(kind: str) -> Path:
-    """The folder of shipped data: "models" or "hardware_profiles".
-
-    In an installed wheel it lies inside the package, in a checkout beside it.
-    """
-    package = Path(__file__).parent
-    inside = package / "_data" / kind
-    return inside if inside.is_dir() else package.parent / kind
-
-
-def shipped(kind: str) -> dict[str, Path]:
-    """Shipped files of one kind by the name users type."""
-    return {path.stem: path for path in sorted(data_folder(kind).glob("*.toml"))}
 
 
 def find(kind: str, name: str, *, what: str) -> Path:
@@ -61,7 +47,7 @@ def find(kind: str, name: str, *, what: str) -> Path:
     if looks_like_path:
         if is_file(path):
             return path
-        raise ParsimError(f"no such {what} file", where=name)
+        raise ParsimError(f"no such {what} file", where=name, hint=did_you_mean(name, known))
     raise ParsimError(
         f"unknown {what} {name!r}",
         expected=(", ".join(known) if len(known) <= 15 else f"one of {len(known)} shipped names")

@@ -9,6 +9,7 @@ Anything else that escapes is a defect of parsim, not of the input.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -74,8 +75,37 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
     >>> did_you_mean("hiden", ["hidden", "heads"]), did_you_mean("h100", ["h100-sxm", "h100-pcie"])
     ("did you mean 'hidden'?", "did you mean 'h100-sxm' or 'h100-pcie'?")
+    >>> did_you_mean("org/Llama-3.1-70B-Instruct", ["llama-3.1-8b", "llama-3.1-70b"])
+    "did you mean 'llama-3.1-70b'?"
+    >>> did_you_mean("A100-80GB", ["a100-pcie-80gb", "a100-sxm-40gb", "a100-sxm-80gb"])
+    "did you mean 'a100-pcie-80gb' or 'a100-sxm-80gb'?"
+    >>> did_you_mean("llama3-70b", ["llama-7b", "llama-2-70b", "llama-3.1-70b"])
+    "did you mean 'llama-3.1-70b' or 'llama-2-70b'?"
+    >>> did_you_mean("NVIDIA H100 80GB HBM3", ["a100-sxm-80gb", "h100-sxm-80gb"])
+    "did you mean 'h100-sxm-80gb'?"
     """
-    words = list(known)
-    near = [word for word in words if name and word.lower().startswith(name.lower())][:3]
-    near = near or difflib.get_close_matches(name, words, n=1, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(word) for word in near)}?" if near else None
+    words = {word.lower(): word for word in known}
+    typed = name.lower().rpartition("/")[2]
+    near = [word for word in words if typed and word.startswith(typed)][:3]
+    near = near or [word for word in words if len(word) > 3 and typed.startswith(f"{word}-")][-1:]
+    near = near or [word for word in words if _parts(typed) and _parts(typed) <= _parts(word)][:3]
+    close = difflib.get_close_matches(typed, words, n=8, cutoff=0.6)
+    near = near or _sharing_most(typed, close) or close[:1] or _sharing_most(typed, words)
+    return f"did you mean {' or '.join(repr(words[word]) for word in near)}?" if near else None
+
+
+def _parts(name: str) -> set[str]:
+    """The parts of a name of several: those with a digit in them say which product is meant.
+
+    >>> sorted(_parts("a100-80gb")), _parts("tiny")
+    (['80gb', 'a100'], set())
+    """
+    parts = {part for part in re.split(r"[-_. ]", name) if len(part) > 1}
+    return parts if any(part[-1].isalnum() and not part.isalpha() for part in parts) else set()
+
+
+def _sharing_most(typed: str, words: Iterable[str]) -> list[str]:
+    """The words that share the most parts with what was typed, such as all of an H100's."""
+    shared = {word: len(_parts(typed) & _parts(word)) for word in words}
+    most = max(shared.values(), default=0)
+    return [word for word, count in shared.items() if most and count == most][:3]

@@ -22,6 +22,7 @@ from parsim.cli.capacity_inputs import (
 )
 from parsim.cli.capacity_report import print_report, report_data, write_csv
 from parsim.cli.capacity_run import Found, Wanted, find
+from parsim.cli.completion import complete_hardware, complete_model
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
     Flags,
@@ -42,9 +43,21 @@ if TYPE_CHECKING:
 
 @with_constraints
 def capacity(
-    model: Annotated[str, typer.Option("--model", help="Shipped names or files, separated by commas.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            help="Shipped names or files, separated by commas.",
+            autocompletion=complete_model,
+        ),
+    ],
     hardware: Annotated[
-        str, typer.Option("--hardware", help="Shipped profiles or files, separated by commas.")
+        str,
+        typer.Option(
+            "--hardware",
+            help="Shipped profiles or files, separated by commas.",
+            autocompletion=complete_hardware,
+        ),
     ],
     gpus: Annotated[
         str, typer.Option("--gpus", help="Numbers of GPUs: 512,768 or 256-4096, doubling each time.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from parsim.cli.completion import complete_schedule
 from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
@@ -44,7 +45,12 @@ def compare_schedules(
     intra_node: IntraNodeOption = None,
     memory: MemoryOption = None,
     schedules: Annotated[
-        str | None, typer.Option("--schedule", help="Only these, such as 1f1b,zbv [default: all].")
+        str | None,
+        typer.Option(
+            "--schedule",
+            help="Only these, such as 1f1b,zbv [default: all].",
+            autocompletion=complete_schedule,
+        ),
     ] = None,
     vpp: Annotated[
         int, typer.Option("--vpp", min=2, help="Chunks a rank of the schedules that take any number.")

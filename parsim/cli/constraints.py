@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.cli.completion import complete_schedule
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
@@ -42,6 +44,7 @@ MOST = {
     "micro_batch": "Largest micro-batch.",
 }
 """What the help says of the largest value of a dimension."""
+_COMPLETED = {"schedule": complete_schedule}
 _FEW_WORDS = {"placement": "any, or orders such as tp-cp-dp-pp and tp-pp-cp-dp"}
 """For what there is too much of to list."""
 SWITCH = {"true": True, "false": False}
@@ -82,7 +85,10 @@ def with_constraints(command: Callable[..., None]) -> Callable[..., None]:
     """The command with a flag for each of CHOICES and MOST; it gets them as `allowed`, an Allowed."""
     signature = inspect.signature(command, eval_str=True)
     flags = [
-        _parameter(key, str, "", typer.Option(flag_of(key), help=text)) for key, text in CHOICES.items()
+        _parameter(
+            key, str, "", typer.Option(flag_of(key), help=text, autocompletion=_COMPLETED.get(key))
+        )
+        for key, text in CHOICES.items()
     ]
     flags += [
         _parameter(f"max_{key}", int | None, None, typer.Option(flag_of(f"max_{key}"), min=1, help=text))

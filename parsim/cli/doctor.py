@@ -67,7 +67,7 @@ def _package(name: str, *, needed: bool = False, hint: str = "") -> dict[str, An
 
 
 def _shipped_data() -> dict[str, Any]:
-    from parsim.config import shipped
+    from parsim.shipped import shipped
 
     counts = {kind: len(shipped(kind)) for kind in ("models", "hardware_profiles")}
     found = f"{counts['models']} models, {counts['hardware_profiles']} hardware profiles"

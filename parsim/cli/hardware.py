@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from parsim.cli.completion import complete_hardware
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table
 
@@ -14,7 +15,10 @@ from parsim.cli.output import document, print_json, print_table
 def hardware(
     name: Annotated[
         str | None,
-        typer.Argument(help="Show one: a name or a file. `detect`: the one of this machine's GPUs."),
+        typer.Argument(
+            help="Show one: a name or a file. `detect`: the one of this machine's GPUs.",
+            autocompletion=complete_hardware,
+        ),
     ] = None,
     smi_gpus: Annotated[
         Path | None,
@@ -40,9 +44,10 @@ def hardware(
       parsim hardware h100-sxm-80gb
       parsim hardware detect -o my-node.toml
     """
-    from parsim.config import load_cluster, shipped, to_data
+    from parsim.config import load_cluster, to_data
     from parsim.errors import ParsimError
     from parsim.hardware import Cluster, default_precision, describe
+    from parsim.shipped import shipped
     from parsim.units import format_bandwidth, format_bytes, format_rate
 
     if name == "detect":

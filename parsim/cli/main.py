@@ -8,10 +8,11 @@ runs, so that --help is quick.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,7 @@ from parsim.cli import (
     capacity,
     collective,
     compare_schedules,
+    config,
     doctor,
     export,
     hardware,
@@ -34,7 +36,9 @@ from parsim.cli import (
     trace,
     validate,
 )
+from parsim.cli.mistakes import hint_of
 from parsim.cli.output import COMMAND_LINE
+from parsim.cli.settings import TAKEN, Command, Sources, apply_settings
 from parsim.errors import ParsimError
 
 HELP = """Choose, simulate and run parallel plans for training large language models.
@@ -53,22 +57,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("plan")(plan.plan)
-app.command("simulate")(simulate.simulate)
-app.command("capacity")(capacity.capacity)
-app.command("sweep")(sweep.sweep)
-app.command("collective")(collective.collective)
-app.command("compare-schedules")(compare_schedules.compare_schedules)
-app.command("calibrate")(calibrate.calibrate)
-app.command("run")(run.run)
-app.command("validate")(validate.validate)
-app.command("trace")(trace.trace)
-app.command("export")(export.export)
-app.command("report")(report.report)
-app.command("models")(models.models)
-app.command("hardware")(hardware.hardware)
-app.command("doctor")(doctor.doctor)
-app.command("quickstart")(quickstart.quickstart)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan.plan,
+    "simulate": simulate.simulate,
+    "capacity": capacity.capacity,
+    "sweep": sweep.sweep,
+    "collective": collective.collective,
+    "compare-schedules": compare_schedules.compare_schedules,
+    "calibrate": calibrate.calibrate,
+    "run": run.run,
+    "validate": validate.validate,
+    "trace": trace.trace,
+    "export": export.export,
+    "report": report.report,
+    "models": models.models,
+    "hardware": hardware.hardware,
+    "doctor": doctor.doctor,
+    "quickstart": quickstart.quickstart,
+}
+for name, function in COMMANDS.items():
+    app.command(name, cls=Command)(function)
+app.add_typer(config.config, name="config")
 
 # typer carries a copy of click in some releases and depends on it in others: BadParameter, UsageError,
 # ClickException is the line of bases in both.
@@ -83,11 +92,21 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
-    ),
+    context: typer.Context,
+    config_file: Annotated[
+        Path | None,
+        typer.Option("--config-file", help="Settings, instead of the project's and the user's."),
+    ] = None,
+    no_config: Annotated[
+        bool, typer.Option("--no-config", help="Take no settings from anywhere.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
 ) -> None:
     """Options of every command; --debug, anywhere, shows the traceback of an error."""
+    apply_settings(context, Sources(config_file, no_config))
 
 
 def main() -> None:
@@ -114,7 +133,8 @@ def _keep_stdout_for_the_answer() -> None:
 
 def run_command(arguments: list[str], *, debug: bool = False) -> int:
     """Run one command and return its exit status; explains errors on stderr."""
-    COMMAND_LINE.set(shlex.join(["parsim", *arguments]))
+    COMMAND_LINE.set(("parsim", *arguments))
+    TAKEN.set({})
     try:
         status = app(arguments, prog_name="parsim", standalone_mode=False)
         sys.stdout.flush()
@@ -122,9 +142,14 @@ def run_command(arguments: list[str], *, debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         typer.echo(f"error: {error}", err=True)
+        _say_settings()
         return error.exit_code
     except CLICK_ERROR as error:
+        hint = hint_of(error)
         error.show()
+        if hint:
+            typer.echo(f"  hint:     {hint}", err=True)
+        _say_settings()
         return 2
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
@@ -143,3 +168,10 @@ def run_command(arguments: list[str], *, debug: bool = False) -> int:
         )
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _say_settings() -> None:
+    """What a message may be about although nobody typed it."""
+    taken = [f"{key} = {setting.value} ({setting.origin})" for key, setting in TAKEN.get().items()]
+    if taken:
+        typer.echo(f"  settings: {', '.join(taken)}; --no-config leaves them out", err=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.cli.completion import complete_model
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, say
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show one: a name or a file.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one: a name or a file.", autocompletion=complete_model)
+    ] = None,
     prune: Annotated[
         str | None,
         typer.Option(
@@ -39,8 +42,9 @@ def models(
       parsim models llama-3.1-405b --json
       parsim models llama-3.1-8b --prune layers=0.75,heads=0.75,ffn=9216 -o small.toml
     """
-    from parsim.config import load_model, shipped, to_data, to_toml, write_file
+    from parsim.config import load_model, to_data, to_toml, write_file
     from parsim.errors import ParsimError
+    from parsim.shipped import shipped
 
     if name is None and (prune is not None or output is not None):
         raise ParsimError(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.cli.completion import complete_hardware, complete_model, complete_stack
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -19,11 +21,16 @@ if TYPE_CHECKING:
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="A shipped name, a TOML file, a Hugging Face config.json, or hf:org/name."
+        "--model",
+        help="A shipped name, a TOML file, a Hugging Face config.json, or hf:org/name.",
+        autocompletion=complete_model,
     ),
 ]
 HardwareOption = Annotated[
-    str | None, typer.Option("--hardware", help="A shipped profile, or a TOML file.")
+    str | None,
+    typer.Option(
+        "--hardware", help="A shipped profile, or a TOML file.", autocompletion=complete_hardware
+    ),
 ]
 GlobalBatchOption = Annotated[
     int | None, typer.Option("--global-batch", help="Sequences in a step, over all GPUs.")
@@ -32,7 +39,12 @@ SeqLenOption = Annotated[
     int | None, typer.Option("--seq-len", help="Tokens in a sequence [default: the model's own].")
 ]
 StackOption = Annotated[
-    str | None, typer.Option("--stack", help="Training software [default: the hardware's own].")
+    str | None,
+    typer.Option(
+        "--stack",
+        help="Training software [default: the hardware's own].",
+        autocompletion=complete_stack,
+    ),
 ]
 PrecisionOption = Annotated[
     str | None, typer.Option("--precision", help="dtype of the GEMMs [default: bf16 where there is].")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parsim import __version__
+from parsim.cli.settings import with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from parsim.simulate.prediction import Prediction
 
 
-COMMAND_LINE: ContextVar[str] = ContextVar("COMMAND_LINE", default="")
-"""The command as it was typed, for those who want to repeat its answer."""
+COMMAND_LINE: ContextVar[Sequence[str]] = ContextVar("COMMAND_LINE", default=())
+"""The words of the command as it was typed, for those who want to repeat its answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +41,8 @@ def document(
 ) -> dict[str, Any]:
     """The JSON document of a command's answer."""
     head = {"schema_version": 1, "version": __version__, "command": command, "seed": seed}
-    if line := COMMAND_LINE.get():
-        head["command_line"] = line
+    if words := COMMAND_LINE.get():
+        head["command_line"] = with_settings(words)
     return head | {"inputs": {k: v for k, v in inputs.items() if v is not None}} | answer
 
 

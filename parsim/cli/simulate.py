@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from parsim.cli.auto_stages import stages_section
+from parsim.cli.completion import complete_schedule
 from parsim.cli.options import (
     Flags,
     GlobalBatchOption,
@@ -74,7 +75,11 @@ def simulate(
     memory: MemoryOption = None,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", help="Another schedule than the plan's, such as zbv."),
+        typer.Option(
+            "--schedule",
+            help="Another schedule than the plan's, such as zbv.",
+            autocompletion=complete_schedule,
+        ),
     ] = None,
     chart: Annotated[
         Path | None, typer.Option("--chart", help="Draw the schedule: .png, .svg or .pdf.")
@@ -185,4 +190,8 @@ def simulate(
         say(f"wrote {path}")
     write_report(report, whole, [timeline])
     if not step.prediction.fits:
+        say(
+            "does not fit: a larger tp, pp or zero, a smaller micro_batch, or recompute=full; "
+            "`parsim plan` finds the plans that do"
+        )
         raise typer.Exit(1)

@@ -13,7 +13,6 @@ from parsim.compare.row_cells import measured_s
 from parsim.compare.row_stack import ROW_SETTINGS, stack_named
 from parsim.compare.run_models import shipped_models
 from parsim.compare.run_rows import Run, run_of
-from parsim.config import shipped
 from parsim.cost.stage import CostModel
 from parsim.cost.step import StepCost, step_cost
 from parsim.errors import ParsimError
@@ -23,6 +22,7 @@ from parsim.schedule.action import Action, Schedule
 from parsim.schedule.lower import lower
 from parsim.schedule.order import in_running_order
 from parsim.schedule.program import Program, step_time_s
+from parsim.shipped import shipped
 from parsim.stack import Stack
 
 T = TypeVar("T")

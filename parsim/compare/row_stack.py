@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from parsim.compare.library import Library
 from parsim.compare.row_cells import Cells, precision_of
-from parsim.config import shipped
+from parsim.shipped import shipped
 from parsim.stack import Stack
 
 NEAREST = "nearest is"

@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from parsim.config import load_model, shipped
+from parsim.config import load_model
 from parsim.model import ModelSpec, MoeSpec
+from parsim.shipped import shipped
 
 _PADDED = 1.1
 """Vocabularies within this factor are one vocabulary and its padding."""

@@ -17,7 +17,6 @@ from parsim.compare.row_cells import (
 from parsim.compare.run_models import shipped_models
 from parsim.compare.run_report import RunReport, RunResult, report_of
 from parsim.compare.run_rows import Run, run_of
-from parsim.config import data_folder
 from parsim.cost.cell import cell_of
 from parsim.cost.interval import interval_s, leans_on
 from parsim.cost.stage import CostModel
@@ -25,6 +24,7 @@ from parsim.errors import ParsimError
 from parsim.schedule.program import step_time_s
 from parsim.search.examine import Examiner
 from parsim.search.score import score_s
+from parsim.shipped import data_folder
 from parsim.simulate.prediction import program_of
 from parsim.stack import Stack
 from parsim.units import format_bytes

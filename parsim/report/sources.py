@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from parsim import __version__
-from parsim.config import data_folder, dump_json, find, is_file, shipped
+from parsim.config import dump_json, find, is_file
 from parsim.errors import ParsimError
 from parsim.hardware import describe
 from parsim.model import ModelSpec, num_parameters
 from parsim.report.document import Node
 from parsim.report.page import Cell, Code, Column, Download, Part, Row, Section, Table
 from parsim.report.step import Step
+from parsim.shipped import data_folder, shipped
 from parsim.units import format_count
 
 KINDS = {"model": "models", "hardware": "hardware_profiles", "stack": "hardware_profiles/stacks"}

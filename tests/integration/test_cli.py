@@ -197,7 +197,7 @@ def test_a_model_that_fits_nowhere(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_misspelt_key_and_negative_bandwidth(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from parsim.config import data_folder
+    from parsim.shipped import data_folder
 
     text = (data_folder("hardware_profiles") / "h100-sxm-80gb.toml").read_text()
     path = tmp_path / "bad.toml"

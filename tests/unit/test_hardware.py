@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from parsim.config import load_cluster, shipped
+from parsim.config import load_cluster
 from parsim.errors import ParsimError
 from parsim.hardware import (
     Cluster,
@@ -22,6 +22,7 @@ from parsim.hardware import (
     peak_flops_per_s,
     with_overrides,
 )
+from parsim.shipped import shipped
 from parsim.units import parse_field
 from tests.builders import round_cluster
 

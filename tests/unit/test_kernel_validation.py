@@ -18,11 +18,12 @@ from parsim.compare.kernel_fit_gemm import fit_gemm, predict_gemm_s
 from parsim.compare.kernel_profile import kernels_toml, write_kernels
 from parsim.compare.kernel_rows import AttentionRow, CollectiveRow, GemmRow
 from parsim.compare.kernels import predict_s, validate_kernels
-from parsim.config import data_folder, load_cluster, shipped
+from parsim.config import load_cluster
 from parsim.cost.collective import Group, collective_s
 from parsim.cost.gemm import fitted_gemm_s, gemm_s
 from parsim.errors import ParsimError
 from parsim.kernels import AttentionFit, CollectiveFit, GemmFit, Kernels, Protocol
+from parsim.shipped import data_folder, shipped
 
 SHARED = Path(__file__).parents[2] / "../shared/measured"
 GEMM = "dtype,m,n,k,time_ms,sources\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from parsim.config import load_model, shipped
+from parsim.config import load_model
 from parsim.errors import ParsimError
 from parsim.model import (
     MlaSpec,
@@ -14,6 +14,7 @@ from parsim.model import (
     embedding_parameters,
     num_parameters,
 )
+from parsim.shipped import shipped
 
 # Exact, from the headers of the released weights (rotary tables and routing buffers left out).
 PUBLISHED = {

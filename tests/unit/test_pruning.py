@@ -11,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parsim.cli.main import run_command
-from parsim.config import load_model, shipped, to_data
+from parsim.config import load_model, to_data
 from parsim.cost.flops import model_flops_per_token
 from parsim.errors import ParsimError
 from parsim.model import num_parameters
 from parsim.plan import Job, ParallelPlan
 from parsim.pruning import Keep, pruned
 from parsim.schedule.check import plan_problems
+from parsim.shipped import shipped
 from tests.builders import round_cluster
 
 SHARES = st.one_of(st.none(), st.floats(0.05, 0.9))

@@ -14,7 +14,7 @@ from parsim.compare.ranking import MIN_ROWS
 from parsim.compare.run_models import shipped_models
 from parsim.compare.run_rows import run_of
 from parsim.compare.runs import PUBLISHED, Predictor, group_of, read_runs
-from parsim.config import shipped
+from parsim.shipped import shipped
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "published"
 ROWS = read_runs(PUBLISHED)

@@ -1,0 +1,111 @@
+"""Names that are nearly right, and completion of names: what the command line offers instead."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parsim.cli.main import run_command
+
+EIGHT_B = "--model llama-3.1-8b --hardware h100-sxm-80gb"
+PLAN = f"plan {EIGHT_B} --gpus 8 --global-batch 8"
+
+
+@pytest.mark.parametrize(
+    ("command", "offered"),
+    [
+        ("simulat", "simulate"),
+        ("config sho", "show"),
+        ("config show simulat", "simulate"),
+        ("plan --modell x", "--model"),
+        ("plan --hardwear x", "--hardware"),
+        ("--no-confg plan", "--no-config"),
+        ("simulate --gpus 8", "option of parsim plan, capacity, sweep"),
+        ("plan --no-config", "parsim --no-config plan"),
+        ("simulate --plan dp=1 dp=2", "--plan dp=2"),
+        ("models llama3-70b", "llama-3.1-70b"),
+        ("models meta-llama/Llama-3.1-70B", "llama-3.1-70b"),
+        ("hardware h100", "h100-sxm-80gb"),
+        ("hardware H100-80GB", "h100-sxm-80gb"),
+        ("hardware A100-80GB", "a100-pcie-80gb"),
+        (f"{PLAN} --stack megatron-core", "megatron-core-2025"),
+        (f"{PLAN} --precision bf61", "bf16"),
+        (f"{PLAN} --schedule 1f1", "1f1b"),
+        (f"{PLAN} --recompute ful", "full"),
+        (f"{PLAN} --placement tp-cp-pp", "tp-cp-pp-dp"),
+        (f"{PLAN} --sequence-parallel tru", "true"),
+        (f"compare-schedules {EIGHT_B} --plan dp=2 --schedule zvb", "zbv"),
+        (f"simulate {EIGHT_B} --plan dp=2,micro_bach=2", "micro_batch"),
+        (f"simulate {EIGHT_B} --plan dp=2,schedule=zvb", "zbv"),
+        (f"simulate {EIGHT_B} --plan dp=2,recompute=ful", "full"),
+        (f"simulate {EIGHT_B} --plan dp=2 --fabric fat-tre", "fat-tree"),
+        (f"simulate {EIGHT_B} --plan dp=2 --straggler rnk=1,slow=2", "rank"),
+        (f"export dp=2 {EIGHT_B} --to megatrn", "megatron"),
+        ("run dp=2 --model tiny-lama-8l", "tiny-llama-8l"),
+        ("models llama-3.1-8b --prune layer=0.5", "layers"),
+        ("sweep --backend dsk", "dask"),
+        ("collective --kind all-reduc --bytes 1MB --ranks 8 --hardware h100-sxm-80gb", "all_reduce"),
+    ],
+)  # fmt: skip
+def test_a_name_that_is_nearly_right(
+    command: str, offered: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(["--no-config", *command.split()]) == 2
+    captured = capsys.readouterr()
+    hints = captured.err.partition("hint:")[2] or captured.err.partition("Did you mean")[2]
+    assert offered in hints
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+
+
+def test_keys_of_a_plan_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"plan": {"dp": 2, "micro_bach": 1}}))
+    assert run_command(["simulate", *EIGHT_B.split(), "--plan", str(path)]) == 2
+    assert "did you mean 'micro_batch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("parsim plan --model tiny-l", {"tiny-llama-8l", "tiny-llama-16l"}),
+        ("parsim capacity --hardware h100-sxm-80gb,h2", {"h100-sxm-80gb,h200-sxm-141gb"}),
+        ("parsim simulate --stack torcht", {"torchtitan", "torchtitan-2024"}),
+        ("parsim plan --schedule 1f1b,zb-", {"1f1b,zb-h1", "1f1b,zb-h2"}),
+    ],
+)
+def test_bash_completes_names(typed: str, offered: set[str]) -> None:
+    assert completed("bash", typed) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_complete_names(shell: str) -> None:
+    assert {"zb-h1", "zb-h2"} <= completed(shell, "parsim simulate --schedule zb-")
+
+
+def completed(shell: str, typed: str) -> set[str]:
+    """What the shell is offered, by the protocol of the script that --show-completion prints."""
+    heavy = ("numpy", "parsim.config", "rich")
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print(sorted(set({heavy}) & set(sys.modules)), file=sys.stderr))\n"
+        "from parsim.cli.main import run_command; run_command([])"
+    )
+    protocol = {
+        "bash": {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)},
+        "zsh": {"_TYPER_COMPLETE_ARGS": typed},
+        "fish": {"_TYPER_COMPLETE_ARGS": typed, "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
+    }[shell]
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **protocol, "_PARSIM_COMPLETE": f"complete_{shell}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.strip().endswith("[]"), done.stderr
+    words = done.stdout.replace('"', " ").replace("'", " ").split()
+    return {word for word in words if word not in ("_arguments", "*:", ":", "((", "))")}
