@@ -21,8 +21,9 @@ def hardware_detect(
     """Detect from nvidia-smi on this node, or from its answers in files."""
     from dataclasses import replace
 
-    from parsim.config import load_cluster, shipped, to_data, to_toml, write_file
+    from parsim.config import load_cluster, to_data, to_toml, write_file
     from parsim.importers.nvidia_smi import detect
+    from parsim.shipped import shipped
 
     clusters = {name: load_cluster(name) for name in shipped("hardware_profiles")}
     here = gpus is None and topology is None

@@ -10,9 +10,10 @@ import pytest
 
 from parsim.cli.hardware_detect import _nic_rates
 from parsim.cli.main import run_command
-from parsim.config import load_cluster, shipped
+from parsim.config import load_cluster
 from parsim.errors import NothingFits, ParsimError
 from parsim.importers.nvidia_smi import Detected, detect, parse_gpus, parse_nic_rate, parse_topology
+from parsim.shipped import shipped
 
 CLUSTERS = {name: load_cluster(name) for name in shipped("hardware_profiles")}
 H100 = "NVIDIA H100 80GB HBM3, 81559 MiB\n"
