@@ -109,3 +109,24 @@ def completed(shell: str, typed: str) -> set[str]:
     assert done.stderr.strip().endswith("[]"), done.stderr
     words = done.stdout.replace('"', " ").replace("'", " ").split()
     return {word for word in words if word not in ("_arguments", "*:", ":", "((", "))")}
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
+BLOCKS = [block.partition("```")[0] for block in DOCUMENT.read_text().split("```console\n$ parsim ")[1:]]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split()[0])
+def test_the_documented_messages(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, _, message = block.partition("\n")
+    assert run_command(["--no-config", *command.split()]) == 2
+    assert _own_words(capsys.readouterr().err) == _own_words(message)
+
+
+def _own_words(message: str) -> list[str]:
+    """The lines that are not click's, whose words differ from release to release."""
+    lines = message.strip().splitlines()
+    return [line for line in lines if line and not line.startswith(("Usage:", "Try ", "Error: "))]
+
+
+def test_ten_mistakes_are_documented() -> None:
+    assert len(BLOCKS) == 10
