@@ -1,0 +1,56 @@
+"""The Python API: the command line's answers, and names that modules have too."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import parsim
+from parsim.cli.main import run_command
+from parsim.errors import ParsimError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_answers_are_those_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "dp=2,tp=4,zero=1"
+    prediction, timeline = parsim.simulate(text, model="llama-3.1-8b", hardware="h100-sxm-80gb")
+    command = f"--no-config simulate --plan {text} --model llama-3.1-8b --hardware h100-sxm-80gb --json"
+    assert run_command(command.split()) == 0
+    item = json.loads(capsys.readouterr().out)
+    mine = json.loads(parsim.to_json(prediction))
+    assert {key: item[key] for key in mine} == mine
+    assert timeline.end_s == pytest.approx(prediction.step_time_s)
+    result = parsim.plan(
+        model="llama-3.1-8b", hardware="h100-sxm-80gb", gpus=4, global_batch=8, top=2, budget_s=5
+    )
+    assert len(parsim.to_data(result)["plans"]) == 2
+    with pytest.raises(ParsimError, match="unknown model"):
+        parsim.simulate("dp=2", model="lama", hardware="h100-sxm-80gb")
+
+
+def test_functions_keep_their_names_and_loading_is_lazy() -> None:
+    code = (
+        "import sys, parsim; assert 'numpy' not in sys.modules and 'pydantic' not in sys.modules\n"
+        "import parsim.plan; from parsim.simulate.prediction import predict; import parsim.simulate\n"
+        "from parsim.plan import ParallelPlan\n"
+        "import pickle; assert pickle.loads(pickle.dumps(ParallelPlan())) == ParallelPlan()\n"
+        "assert parsim.plan.__name__ == 'plan' and callable(parsim.plan) and callable(parsim.simulate)\n"
+        "assert not hasattr(parsim, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["best_plan", "slower_network"])
+def test_examples(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    at = 0 if name == "best_plan" else 1
+    times_s = [float(line.split()[at]) for line in lines]
+    assert times_s == sorted(times_s)
+    assert times_s[0] > 0
