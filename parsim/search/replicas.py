@@ -25,6 +25,8 @@ class ReplicaTime(NamedTuple, Generic[T]):
     """Gathered from the start of the step on, before the first forward can end."""
     reduce_s: T
     """Reduced beside compute, behind the last gradient or its pieces."""
+    reduce_pass_s: T
+    """That, where it follows every backward and not only the last."""
     last_bucket_s: T
     """Of that: what comes after the end of the last gradient."""
     late_s: T
@@ -52,6 +54,7 @@ def replica_time(sync: StageSync, zero: int, stack: Stack) -> ReplicaTime[float]
         last_s=takes_s if beside and not each else 0.0,
         gather_s=sync.gather_s if at_once else 0.0,
         reduce_s=sync.reduce_s if beside else 0.0,
+        reduce_pass_s=sync.reduce_s if each else 0.0,
         last_bucket_s=sync.reduce_s / sync.buckets if beside else 0.0,
         late_s=0.0 if beside else sync.reduce_s,
         stream_s=each * sync.reduce_s + (2 * sync.gather_s if zero == 3 and each else 0.0),

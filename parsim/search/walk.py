@@ -3,7 +3,7 @@
 Plans with the same schedule, ranks, chunks and micro-batches run the same actions in the same order.
 Their step times differ only in how long those take, so one walk along the order serves them all, with an
 array over P plans in place of each time. Left out is what delays an action further: gathers of FSDP that
-come late, reductions but the last of each stage, and what overlapped pairs hide less than they might.
+come late and lie in the way of reductions, and what overlapped pairs hide less than they might.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from parsim.stack import Stack
 
 PAIRED = "paired "
 """Before the kind of a pass that is one of an overlapped pair."""
+REDUCED = BACKWARD, WEIGHT_GRAD, PAIRED + BACKWARD, PAIRED + WEIGHT_GRAD
+"""Passes behind which gradients may be reduced."""
 
 
 FIRST, LAST = 1, 2
@@ -123,6 +125,7 @@ def walked_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes, stack: S
     kind, replicas, maximum = layout.kind.tolist(), passes.replicas, np.maximum
     seconds = _seconds(passes)
     gathered = _gathered_s(layout, replicas.gather_s)
+    reduces_each = bool(replicas.reduce_pass_s.any())
     free, reduced = np.zeros((2, plan.pp, columns))
     streams: dict[tuple[int, bool], Floats] = {}
     there: dict[int, Floats] = {}
@@ -142,6 +145,9 @@ def walked_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes, stack: S
                 # Its pieces are reduced one after the other, none before this pass has begun.
                 after = maximum(end + replicas.last_bucket_s[d], begun + replicas.reduce_s[d])
                 reduced[rank] = maximum(reduced[rank] + replicas.reduce_s[d], after)
+            elif reduces_each and what in REDUCED:
+                # Of plans that reduce once a step this says no more than that this pass has begun.
+                reduced[rank] = maximum(reduced[rank], begun) + replicas.reduce_pass_s[d]
         free[rank] = end
         for number, boundary, stream in outputs:
             if boundary < 0:
