@@ -82,17 +82,33 @@ def test_without_replicas_the_walk_is_the_replay(case: Case) -> None:
         "pp=4,schedule=zbv",
         "dp=2,zero=1",  # the first forward waits for its parameters
         "dp=2,pp=2,vpp=2,zero=1,schedule=interleaved",  # the second chunk's behind the first one's
+        "dp=2,pp=2,zero=2",  # every backward's gradients are reduced, one after the other
     ],
 )
 def test_where_links_are_slow_the_walk_is_nearly_the_replay(text: str) -> None:
+    bound_s, step_s = walked_on_links_s(text, bandwidth_bytes_per_s=1e8, dp_bucket_parameters=1e9)
+    assert 0.999 * step_s < bound_s <= step_s * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_the_first_gradients_are_reduced_before_the_first_backward_ends(schedule: str) -> None:
+    # Compute and links are equally busy, so that it matters when the reductions begin.
+    text = f"dp=2,pp=2,zero=2,schedule={schedule}"
+    bound_s, step_s = walked_on_links_s(text, bandwidth_bytes_per_s=3e10, dp_bucket_parameters=2e5)
+    assert 0.95 * step_s < bound_s <= step_s
+
+
+def walked_on_links_s(
+    text: str, *, bandwidth_bytes_per_s: float, dp_bucket_parameters: float
+) -> tuple[float, float]:
+    """The tighter bound of a plan and its step, where its links are slow."""
     cluster, model = round_cluster(), small_model(tied_embeddings=False)
-    slow = replace(cluster.intra_node, bandwidth_bytes_per_s=1e8)
-    stack = plain_stack(dp_overlap=True, dp_bucket_parameters=1e9, zero_prefetch=None)
+    slow = replace(cluster.intra_node, bandwidth_bytes_per_s=bandwidth_bytes_per_s)
+    stack = plain_stack(dp_overlap=True, dp_bucket_parameters=dp_bucket_parameters, zero_prefetch=None)
     plan = parse_plan(text)
     job = Job(model=model, seq_len=256, global_batch=4 * plan.dp)
     case = job, plan, CostModel(model, replace(cluster, intra_node=slow), stack)
-    bound_s, step_s = walked_s(case), step_time_s(program_of(*case)[0])
-    assert 0.999 * step_s < bound_s <= step_s * (1 + 1e-12)
+    return walked_s(case), step_time_s(program_of(*case)[0])
 
 
 def bound_and_step_s(plan: ParallelPlan, m: int, cost: StepCost, **stack: Any) -> tuple[float, float]:
