@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from parsim.cost.collective import wire_factor
+from parsim.errors import NothingFits
 from parsim.execute.request import Case
 from parsim.execute.steps import StepRecord, clean_steps
 from parsim.plan import Job, ParallelPlan
@@ -95,7 +97,7 @@ class Verification:
     @property
     def equal(self) -> bool:
         """Whether both trainings are the same, but for rounding."""
-        return max(self.max_gradient_error, self.max_loss_error) <= TOLERANCE
+        return all(error <= TOLERANCE for error in (self.max_gradient_error, self.max_loss_error))
 
 
 def measurement_of(
@@ -162,13 +164,35 @@ def spans_of(ranks: Sequence[dict[str, Any]]) -> list[Span]:
     )
 
 
+def worst(errors: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    """The largest of some errors and what it is of; what is not a number is larger than all numbers.
+
+    max() alone would pass over a NaN, which is neither larger nor smaller than anything.
+
+    >>> worst([(1e-16, "a"), (float("nan"), "b"), (0.5, "c")])
+    (nan, 'b')
+    """
+    return max(errors, key=lambda found: (math.isnan(found[0]), found[0]))
+
+
 def verification_of(ranks: Sequence[dict[str, Any]]) -> Verification:
-    """The Verification of a case, from what each rank left."""
-    worst = max(ranks, key=lambda found: found["max_gradient_error"])
+    """The Verification of a case, from what each rank left.
+
+    Raises NothingFits where an error is not finite: nothing equals what is not a number.
+    """
+    error, parameter = worst((found["max_gradient_error"], found["parameter"]) for found in ranks)
+    loss_error, _ = worst((found["max_loss_error"], "loss") for found in ranks)
+    if not (math.isfinite(error) and math.isfinite(loss_error)):
+        raise NothingFits(
+            "the plan cannot be called equal: gradients or losses are no longer finite",
+            where=parameter,
+            got=f"gradients off by {error:g}, loss by {loss_error:g}",
+            expected=f"at most {TOLERANCE:g} in float64",
+        )
     return Verification(
-        max_gradient_error=worst["max_gradient_error"],
-        parameter=worst["parameter"],
-        max_loss_error=max(found["max_loss_error"] for found in ranks),
-        steps=worst["steps"],
-        against=worst["against"],
+        max_gradient_error=error,
+        parameter=parameter,
+        max_loss_error=loss_error,
+        steps=ranks[0]["steps"],
+        against=ranks[0]["against"],
     )

@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 from parsim.execute.asynchronous.stale_pipeline import StalePipeline, mean_losses
+from parsim.execute.measurement import worst
 from parsim.execute.request import Case
 from parsim.execute.training.batches import whole_batch
 from parsim.execute.training.parallelize import token_loss
@@ -46,7 +47,7 @@ def verify_stale_case(case: Case, trainer: Trainer) -> dict[str, Any]:
     for known in (losses, moved):
         dist.broadcast(known, src=0)
     mine = mean_losses(pipeline, trainer.control)
-    worst, worst_name = 0.0, ""
+    errors = [(0.0, "")]
     after = dict(pipeline.replicas.weights())
     for name, shape in _shapes(case):
         expected = torch.empty(shape, dtype=DTYPES[case.dtype], device=trainer.device)
@@ -54,12 +55,11 @@ def verify_stale_case(case: Case, trainer: Trainer) -> dict[str, Any]:
             expected.copy_(reference.newest[name].detach())
         dist.broadcast(expected, src=0)
         if name in after:
-            error = ((after[name] - expected).abs().max() / moved).item()
-            if not error <= worst:
-                worst, worst_name = error, name
+            errors.append((((after[name] - expected).abs().max() / moved).item(), name))
     trainer.recorder.end_step()
+    error, worst_name = worst(errors)
     return {
-        "max_gradient_error": worst,
+        "max_gradient_error": error,
         "parameter": worst_name,
         "max_loss_error": ((mine - losses).abs() / losses).max().item(),
         "steps": case.schedule.steps,
@@ -121,12 +121,12 @@ class _Emulation:
 
     def moved(self) -> float:
         """How far the parameter that went farthest has gone."""
-        changes: list[float] = [
-            (self.newest[name] - first).abs().max().item()
+        changes: list[tuple[float, str]] = [
+            ((self.newest[name] - first).abs().max().item(), name)
             for versions in self._versions
             for name, first in versions[0].items()
         ]
-        return max(changes)
+        return worst(changes)[0]
 
     def _loss(self, parameters: Values, i: int, count: int) -> torch.Tensor:
         """Of the sequences that all replicas together take through as micro-batch i of the run."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from parsim.errors import ParsimError
+from parsim.execute.measurement import worst
 from parsim.execute.request import Case
 from parsim.execute.training.batches import whole_batch
 from parsim.execute.training.compress_check import CheckedCompressor
@@ -77,27 +76,28 @@ class Reference:
 def verify_case(case: Case, trainer: Trainer) -> dict[str, Any]:
     """Largest relative errors of gradients and loss over all steps, on this rank."""
     reference = Reference(case, trainer.device)
-    worst, worst_name, loss_error = 0.0, "", 0.0
+    errors: list[tuple[float, str]] = []
+    loss_errors: list[tuple[float, str]] = []
     for step in range(case.steps):
         trainer.recorder.begin_step(step)
         trainer.recorder.say("single-process reference")
         expected_loss = reference.forward_backward(*whole_batch(case, step))
         trainer.recorder.say("starting")
         loss = trainer.forward_backward(*trainer.batch(step))
-        loss_error = max(loss_error, abs(mean_loss(trainer, loss) - expected_loss) / expected_loss)
+        off = abs(mean_loss(trainer, loss) - expected_loss)
+        loss_errors.append((off / expected_loss, f"step {step}"))
         trainer.recorder.say("comparing gradients")
-        error, name = gradient_error(reference, dict(trainer.data_parallel.gradients()))
-        if isinstance(trainer.compressor, CheckedCompressor) and trainer.compressor.error > error:
-            error, name = trainer.compressor.error, f"compression={case.plan.compression}"
-        if error > worst:
-            worst, worst_name = error, name
+        errors.append(gradient_error(reference, dict(trainer.data_parallel.gradients())))
         trainer.update()
         reference.update()
         trainer.recorder.end_step()
+    if isinstance(trainer.compressor, CheckedCompressor):
+        errors.append((trainer.compressor.error, f"compression={case.plan.compression}"))
+    error, name = worst(errors)
     return {
-        "max_gradient_error": worst,
-        "parameter": worst_name,
-        "max_loss_error": loss_error,
+        "max_gradient_error": error,
+        "parameter": name,
+        "max_loss_error": worst(loss_errors)[0],
         "steps": case.steps,
         "against": AGAINST if trainer.compressor is None else AGAINST_COMPRESSED,
     }
@@ -113,10 +113,7 @@ def gradient_error(reference: Reference, mine: dict[str, torch.Tensor]) -> tuple
         largest = max(largest, size)
         if name in mine:
             found.append(((mine[name] - expected).abs().max().item(), size, name))
-    error, worst = max((off / max(size, NEGLIGIBLE * largest), name) for off, size, name in found)
-    if not math.isfinite(error):
-        raise ParsimError("gradients are no longer finite", where=worst)
-    return error, worst
+    return worst((off / max(size, NEGLIGIBLE * largest), name) for off, size, name in found)
 
 
 def mean_loss(trainer: Trainer, loss: torch.Tensor | None) -> float:

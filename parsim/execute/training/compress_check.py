@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from parsim.execute.measurement import worst
 from parsim.execute.training.compress import (
     INT8_BLOCK,
     POWERSGD_SEED,
@@ -45,8 +46,9 @@ class CheckedCompressor(Compressor):
         gradients = torch.stack(everyone)
         found = super().mean(bucket)
         expected, rounding = self._by_hand.mean(gradients, bucket)
-        beyond = (found - expected).abs() - rounding
-        self.error = max(self.error, (beyond.max().clamp(min=0) / expected.abs().max()).item())
+        beyond = ((found - expected).abs() - rounding).max().clamp(min=0).item()
+        error = beyond / expected.abs().max().item() if beyond else 0.0  # an idle expert's mean is zero
+        self.error, _ = worst([(self.error, ""), (error, "")])
         return flat.copy_(gradients.mean(0))
 
 
