@@ -166,9 +166,12 @@ class Replicas:
         self.buckets: list[Bucket] = []
         for stage, module in stages.items():
             named = dict(module.named_parameters())
+            # Both copies of a tied matrix have a bucket alone, so that their shards are the same values.
+            copied = {TIED} & named.keys() if tied is not None else set()
             for among, mine in (
-                (dense, {n: p for n, p in named.items() if not is_routed(n)}),
+                (dense, {n: p for n, p in named.items() if not is_routed(n) and n not in copied}),
                 (routed, {n: p for n, p in named.items() if is_routed(n)}),
+                (dense, {n: named[n] for n in copied}),
             ):
                 for parameters in list(_in_buckets(mine)):
                     bucket = Bucket(stage, parameters, among, sharded=sharded_optimizer)
@@ -191,15 +194,16 @@ class Replicas:
         for index, bucket in enumerate(self.buckets):
             with self.recorder.span(Label(HOST, "flatten gradients", "host", bucket.stage)):
                 flat = bucket.gather_gradients()
-            if self.tied is not None and TIED in bucket.parameters:
-                start, stop = bucket.extents()[TIED]
-                sum_tied(flat[start:stop], self.tied, bucket.stage, self.recorder)
             if bucket.among.size > 1:
                 name = f"gradients {bucket.stage}"
                 with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
                     flat = self._mean(flat, index)
             elif self.replicas > 1:
                 flat.div_(self.replicas)  # an expert that no other rank has was sent all its tokens
+            if self.tied is not None and TIED in bucket.parameters:
+                # Last: the sum of two is the same on both ends whatever the library's order, while sums
+                # over more ranks are rounded as they come.
+                sum_tied(flat, self.tied, bucket.stage, self.recorder)
             bucket.master.grad = flat
 
     def _mean(self, flat: torch.Tensor, index: int) -> torch.Tensor:
