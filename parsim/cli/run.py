@@ -26,7 +26,7 @@ from parsim.cli.options import (
 from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import ReportOption, write_report
 from parsim.cli.run_compare import compared
-from parsim.cli.run_joined import goes_on, joined_here, one_voice, require_ranks
+from parsim.cli.run_joined import joined_here, one_voice, require_ranks
 from parsim.cli.run_launch import (
     print_dry_run,
     run_all,
@@ -171,7 +171,6 @@ def run(
         on_step=show_step,
         on_note=say,
     )
-    resume = resume or goes_on(joined, checkpoint)
     with one_voice(joined):
         settings = read_run_ps(ps)
         setup, parallel_plan = load_plan(plan_of_workers(plan, settings), flags)

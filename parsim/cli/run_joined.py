@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,13 @@ from parsim.cli.output import say
 from parsim.errors import ParsimError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from parsim.execute.launch.joined import Joined
     from parsim.plan import ParallelPlan
+
+ALONE_AFTER_S = 3.0
+"""How long the first rank has to end for the same reason; the first of each machine for its others, too.
+
+torchrun looks for ranks that have ended ten times a second."""
 
 
 def joined_here(nnodes: int, excluded: dict[str, bool]) -> Joined | None:
@@ -52,18 +56,13 @@ def require_ranks(joined: Joined | None, plan: ParallelPlan) -> None:
     )
 
 
-def goes_on(joined: Joined | None, checkpoint: Path | None) -> bool:
-    """Whether torchrun has lost a rank and started all again, with something to go on from."""
-    from parsim.execute.launch.checkpoint_folder import newest
-
-    if joined is None or not joined.restarts or checkpoint is None or not checkpoint.is_dir():
-        return False
-    return newest(checkpoint) is not None
-
-
 @contextlib.contextmanager
 def one_voice(joined: Joined | None) -> Iterator[None]:
-    """Only the first rank says what all would say; others say nothing but why they failed."""
+    """Only the first rank says what all would say; others say nothing but why they failed.
+
+    What stops them all alike stops the first one too, which says it and whose end makes torchrun end the
+    others. One that is still there after a while has failed alone: it says so before it ends.
+    """
     from parsim.execute.launch.watch import RankLost
 
     if joined is None:
@@ -72,14 +71,16 @@ def one_voice(joined: Joined | None) -> Iterator[None]:
         say(f"{joined.world_size} ranks, started by torchrun or srun; this is the first")
         yield
     else:
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(nowhere),
-            contextlib.redirect_stderr(nowhere),
-        ):
-            try:
+        try:
+            with (
+                open(os.devnull, "w", encoding="utf-8") as nowhere,
+                contextlib.redirect_stdout(nowhere),
+                contextlib.redirect_stderr(nowhere),
+            ):
                 yield
-            except RankLost:
-                raise  # told outside of this
-            except ParsimError as error:
-                raise typer.Exit(error.exit_code) from None  # the first one has the same
+        except RankLost:
+            raise  # says which rank
+        except ParsimError as error:
+            time.sleep(ALONE_AFTER_S * (1 if joined.local_rank == 0 else 2))
+            say(f"rank {joined.rank}: error: {error}")
+            raise typer.Exit(error.exit_code) from None

@@ -60,6 +60,7 @@ def to_verify(case: Case, how: Launch) -> Case:
 def only_verified(case: Case, how: Launch, prediction: Prediction, *, verify: bool, draws: bool) -> bool:
     """Whether the plan cannot be timed on this machine, but is to be verified all the same.
 
+    False where this process does not answer: its ranks time what the first rank times.
     Raises ParsimError where it cannot be timed and nothing else, or a drawing, is asked for.
     """
     try:
@@ -67,6 +68,8 @@ def only_verified(case: Case, how: Launch, prediction: Prediction, *, verify: bo
     except ParsimError as problem:
         if not verify or draws:
             raise
+        if not how.answers:
+            return False  # the first rank decides, by the memory that it sees
         say(f"not timed: {problem.what} ({problem.got}; {problem.expected})")
         return True
     return False

@@ -73,6 +73,34 @@ def test_a_rank_that_torchrun_starts_again_goes_on_from_the_checkpoint(tmp_path:
     assert len(answer["loss"]) == 40
 
 
+def test_ranks_that_see_different_memory_run_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first rank sees too little to time the plan, the other one enough."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '0':\n"
+        "    import parsim.execute.devices as devices\n"
+        "    devices.available_memory_bytes = lambda: 1e6\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    done = torchrun(2, f"run dp=2 {SHORT} --verify --json --timeout-s 60")
+    assert done.returncode == 0, done.stderr[-2000:]
+    answer = json.loads(done.stdout)
+    assert answer["steps_s"] == []
+    assert answer["verify"]["equal"]
+
+
+def test_torchrun_does_not_make_a_resumption_of_a_refusal(tmp_path: Path) -> None:
+    """It starts ranks again that refused a folder with an earlier run's checkpoints."""
+    command = f"run dp=2 {SHORT} --checkpoint {tmp_path}"
+    assert torchrun(2, command).returncode == 0
+    again = torchrun(2, command, restarts=1)
+    assert again.returncode != 0
+    assert again.stderr.count("error: this folder holds checkpoints of an earlier run") == 2
+    assert again.stdout == ""
+
+
 def test_another_number_of_ranks_is_said_once() -> None:
     done = torchrun(2, f"run dp=4 --global-batch 4 {SHORT.replace('--global-batch 2', '')}")
     assert done.returncode != 0

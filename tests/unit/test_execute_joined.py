@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from parsim.cli.run_joined import goes_on, joined_here, require_ranks
+import pytest
+import typer
+
+from parsim.cli.output import say
+from parsim.cli.run_joined import joined_here, one_voice, require_ranks
+from parsim.cli.run_verify import only_verified
 from parsim.errors import ParsimError
-from parsim.execute.launch.joined import Joined, joined_rank
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.launch.cases import resumed
+from parsim.execute.launch.joined import Joined, first_line, joined_rank
 from parsim.plan import parse_plan
+from tests.unit.test_execute_checkpoint_folder import case, write
 
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
@@ -79,8 +89,108 @@ def test_the_plan_has_the_ranks_that_were_started() -> None:
         require_ranks(joined, parse_plan("dp=4"))
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_on_from(tmp_path: object) -> None:
-    from pathlib import Path
+def of_torchrun(logs: str, *, attempt: int = 0, run_id: str = "none", rank: int = 0) -> Joined:
+    """A rank as torchrun starts it, with its logs in a folder of a random name."""
+    found = joined_rank(
+        TORCHRUN
+        | {
+            "RANK": str(rank), "TORCHELASTIC_RUN_ID": run_id, "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            "TORCHELASTIC_ERROR_FILE": f"/tmp/torchelastic_x/{logs}/attempt_{attempt}/{rank}/error.json",
+        }
+    )  # fmt: skip
+    assert found is not None
+    return found
 
-    assert not goes_on(joined_rank(TORCHRUN), None)
-    assert not goes_on(joined_rank(TORCHRUN), Path(str(tmp_path)) / "none yet")
+
+def test_a_launch_has_a_name_that_outlives_restarts_and_is_no_others() -> None:
+    first = of_torchrun("none_a1b2").launch
+    assert first
+    assert of_torchrun("none_a1b2", attempt=3).launch == first
+    assert of_torchrun("none_c3d4").launch != first  # the id is "none" where nobody gives one
+    assert of_torchrun("none_a1b2", run_id="night").launch != first
+    srun = joined_rank(SRUN | MEETING)
+    assert srun is not None
+    assert srun.launch == ""
+
+
+def begins_at(folder: Path, joined: Joined, *, resume: bool = False, steps: int = 40) -> int:
+    """After how many steps `parsim run --checkpoint FOLDER` begins on a rank."""
+    done = resumed(case(folder, steps=steps), Launch(joined=joined), resume=resume)
+    assert done.checkpoint is not None
+    return done.checkpoint.start
+
+
+def test_a_restart_goes_on_only_from_what_its_own_launch_wrote(tmp_path: Path) -> None:
+    earlier, later = of_torchrun("none_earlier"), of_torchrun("none_later")
+    assert begins_at(tmp_path, earlier) == 0
+    assert begins_at(tmp_path, of_torchrun("none_earlier", attempt=1)) == 0  # lost before it wrote any
+    write(tmp_path, 5)
+    assert begins_at(tmp_path, of_torchrun("none_earlier", attempt=2)) == 5
+    for attempt in range(3):  # torchrun starts what refused again and again
+        with pytest.raises(ParsimError, match="checkpoints of an earlier run"):
+            begins_at(tmp_path, of_torchrun("none_later", attempt=attempt))
+    assert begins_at(tmp_path, later, resume=True) == 5
+    write(tmp_path, 10)
+    assert begins_at(tmp_path, of_torchrun("none_later", attempt=1)) == 10
+    with pytest.raises(ParsimError, match="checkpoints of an earlier run"):
+        begins_at(tmp_path, of_torchrun("none_earlier", attempt=3))
+
+
+def test_a_run_that_parsim_started_leaves_nothing_for_torchrun_to_go_on_from(tmp_path: Path) -> None:
+    begins_at(tmp_path, of_torchrun("none_a"))
+    write(tmp_path, 5)
+    resumed(case(tmp_path), Launch(), resume=True)
+    with pytest.raises(ParsimError, match="checkpoints of an earlier run"):
+        begins_at(tmp_path, of_torchrun("none_a", attempt=1))
+
+
+def test_what_failed_behind_the_last_step_runs_that_step_again(tmp_path: Path) -> None:
+    """As a plan that --verify finds different: its answer must come again, not "already at the end"."""
+    begins_at(tmp_path, of_torchrun("none_a"), steps=8)
+    write(tmp_path, 5)
+    write(tmp_path, 10)  # 8 steps and 2 of warm-up: the end
+    assert begins_at(tmp_path, of_torchrun("none_a", attempt=1), steps=8) == 5
+
+
+def test_the_first_rank_decides_for_all_of_torchruns(tmp_path: Path) -> None:
+    write(tmp_path, 5)
+    assert begins_at(tmp_path, of_torchrun("none_a", rank=5)) == 0  # it will follow rank 0, or be ended
+
+
+def fail_aloud() -> None:
+    say("what all say")
+    raise ParsimError("no such file", where="--tokens")
+
+
+def test_a_rank_that_fails_alone_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    for rank in (4, 5):  # the first and the second of their machine
+        joined = Joined(rank=rank, world_size=8, local_rank=rank % 4, local_world_size=4)
+        with pytest.raises(typer.Exit) as end, one_voice(joined):
+            fail_aloud()
+        assert end.value.exit_code == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == f"rank {rank}: error: no such file\n  where:    --tokens\n"
+    assert 0 < waited[0] < waited[1]  # one speaks for its machine, and torchrun ends the others
+
+
+def test_an_exception_without_a_message_is_named() -> None:
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert first_line(RuntimeError("one\ntwo")) == "RuntimeError: one"
+
+
+@pytest.mark.parametrize(("rank", "left_out"), [(0, True), (1, False)])
+def test_the_first_rank_decides_whether_there_is_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int, left_out: bool
+) -> None:
+    monkeypatch.setattr("parsim.execute.devices.available_memory_bytes", lambda: 1.0)
+    how = Launch(joined=Joined(rank=rank, world_size=2, local_rank=rank, local_world_size=2))
+    prediction = SimpleNamespace(memory=SimpleNamespace(peak=2.0))
+    asked: Any = {"draws": False, "verify": True}
+    assert only_verified(case(tmp_path), how, prediction, **asked) == left_out  # type: ignore[arg-type]
+    with pytest.raises(ParsimError, match="do not fit"):
+        only_verified(case(tmp_path), how, prediction, draws=False, verify=False)  # type: ignore[arg-type]

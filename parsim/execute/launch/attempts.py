@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from parsim.execute.launch.checkpoint_folder import newest, remove_unfinished
+from parsim.execute.launch.checkpoint_folder import newest, remove_unfinished, starting_again
 from parsim.execute.launch.joined import Joined, join
 from parsim.execute.launch.torchrun import Nodes, command, variables
 from parsim.execute.launch.watch import START_S, RankLost, Ranks
@@ -156,10 +156,9 @@ def _from_newest(case: Case, nodes: Nodes) -> Case:
     """The same case, beginning at the newest checkpoint that leaves a step to run."""
     if case.checkpoint is None:
         return case
-    folder = Path(case.checkpoint.folder)
     if nodes.index == 0:
-        remove_unfinished(folder)
-    saved = newest(folder, before=case.total_steps)
+        remove_unfinished(Path(case.checkpoint.folder))
+    saved = starting_again(case)
     return replace(case, checkpoint=replace(case.checkpoint, start=saved.step if saved else 0))
 
 

@@ -16,7 +16,12 @@ from parsim.errors import ParsimError
 from parsim.execute.asynchronous.ps_measurement import served_measurement
 from parsim.execute.devices import available_gpus
 from parsim.execute.launch.attempts import Launch, launch
-from parsim.execute.launch.checkpoint_folder import prepare, starting_point
+from parsim.execute.launch.checkpoint_folder import (
+    is_claimed,
+    prepare,
+    starting_again,
+    starting_point,
+)
 from parsim.execute.measurement import (
     Measurement,
     Verification,
@@ -100,12 +105,18 @@ def run_cases(
 def resumed(case: Case, how: Launch, *, resume: bool, look_only: bool = False) -> Case:
     """A case with checkpoints, beginning where it has to, its folder made ready unless `look_only`.
 
+    A rank that torchrun started again goes on from what its launch has written. Of torchrun's ranks only
+    the first one decides where to begin, and whether to: all follow it, and end with it.
     Raises ParsimError as checkpoint_folder.starting_point does.
     """
     assert case.checkpoint is not None
-    saved = starting_point(case, resume=resume)
+    folder, launch = Path(case.checkpoint.folder), how.joined.launch if how.joined is not None else ""
+    if launch and not how.answers:
+        return case
+    again = is_claimed(folder, launch)
+    saved = starting_again(case) if again else starting_point(case, resume=resume)
     if how.answers and not look_only:
-        prepare(Path(case.checkpoint.folder))
+        prepare(folder, launch)
     if saved is None:
         return case
     how.on_note(f"going on from {saved.path}, written under {saved.plan}")

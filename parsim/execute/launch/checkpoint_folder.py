@@ -3,6 +3,7 @@
 DIR/step-00000020/           a checkpoint after 20 steps: files of torch.distributed.checkpoint, and
 DIR/step-00000020/parsim.json   what was trained, how far, and how long each file is
 DIR/step-00000030.part/      one that is being written, or never was finished
+DIR/launch.txt               the launch of torchrun's that began or resumed here last, if it was torchrun
 
 A checkpoint gets its name in the moment it is complete. Standard library only.
 """
@@ -25,6 +26,7 @@ from parsim.execute.steps import StepRecord
 KEPT = 2
 """Complete checkpoints that stay: should the newest be damaged, there is one before it."""
 _MANIFEST = "parsim.json"
+_CLAIM = "launch.txt"
 _SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -191,11 +193,33 @@ def starting_point(case: Case, *, resume: bool) -> Saved | None:
     return saved
 
 
-def prepare(folder: Path) -> None:
-    """Make a folder for checkpoints, and clear it of unfinished ones."""
+def starting_again(case: Case) -> Saved | None:
+    """Where a run goes on whose ranks were lost: at the newest checkpoint that leaves a step to run."""
+    assert case.checkpoint is not None
+    return newest(Path(case.checkpoint.folder), before=case.total_steps)
+
+
+def is_claimed(folder: Path, launch: str) -> bool:
+    """Whether the checkpoints in a folder are those of this launch of torchrun's.
+
+    Only then may it go on from them unasked: torchrun starts ranks again that refused, too.
+    """
+    try:
+        return launch != "" and (folder / _CLAIM).read_text() == launch
+    except FileNotFoundError:
+        return False
+
+
+def prepare(folder: Path, launch: str = "") -> None:
+    """Make a folder for checkpoints of `launch`, and clear it of unfinished ones."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
+        (folder / _CLAIM).unlink(missing_ok=True)
+        if launch:
+            part = folder / f"{_CLAIM}.part"
+            part.write_text(launch)
+            part.replace(folder / _CLAIM)
     except OSError as error:
         raise ParsimError(
             "cannot write checkpoints here", where=str(folder), got=error.strerror

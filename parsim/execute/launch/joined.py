@@ -34,6 +34,8 @@ class Joined:
     local_world_size: int
     restarts: int = 0
     """How often the ranks have been started again."""
+    launch: str = ""
+    """What tells this launch of torchrun's from others, the same after a restart; empty for srun."""
 
     def variables(self) -> dict[str, str]:
         """The environment as torchrun would have set it."""
@@ -71,6 +73,7 @@ def joined_rank(environment: Mapping[str, str]) -> Joined | None:
             local_rank=_number(environment, local) if local in environment else 0,
             local_world_size=_number(environment, here) if here in environment else 1,
             restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            launch=_launch(environment),
         )
     if tasks == "1" or "SLURM_PROCID" not in environment:
         return None
@@ -85,6 +88,17 @@ def joined_rank(environment: Mapping[str, str]) -> Joined | None:
     return _task_of_slurm(
         environment, _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_STEP_NUM_TASKS")
     )
+
+
+def _launch(environment: Mapping[str, str]) -> str:
+    """A name of this launch of torchrun's: its id, which may be "none", and its folder of logs.
+
+    That folder (.../ID_RANDOM/attempt_0/0/error.json) has a random name, made once a launch.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return ""
+    logs = Path(environment.get("TORCHELASTIC_ERROR_FILE", "")).parents
+    return f"{environment['TORCHELASTIC_RUN_ID']} {logs[2] if len(logs) > 2 else ''}"
 
 
 def _task_of_slurm(environment: Mapping[str, str], rank: int, size: int) -> Joined:
@@ -109,6 +123,15 @@ def _number(environment: Mapping[str, str], key: str) -> int:
         raise ParsimError(
             "this variable is a whole number", where=key, got=environment.get(key)
         ) from None
+
+
+def first_line(error: Exception) -> str:
+    """An exception's type, and the first line of its message where it has one.
+
+    >>> first_line(KeyError("a")), first_line(AssertionError())
+    ("KeyError: 'a'", 'AssertionError')
+    """
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 class _Progress:
@@ -157,7 +180,7 @@ def join(
         except Exception as error:
             doing = heartbeats.read(joined.rank).doing
             lost = RankLost(
-                f"rank {joined.rank} failed: {type(error).__name__}: {str(error).splitlines()[0]}",
+                f"rank {joined.rank} failed: {first_line(error)}",
                 where=doing,
                 hint="the rank whose message is not about a connection failed first",
             )

@@ -18,7 +18,7 @@ from parsim.execute.gloo_threads import let_gloo_give_way
 from parsim.execute.launch.clocks import ranks_per_node
 from parsim.execute.launch.heartbeat import Heartbeats
 from parsim.execute.one_rank.emulation import emulate_case, join_alone
-from parsim.execute.request import RESTARTS_FILE, decode_case
+from parsim.execute.request import RESTARTS_FILE, Case, decode_case
 from parsim.execute.training.checking import verify_case
 from parsim.execute.training.recorder import Recorder
 from parsim.execute.training.timing import time_case
@@ -50,6 +50,7 @@ def run_rank(
     if alone is None:
         control = _join(device, request["library_timeout_s"])
         _agree_on_restarts(request["restarts"], folder, control)
+        cases = _agreed(cases, control)
     else:
         control = join_alone(alone, cases[0].plan.gpus)
     results: Results = []
@@ -92,6 +93,13 @@ def _agree_on_restarts(counted: int, folder: Path, control: dist.ProcessGroup) -
         unfinished = folder / f"{RESTARTS_FILE}.part"
         unfinished.write_text(str(int(most.item())))
         unfinished.replace(folder / RESTARTS_FILE)
+
+
+def _agreed(mine: list[Case], control: dist.ProcessGroup) -> list[Case]:
+    """The cases that rank 0 has too: it left the timed one out if it saw no memory for it."""
+    kinds = [{case.verify for case in mine}]
+    dist.broadcast_object_list(kinds, src=0, group=control)
+    return [case for case in mine if case.verify in kinds[0]]
 
 
 def _from_others(mine: Results, control: dist.ProcessGroup, here: int) -> dict[int, Results]:
