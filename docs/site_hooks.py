@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def on_files(files: Files, *, config: Any) -> Files:
     """Add pages and pictures that lie outside docs/."""
+    readme = (ROOT / "README.md").read_text("utf-8").replace("](docs/", "](")
+    readme = readme.replace("](decisions/)", "](decisions/index.md)")
+    readme = readme.replace("[examples/](examples)", "`examples/`")  # programs, which the site has not
     pages = {
-        "index.md": (ROOT / "README.md")
-        .read_text("utf-8")
-        .replace("](docs/", "](")
-        .replace("](decisions/)", "](decisions/index.md)"),
+        "index.md": readme,
         "CHANGELOG.md": (ROOT / "CHANGELOG.md").read_text("utf-8").replace("](docs/", "]("),
         "decisions/index.md": _decisions(),
     }
