@@ -11,7 +11,14 @@ from typing import Any
 
 from parsim.config import dump_json
 from parsim.errors import ParsimError
-from parsim.export.target import Exported, one_line, refused, require_plain_reduction, same_ranks
+from parsim.export.target import (
+    Exported,
+    nodes_of,
+    one_line,
+    refused,
+    require_plain_reduction,
+    same_ranks,
+)
 from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan, recompute_text, stage_layers
 from parsim.stack import Stack
 
@@ -119,12 +126,13 @@ def _pipeline_problems(job: Job, plan: ParallelPlan) -> Iterator[ParsimError]:
 
 def _not_expressed(job: Job, plan: ParallelPlan, stack: Stack, devices_per_node: int) -> Iterator[str]:
     """What the user's Python has to do, and what differs from the prediction."""
-    model, per_node = job.model, min(plan.gpus, devices_per_node)
+    model = job.model
+    nodes, per_node = nodes_of(plan, devices_per_node)
     yield (
         f"model: {one_line(model.name)} ({model.layers} layers of {model.hidden}) and seq_len "
         f"{job.seq_len} are the training script's"
     )
-    yield f"ranks: deepspeed --num_nodes {-(-plan.gpus // per_node)} --num_gpus {per_node} SCRIPT"
+    yield f"ranks: deepspeed --num_nodes {nodes} --num_gpus {per_node} SCRIPT"
     if plan.pp > 1:
         yield (
             f"pipeline: PipelineModule(num_stages={plan.pp}, partition_method='type:…') with your class "

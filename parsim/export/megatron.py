@@ -12,6 +12,7 @@ from parsim.errors import ParsimError
 from parsim.export.megatron_model import check_model, model_arguments, model_notes
 from parsim.export.target import (
     Exported,
+    nodes_of,
     one_line,
     refused,
     require_plain_reduction,
@@ -61,13 +62,14 @@ Argument = Sequence[object]
 def megatron_script(job: Job, plan: ParallelPlan, stack: Stack, *, devices_per_node: int) -> Exported:
     """The script, which trains on mock data until its user says otherwise.
 
-    Raises ParsimError for what Megatron-LM would run as something else.
+    Raises ParsimError for what Megatron-LM would run as something else, and for ranks that do not fill
+    whole nodes: Megatron-LM takes dp from the number of ranks that are started.
     """
     arguments = megatron_arguments(job, plan, stack)
-    per_node = min(plan.gpus, devices_per_node)
+    nodes, per_node = nodes_of(plan, devices_per_node)
     text = _SCRIPT.format(
         title=f"{one_line(job.model.name)} on {plan.gpus} GPUs: {one_line(plan.short())}",
-        nodes=-(-plan.gpus // per_node),
+        nodes=nodes,
         per_node=per_node,
         environment=_MANY_QUEUES if plan.zero >= 2 else _ONE_QUEUE,
         arguments="\n".join(f"  {shlex.join(map(str, argument))}" for argument in arguments),

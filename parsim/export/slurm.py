@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Sequence
 
-from parsim.errors import ParsimError
+from parsim.export.target import nodes_of
 from parsim.plan import ParallelPlan
 
 FIRST_PORT, PORTS = 20_000, 20_000
@@ -51,17 +51,10 @@ def sbatch_script(
 
     Raises ParsimError where the plan's ranks do not fill whole nodes.
     """
-    per_node = min(plan.gpus, devices_per_node)
-    if plan.gpus % per_node:
-        raise ParsimError(
-            "every node has the same number of ranks",
-            where="plan",
-            got=f"{plan.gpus} ranks on nodes of {devices_per_node}",
-            expected=f"a multiple of {devices_per_node}, or fewer ranks than that",
-        )
+    nodes, per_node = nodes_of(plan, devices_per_node)
     return _SCRIPT.format(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")[:64] or "parsim",
-        nodes=plan.gpus // per_node,
+        nodes=nodes,
         ranks=plan.gpus,
         gpus=f"#SBATCH --gpus-per-node={per_node}\n" if on_gpus else "",
         plan=" ".join(plan.short().split()),

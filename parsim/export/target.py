@@ -57,6 +57,25 @@ def require_plain_reduction(
             )
 
 
+def nodes_of(plan: ParallelPlan, devices_per_node: int) -> tuple[int, int]:
+    """Nodes, and ranks on each: all the same, as launchers start them.
+
+    Raises ParsimError where the plan's ranks do not fill whole nodes: more would start than it has.
+
+    >>> nodes_of(ParallelPlan(dp=16), 8), nodes_of(ParallelPlan(dp=3), 8)
+    ((2, 8), (1, 3))
+    """
+    per_node = min(plan.gpus, devices_per_node)
+    if plan.gpus % per_node:
+        raise ParsimError(
+            "every node has the same number of ranks",
+            where="plan",
+            got=f"{plan.gpus} ranks on nodes of {devices_per_node}",
+            expected=f"a multiple of {devices_per_node}, or fewer ranks than that",
+        )
+    return plan.gpus // per_node, per_node
+
+
 def one_line(text: str) -> str:
     """A text from outside as one printable line, for a comment.
 

@@ -8,7 +8,14 @@ DeepSeek-V3's for latent attention.
 from __future__ import annotations
 
 from parsim.errors import ParsimError
-from parsim.export.target import Exported, one_line, refused, require_plain_reduction, same_ranks
+from parsim.export.target import (
+    Exported,
+    nodes_of,
+    one_line,
+    refused,
+    require_plain_reduction,
+    same_ranks,
+)
 from parsim.export.torchtitan_model import check_model, model_source
 from parsim.model import num_parameters
 from parsim.plan import USUAL_PLACEMENT, Job, ParallelPlan, recomputed_layers, stage_layers
@@ -105,7 +112,7 @@ def torchtitan_module(job: Job, plan: ParallelPlan, stack: Stack, *, devices_per
     check_model(job)
     model = job.model
     csv = _schedule_csv(job, plan)
-    per_node = min(plan.gpus, devices_per_node)
+    nodes, per_node = nodes_of(plan, devices_per_node)
     local_batch = job.global_batch // plan.dp if plan.pp > 1 else plan.micro_batch
     quantized = job.precision in _CONVERTERS
     sgd = job.optimizer == "sgd"
@@ -113,7 +120,7 @@ def torchtitan_module(job: Job, plan: ParallelPlan, stack: Stack, *, devices_per
     optimizer_imports = "OptimizersContainer, ParamGroupConfig" if sgd else "default_adamw"
     text = _MODULE.format(
         title=f"{_plain(model.name)} on {plan.gpus} GPUs: {_plain(plan.short())}",
-        nodes=-(-plan.gpus // per_node),
+        nodes=nodes,
         per_node=per_node,
         path_import="from pathlib import Path\n" if csv is not None else "",
         optimizer_imports=optimizer_imports

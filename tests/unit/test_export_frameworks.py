@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import stat
 import subprocess
 from collections.abc import Callable
@@ -215,3 +216,13 @@ def test_the_torchtitan_module_imports_what_it_uses_and_nothing_else(plan: str) 
 def test_plans_at_their_defaults_go_to_every_framework() -> None:
     for write in (torchtitan_module, megatron_script, deepspeed_config):
         assert exported(write, ParallelPlan().short()).text
+
+
+@pytest.mark.parametrize("write", [torchtitan_module, megatron_script, deepspeed_config])
+def test_no_more_ranks_are_started_than_the_plan_has(write: Write) -> None:
+    # Twelve ranks on nodes of eight would start as sixteen: another dp, another batch.
+    with pytest.raises(ParsimError, match="same number of ranks"):
+        exported(write, "dp=12", stack="megatron-deepspeed", global_batch=24)
+    export = exported(write, "dp=16", stack="megatron-deepspeed", global_batch=32)
+    said = export.text + "\n".join(export.not_expressed)
+    assert re.search(r"--(?:nnodes|num_nodes) 2 --(?:nproc-per-node|num_gpus) 8\b", said)
