@@ -1,4 +1,4 @@
-"""Chrome trace files, event by event: a file of hundreds of megabytes never becomes one object.
+"""Chrome trace files, event by event: the text of a file, never all of its events as objects.
 
 Formats: Google's "Trace Event Format" (an object with `traceEvents`, or a bare list of events), and what
 torch.profiler's export_chrome_trace adds to it. Files may be compressed with gzip.
@@ -22,6 +22,9 @@ _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[\s,]*")
 _SNIFFED = 65536
 """Characters of a file in which its first keys stand."""
+LONGEST = 1 << 30
+"""Characters of the largest file that is read, uncompressed: a few steps of a rank are a hundredth.
+What a small compressed file unpacks to has no other bound."""
 
 
 class Event(NamedTuple):
@@ -57,10 +60,18 @@ def is_chrome_trace(path: Path) -> bool:
 def read_chrome_file(path: Path, categories: Collection[str]) -> ChromeFile:
     """The complete events of some categories.
 
-    Raises ParsimError, with the place, for a file that is no trace, breaks off, or holds events whose
-    times are no numbers.
+    Raises ParsimError, with the place, for a file that is no trace, breaks off, is longer than LONGEST,
+    or holds events whose times are no numbers.
     """
-    text = _text(path)
+    text = _text(path, LONGEST + 1)
+    if len(text) > LONGEST:
+        raise ParsimError(
+            "this trace is too large",
+            where=str(path),
+            got=f"more than {LONGEST:,} characters uncompressed",
+            expected="a few steps of one rank",
+            hint="let torch.profiler's schedule(active=…) record fewer steps",
+        )
     head: dict[str, Any] = {}
     events: list[Event] = []
     left_out = 0
@@ -86,8 +97,8 @@ def read_chrome_file(path: Path, categories: Collection[str]) -> ChromeFile:
     return ChromeFile(head=head, events=tuple(events), left_out=left_out)
 
 
-def _text(path: Path, characters: int = -1) -> str:
-    """A file's content, or its beginning."""
+def _text(path: Path, characters: int) -> str:
+    """A file's beginning: so many characters, or all."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8", errors="replace") as file:

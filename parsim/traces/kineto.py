@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,13 +266,13 @@ def _cpu_work(
         kind, name, stage, micro_batch = marks.at(event.thread, event.start_ns)
         times = event.start_ns, event.end_ns
         yield Work(COMPUTE, name, kind, *times, stage, micro_batch, event.start_ns, ())
-    main = [event for event in events if event.name.startswith(_ENGINE)]
-    threads = {event.thread for event in main}
+    engine = Counter(event.thread for event in events if event.name.startswith(_ENGINE))
+    most = engine.most_common(1)  # of as many the one that comes first in the file
     for event in events:
         if not (match := _GLOO.match(event.name)):
             continue
         # Gloo's own threads do not know what for they work; those of autograd do.
-        asking = event.thread if event.thread in threads else next(iter(threads), event.thread)
+        asking = most[0][0] if most and event.thread not in engine else event.thread
         begin_ns = marks.asked_ns(event)
         kind = marks.at(asking, begin_ns)[0]
         stream = stream_of(match[1], (), "", plan, rank, kind, event.args)

@@ -14,7 +14,7 @@ from parsim.plan import ParallelPlan
 from parsim.timeline import Timeline, breakdown_s
 from parsim.traces.chrome_file import is_chrome_trace, read_chrome_file
 from parsim.traces.groups import stream_of
-from parsim.traces.kineto import CATEGORIES
+from parsim.traces.kineto import CATEGORIES, read_rank_trace
 from parsim.traces.traced_run import TracedRun, read_traces
 
 BASE_NS = 1_790_857_026_000_000_000
@@ -312,6 +312,37 @@ def test_files_may_be_lists_or_compressed_and_clumsy(tmp_path: Path) -> None:
     packed.write_bytes(packed.read_bytes()[:100])
     with pytest.raises(ParsimError, match="cannot be read"):
         read_traces([packed])
+
+
+def test_a_small_file_that_unpacks_to_anything_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parsim.traces.chrome_file.LONGEST", 5000)
+    packed = tmp_path / "bomb.json.gz"
+    content = json.dumps({"traceEvents": gpu_step(1, 0, [0], [0])})
+    packed.write_bytes(gzip.compress(content.ljust(5000).encode()))
+    assert len(read_chrome_file(packed, CATEGORIES).events) > 0
+    packed.write_bytes(gzip.compress(content.ljust(5001).encode()))
+    with pytest.raises(ParsimError, match="too large") as caught:
+        read_traces([packed])
+    assert caught.value.where == str(packed)
+
+
+def test_gloos_threads_work_for_the_thread_of_autograd_that_does_most(tmp_path: Path) -> None:
+    """Threads named by text, whose order in a set changes with every start of Python."""
+    engine = "autograd::engine::evaluate_function: X"
+    for most in range(4):
+        events = [event("ProfilerStep#1", "user_annotation", 0, 100), event("aten::mm", "cpu_op", 1, 4)]
+        events += [event(engine, "cpu_op", 10 + n, 1, tid=f"thread {n}") for n in range(4)]
+        # The busiest is in its optimizer when gloo adds up, which then is no sum of tensor parallelism.
+        events += [
+            event(engine, "cpu_op", 20, 20, tid=f"thread {most}"),
+            event("Optimizer.step#SGD.step", "user_annotation", 50, 30, tid=f"thread {most}"),
+            event("gloo:all_reduce", "user_annotation", 60, 5, tid="gloo"),
+        ]
+        path = write(tmp_path / "r.json", events)
+        (work,) = (w for w in read_rank_trace(path, PLAN, place=0).work if w.name == "all_reduce")
+        assert work.stream == "dp", most
 
 
 def shared(folder: Path, ahead_us: dict[int, float], *, one_host: bool = False) -> TracedRun:
