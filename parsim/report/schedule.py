@@ -33,6 +33,8 @@ LEVELS = "0123456789"
 """How much of a bin is busy, in tenths, rounded up."""
 KINDS = "abcdefghijklmnopqrstuvwxyz"
 """A bin's kind, as a place in the chart's list of kinds."""
+OTHER = "other"
+"""What kinds that have no colour are shown as."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +82,12 @@ def schedule_of(
 
 
 def color_key(span: Span) -> str:
-    """What colours a span: its kind, with pipeline transfers split by direction."""
+    """What colours a span: its kind, with pipeline transfers split by direction.
+
+    Kinds are any text in a file: those without a colour are one, whatever they are called.
+    """
     if span.kind != "pp":
-        return span.kind
+        return span.kind if span.kind in COLORS else OTHER
     return "pp_recv" if span.stream.startswith("pp_recv") else "pp_send"
 
 
@@ -122,7 +127,7 @@ def _rows(timelines: Sequence[Timeline]) -> list[RowSpans]:
 
 def _kinds(rows: Sequence[RowSpans]) -> list[str]:
     occurring = {color_key(span) for row in rows for span in row.spans}
-    return [*(key for key in COLORS if key in occurring), *sorted(occurring - set(COLORS))][: len(KINDS)]
+    return [key for key in (*COLORS, OTHER) if key in occurring]
 
 
 def _exact_streams(rows: Sequence[RowSpans], most_spans: int) -> set[str]:

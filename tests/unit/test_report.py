@@ -237,6 +237,24 @@ def test_lanes_of_too_many_spans_are_cut_into_bins(lay_out: LayOut) -> None:
     assert "tp in" in schedule.note
 
 
+@pytest.mark.parametrize("most_spans", [0, 1000])
+def test_kinds_that_no_palette_has_are_one_and_style_nothing(most_spans: int) -> None:
+    """Kinds are free text in files: more of them than letters, and one with a style of its own."""
+    kinds = ["forward", "red);background:url(//x)", *(f"kind{i}" for i in range(30))]
+    spans = tuple(
+        Span(0, "compute", f"{i}F0", float(i), i + 1.0, kind, i) for i, kind in enumerate(kinds)
+    )
+    schedule = schedule_of([Timeline(spans=spans)], caption="", most_spans=most_spans)
+    assert schedule.data["kinds"] == ["forward", "other"]
+    assert [key for key, _ in schedule.legend] == ["forward", "other"]
+    assert "url" not in json.dumps([schedule.data["kinds"], schedule.legend])
+    (lane,) = schedule.data["rows"][0]["lanes"]
+    if most_spans:
+        assert len(lane["gap"]) == len(kinds)
+    else:
+        assert set(lane["bins"][::2]) == {"a", "b"}
+
+
 def test_two_timelines_stand_rank_by_rank(lay_out: LayOut) -> None:
     both = [lay_out("1F1B", 2, 4), lay_out("1F1B", 2, 4, forward_s=0.02, source="measured")]
     labels = [row["label"] for row in schedule_of(both, caption="").data["rows"]]
