@@ -23,6 +23,11 @@ PP_STREAMS = ("pp_send_next", "pp_send_prev", "pp_recv_next", "pp_recv_prev")
 """Pipeline transfers, one stream a peer and direction: a link is full duplex, and peers differ."""
 STREAMS = (COMPUTE, TP, CP, EP, DP, *PP_STREAMS, HOST)
 """Every stream a rank may have, in the order charts and traces show them."""
+TIED_EMBEDDING = "tied embedding"
+"""The name of the sum of its gradients, by both ends of each pipeline."""
+EXPERTS = "expert "
+"""What measured names on the data-parallel stream begin with where only ranks with the same experts take
+part."""
 
 
 class Span(NamedTuple):

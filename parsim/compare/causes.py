@@ -17,7 +17,7 @@ from statistics import fmean
 from parsim.compare.waiting import COLLECTIVE_STREAMS, without_waiting
 from parsim.plan import ParallelPlan
 from parsim.schedule.program import Program, step_time_s
-from parsim.timeline import Span, Timeline, transfers
+from parsim.timeline import EXPERTS, Span, Timeline, transfers
 
 _COMPUTE_KINDS = ("forward", "backward", "input_grad", "weight_grad", "recompute")
 PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -133,7 +133,8 @@ def _durations(timeline: Timeline, plan: ParallelPlan, kinds: Iterable[str]) -> 
         replicas[plan.coordinate(rank).pp] += 1
     for span in timeline.spans:
         if span.kind in kinds:
-            by_name[plan.coordinate(span.rank).pp, span.name][span.rank] += span.duration_s
+            name = span.name.removeprefix(EXPERTS)  # predicted together with the others of its stage
+            by_name[plan.coordinate(span.rank).pp, name][span.rank] += span.duration_s
     return {key: sum(own.values()) / replicas[key[0]] for key, own in by_name.items()}
 
 

@@ -7,11 +7,22 @@ wait for others. A prediction tells the two apart; so must a measurement that is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import replace
 
-from parsim.plan import Coordinate, ParallelPlan
-from parsim.timeline import CP, DP, EP, TP, Span, Timeline, rank_breakdowns_s, transfers
+from parsim.plan import ParallelPlan
+from parsim.timeline import (
+    CP,
+    DP,
+    EP,
+    EXPERTS,
+    TIED_EMBEDDING,
+    TP,
+    Span,
+    Timeline,
+    rank_breakdowns_s,
+    transfers,
+)
 
 COLLECTIVE_STREAMS = (TP, CP, EP, DP)
 
@@ -62,11 +73,10 @@ def _collectives(spans: Iterable[Span], plan: ParallelPlan) -> Iterator[tuple[Sp
 
     The k-th collective of a name on each rank of a group is the same one.
     """
-    groups = {stream: _group_of(plan, stream) for stream in COLLECTIVE_STREAMS}
     taking_part: dict[tuple[str, Hashable, str], dict[int, list[Span]]] = defaultdict(dict)
     for span in sorted(spans, key=lambda s: s.start_s):
-        if span.stream in groups and span.rank < plan.gpus:
-            key = span.stream, groups[span.stream](span.rank), span.name
+        if span.stream in COLLECTIVE_STREAMS and span.rank < plan.gpus:
+            key = span.stream, _group_of(plan, span), span.name
             taking_part[key].setdefault(span.rank, []).append(span)
     for by_rank in taking_part.values():
         if len({len(own) for own in by_rank.values()}) != 1:
@@ -78,17 +88,22 @@ def _collectives(spans: Iterable[Span], plan: ParallelPlan) -> Iterator[tuple[Sp
                     yield span, last_s
 
 
-def _group_of(plan: ParallelPlan, stream: str) -> Callable[[int], Hashable]:
-    """What is equal for all ranks that take part in a collective of a stream, from a global rank."""
+def _group_of(plan: ParallelPlan, span: Span) -> Hashable:
+    """What is equal for all ranks that take part in a span's collective.
 
-    def stage_index(at: Coordinate) -> int:
-        return (at.dp * plan.cp + at.cp) * plan.tp + at.tp
-
-    groups: dict[str, Callable[[Coordinate], Hashable]] = {
-        TP: lambda at: (at.pp, at.dp, at.cp),
-        CP: lambda at: (at.pp, at.dp, at.tp),
-        DP: lambda at: (at.pp, at.tp),
-        EP: lambda at: (at.pp, stage_index(at) // plan.expert_ranks),
-    }
-    key = groups[stream]
-    return lambda rank: key(plan.coordinate(rank))
+    On the data-parallel stream are not only sums over replicas: both ends of a pipeline sum the
+    gradients of a tied embedding, and those of experts are summed by the ranks that hold the same ones.
+    """
+    at = plan.coordinate(span.rank)
+    in_stage = (at.dp * plan.cp + at.cp) * plan.tp + at.tp
+    if span.stream == TP:
+        return at.pp, at.dp, at.cp
+    if span.stream == CP:
+        return at.pp, at.dp, at.tp
+    if span.stream == EP:
+        return at.pp, in_stage // plan.expert_ranks
+    if span.name == TIED_EMBEDDING:
+        return at.dp, at.cp, at.tp
+    if span.name.startswith(EXPERTS):
+        return at.pp, in_stage % plan.expert_ranks
+    return at.pp, at.tp

@@ -25,7 +25,7 @@ from parsim.schedule.action import (
 )
 from parsim.schedule.program import Task
 from parsim.stack import Stack
-from parsim.timeline import COMPUTE, DP, HOST, TP
+from parsim.timeline import COMPUTE, DP, HOST, TIED_EMBEDDING, TP
 
 
 @dataclass(slots=True)
@@ -193,7 +193,7 @@ class ReplicaSync:
         if self.cost.tied_reduce_s > 0:
             last = self.rank_of[len(self.cost.stages) - 1]
             traffic = Traffic(self.cost.tied_reduce_s, self.cost.tied_reduce_bytes)
-            self._reduce_between("tied embedding", self.rank_of[0], last, traffic)
+            self._reduce_between(TIED_EMBEDDING, self.rank_of[0], last, traffic)
         for stage, traffic in enumerate(self.cost.copies_reduce):
             copy = self.rank_of[len(self.cost.copies_reduce) + stage]
             one, other = sorted((self.rank_of[stage], copy))

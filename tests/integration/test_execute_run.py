@@ -23,7 +23,7 @@ from parsim.execute.launch.checkpoint_folder import newest
 from parsim.execute.launch.watch import Ranks
 from parsim.execute.measurement import Measurement
 from parsim.execute.request import Case, Checkpoints
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Schedule
@@ -145,6 +145,19 @@ def test_replicas_sum_gradients_once_after_the_last_backward(measured: dict[str,
     assert reduced.name == "gradients 0"
     backwards = [s for s in spans(measured["dp=2"], 0, COMPUTE) if s.kind == "backward"]
     assert reduced.start_s >= max(s.end_s for s in backwards)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["tp=2,micro_batch=4", "dp=4,ep=2,zero=1", "dp=4,ep=2,zero=2"])
+def test_sums_of_experts_are_named_apart_from_those_of_all_replicas(text: str) -> None:
+    """Two ranks hold the same experts in each of these; all others are those of every replica."""
+    moe = dataclasses.replace(MODEL, moe=MoeSpec(experts=4, top_k=2, ffn_hidden=24))
+    case = dataclasses.replace(timed(text), job=dataclasses.replace(JOB, model=moe), steps=1)
+    (found,) = run_cases([case], Launch(timeout_s=120))
+    assert isinstance(found, Measurement)
+    replicas = {"gradients 0"} | ({"parameters 0"} if case.plan.zero else set())
+    named = {f"expert {name}" for name in replicas} | (replicas if case.plan.dp > 1 else set())
+    assert set(in_order(spans(found, 0, DP))) == named
 
 
 @pytest.mark.slow

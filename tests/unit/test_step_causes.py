@@ -188,6 +188,48 @@ def test_replicas_of_another_tensor_parallel_rank_are_not_waited_for() -> None:
     assert without_waiting(timeline, ParallelPlan(dp=2, tp=2)) == timeline
 
 
+def waits_s(plan: ParallelPlan, name: str, begins_s: list[float], end_s: float = 9.0) -> list[float]:
+    """By rank, how long of a collective on the data-parallel stream is waiting for others."""
+    spans = tuple(Span(rank, "dp", name, begin_s, end_s, "dp") for rank, begin_s in enumerate(begins_s))
+    found = without_waiting(Timeline(spans=spans, source="measured"), plan).spans
+    return [span.start_s - begin_s for span, begin_s in zip(found, begins_s, strict=True)]
+
+
+def test_both_ends_of_a_pipeline_wait_for_each_other_with_a_tied_embedding() -> None:
+    # Ranks 0 and 2 are one pipeline, 1 and 3 the other; replicas do not meet in this sum.
+    plan = ParallelPlan(pp=2, dp=2)
+    assert waits_s(plan, "tied embedding", [1.0, 2.0, 5.0, 3.0]) == [4.0, 1.0, 0.0, 0.0]
+
+
+def test_experts_are_waited_for_by_those_that_hold_the_same() -> None:
+    # Four ranks of a stage (dp=2, tp=2), two to all experts: 0 and 2 hold one half, 1 and 3 the other.
+    plan = ParallelPlan(dp=2, tp=2, ep=2)
+    assert waits_s(plan, "expert gradients 0", [1.0, 2.0, 5.0, 3.0]) == [4.0, 1.0, 0.0, 0.0]
+    # With ep=1 every rank holds all of them, also those of another tensor-parallel place.
+    plan = ParallelPlan(dp=2, tp=2)
+    assert waits_s(plan, "expert gradients 0", [1.0, 2.0, 5.0, 3.0]) == [4.0, 3.0, 0.0, 2.0]
+    # With ep=4 each is alone with its own.
+    plan = ParallelPlan(dp=4, tp=2, ep=4)
+    begins_s = [1.0, 2.0, 3.0, 4.0, 5.0, 1.0, 2.0, 3.0]
+    assert waits_s(plan, "expert gradients 0", begins_s) == [4.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_sums_of_experts_explain_what_was_predicted_with_those_of_their_stage() -> None:
+    tasks = (
+        Task(0, "compute", "0B0", "backward", 1.0, ()),
+        Task(0, "dp", "gradients 0", "dp", 0.5, (0,)),
+    )
+    spans = (
+        Span(0, "compute", "0B0", 0.0, 1.0, "backward"),
+        Span(0, "dp", "gradients 0", 1.0, 1.5, "dp"),
+        Span(0, "dp", "expert gradients 0", 1.5, 2.5, "dp"),
+    )
+    timeline = Timeline(spans=spans, source="measured")
+    causes = {c.what: c for c in causes_of(Program(tasks=tasks), ParallelPlan(), timeline, 2.5)}
+    assert causes["dp"].difference_s == pytest.approx(-1.0)
+    assert causes["rest"].difference_s == pytest.approx(0.0)
+
+
 def test_work_under_other_names_still_counts() -> None:
     """A trace names kernels, not actions: what a rank measured is shared by its predicted actions."""
     tasks = (

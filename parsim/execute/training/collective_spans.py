@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 
 from parsim.execute.training.recorder import Label, Recorder
-from parsim.timeline import DP, TP
+from parsim.timeline import DP, EXPERTS, TP
 
 _FUNCTIONAL = (
     "all_reduce",
@@ -33,8 +33,11 @@ _REDUCTIONS = ("reduce_scatter_tensor", "reduce_scatter_single")
 
 
 @contextlib.contextmanager
-def recorded_collectives(recorder: Recorder) -> Iterator[None]:
-    """Turn the collectives of DTensor and FSDP into spans as long as this lasts."""
+def recorded_collectives(recorder: Recorder, experts: Sequence[int] = ()) -> Iterator[None]:
+    """Turn the collectives of DTensor and FSDP into spans as long as this lasts.
+
+    `experts`: the ranks that shard the same routed experts, where those are not all replicas.
+    """
     issued: list[Any] = []
 
     def issue(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +60,7 @@ def recorded_collectives(recorder: Recorder) -> Iterator[None]:
         return call
 
     def data_parallel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return functools.partial(_timed, recorder, name)
+        return functools.partial(_timed, recorder, name, experts)
 
     with contextlib.ExitStack() as undo:
         for name in _FUNCTIONAL:
@@ -86,12 +89,19 @@ def _tp_label(recorder: Recorder) -> Label:
     return Label(TP, str(action), TP, action.stage, action.micro_batch)
 
 
-def _timed(recorder: Recorder, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _timed(
+    recorder: Recorder,
+    name: str,
+    experts: Sequence[int],
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
     """A collective whose call, or whose wait where it is asynchronous, becomes a span."""
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
-        label = Label(DP, f"{name} {recorder.stage}", DP, recorder.stage)
+        ranks = dist.get_process_group_ranks(kwargs.get("group"))
+        kind = EXPERTS if ranks == experts else ""
+        label = Label(DP, f"{kind}{name} {recorder.stage}", DP, recorder.stage)
         if kwargs.get("async_op"):
             return _TimedWork(original(*args, **kwargs), recorder, label)
         with recorder.span(label, waits=True):

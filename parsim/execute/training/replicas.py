@@ -23,7 +23,7 @@ from parsim.execute.training.local import local
 from parsim.execute.training.loss_scale import LossScale, take_step
 from parsim.execute.training.parallelize import master_dtype
 from parsim.execute.training.recorder import Label, Recorder
-from parsim.timeline import COMPUTE, DP, HOST, TP
+from parsim.timeline import COMPUTE, DP, EXPERTS, HOST, TIED_EMBEDDING, TP
 
 BUCKET_PARAMETERS = 40_000_000
 """Size at which a bucket is closed, as in Megatron-Core."""
@@ -66,9 +66,14 @@ class Bucket:
         parameters: dict[str, nn.Parameter],
         among: Holders = ALONE,
         *,
+        kind: str = "",
         sharded: bool = False,
     ) -> None:
-        """`among`: the ranks that sum its gradients, and with `sharded` share its optimizer states."""
+        """`among`: the ranks that sum its gradients, and with `sharded` share its optimizer states.
+
+        `kind`: what the names of its collectives begin with, where those are not of all replicas.
+        """
+        self.kind = kind
         self.stage = stage
         self.among = among
         self.sharded = sharded and among.size > 1
@@ -174,7 +179,8 @@ class Replicas:
                 (dense, {n: named[n] for n in copied}),
             ):
                 for parameters in list(_in_buckets(mine)):
-                    bucket = Bucket(stage, parameters, among, sharded=sharded_optimizer)
+                    kind = EXPERTS if among is not dense else ""
+                    bucket = Bucket(stage, parameters, among, kind=kind, sharded=sharded_optimizer)
                     adopt(module, bucket.parameters)
                     self.buckets.append(bucket)
         self.optimizer = make_optimizer([bucket.master for bucket in self.buckets])
@@ -195,7 +201,7 @@ class Replicas:
             with self.recorder.span(Label(HOST, "flatten gradients", "host", bucket.stage)):
                 flat = bucket.gather_gradients()
             if bucket.among.size > 1:
-                name = f"gradients {bucket.stage}"
+                name = f"{bucket.kind}gradients {bucket.stage}"
                 with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
                     flat = self._mean(flat, index)
             elif self.replicas > 1:
@@ -264,7 +270,8 @@ class Replicas:
         for bucket in self.buckets:
             if not bucket.sharded:
                 continue
-            with self.recorder.span(Label(DP, "parameters", DP, bucket.stage), waits=True):
+            name = f"{bucket.kind}parameters {bucket.stage}"
+            with self.recorder.span(Label(DP, name, DP, bucket.stage), waits=True):
                 # The input is a copy: not every backend takes a part of the output as input.
                 _all_gather(bucket.flat, bucket.shard.clone(), group=bucket.among.group)
 
@@ -290,7 +297,7 @@ class Replicas:
 
 def sum_tied(gradient: torch.Tensor, group: dist.ProcessGroup, stage: int, recorder: Recorder) -> None:
     """Let both copies of a tied embedding have the sum of their gradients."""
-    with recorder.span(Label(DP, "tied embedding", DP, stage), waits=True):
+    with recorder.span(Label(DP, TIED_EMBEDDING, DP, stage), waits=True):
         dist.all_reduce(gradient, group=group)
 
 

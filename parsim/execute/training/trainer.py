@@ -90,6 +90,16 @@ class Trainer:
             mesh_dim_names=("pp", "holders", "ep"),
         )
 
+    def _expert_holders(self) -> list[int]:
+        """The ranks with the same experts as this one, where those are others than its replicas."""
+        if self.expert_mesh is None:
+            return []
+        replicas, holders = (
+            dist.get_process_group_ranks(mesh.get_group())
+            for mesh in (self.mesh["dp"], self.expert_mesh["holders"])
+        )
+        return [] if holders == replicas else holders
+
     def _share(self) -> Share:
         """What of each layer this rank has."""
         plan = self.case.plan
@@ -255,7 +265,7 @@ class Trainer:
     def within_step(self) -> contextlib.ExitStack:
         """The context of everything that computes or communicates for training."""
         stack = contextlib.ExitStack()
-        stack.enter_context(recorded_collectives(self.recorder))
+        stack.enter_context(recorded_collectives(self.recorder, self._expert_holders()))
         if self.tp_mesh is not None:
             stack.enter_context(loss_parallel())
         return stack
