@@ -40,10 +40,13 @@ def document(
     command: str, inputs: dict[str, Any], answer: dict[str, Any], *, seed: int = 0
 ) -> dict[str, Any]:
     """The JSON document of a command's answer."""
+    from parsim.cli.input_files import input_files
+
     head = {"schema_version": 1, "version": __version__, "command": command, "seed": seed}
     if words := COMMAND_LINE.get():
         head["command_line"] = with_settings(words)
-    return head | {"inputs": {k: v for k, v in inputs.items() if v is not None}} | answer
+    given = {k: v for k, v in inputs.items() if v is not None}
+    return head | {"inputs": given, "input_files": input_files(given, answer)} | answer
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ from parsim.report.step import step_of, timeline_sections
 from parsim.timeline import Timeline
 
 USUAL = {
-    *("schema_version", "version", "command", "command_line", "seed", "inputs", "model", "hardware"),
+    *("schema_version", "version", "command", "command_line", "seed", "inputs", "input_files"),
+    *("model", "hardware"),
     *("hardware_overrides", "stack", "job", "plan", "stage_layers", "gpus", "num_micro_batches"),
     *("step_time_s", "interval_s", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "mfu"),
     *("mfu_causal", "bubble_fraction", "fits", "memory_bytes", "breakdown_s"),

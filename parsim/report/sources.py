@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 from parsim import __version__
-from parsim.config import dump_json, find, is_file
-from parsim.errors import ParsimError
+from parsim.config import dump_json
 from parsim.hardware import describe
 from parsim.model import ModelSpec, num_parameters
 from parsim.report.document import Node
 from parsim.report.page import Cell, Code, Column, Download, Part, Row, Section, Table
 from parsim.report.step import Step
-from parsim.shipped import data_folder, shipped
 from parsim.units import format_count
 
-KINDS = {"model": "models", "hardware": "hardware_profiles", "stack": "hardware_profiles/stacks"}
-"""Inputs that name shipped files, and where those lie."""
 PACKAGES = ("numpy", "scipy", "simpy", "networkx")
 """What the figures depend on beside parsim."""
 
@@ -56,9 +49,9 @@ def inputs_section(steps: Mapping[str, Step], document: Node) -> Section:
                 rows=tuple(Row(cells=tuple(Cell(text=t, value=t) for t in entry)) for entry in shown),
             )
         )
-    hashed = sorted(set(_named_files(document, steps)))
-    if hashed:
-        parts.append(_files_table(hashed))
+    files = document.tables("input_files") if "input_files" in document else []
+    if files:
+        parts.append(_files_table(files))
     return Section(title="Inputs and their sources", parts=tuple(parts))
 
 
@@ -92,37 +85,14 @@ def _model_entries(model: ModelSpec) -> Iterator[Entry]:
     yield "model", f"{model.name}, {shape}", model.source
 
 
-def _named_files(document: Node, steps: Mapping[str, Step]) -> Iterator[tuple[str, Path]]:
-    """Every file that the inputs name, or that stands behind a name in them."""
-    inputs: Mapping[str, Any] = document.table("inputs").data if "inputs" in document else {}
-    named = [(kind, name) for kind in KINDS for name in str(inputs.get(kind) or "").split(",")]
-    for step in steps.values():
-        named += [("hardware", step.file.hardware or ""), ("stack", step.file.stack or "")]
-        if step.costs is not None:
-            named.append(("stack", step.costs.stack.name))
-    for kind, name in named:
-        try:
-            path = find(KINDS[kind], name.strip(), what=kind) if name.strip() else None
-        except ParsimError:
-            continue
-        if path is not None:
-            is_shipped = path in shipped(KINDS[kind]).values()
-            shown = path.relative_to(data_folder(KINDS[kind]).parent) if is_shipped else path
-            yield f"{shown} (shipped)" if is_shipped else str(shown), path
-    for key, value in inputs.items():
-        for name in value if isinstance(value, list) else [value]:
-            if key not in KINDS and isinstance(name, str) and is_file(Path(name)):
-                yield name, Path(name)
-
-
-def _files_table(files: list[tuple[str, Path]]) -> Table:
-    rows = []
-    for name, path in files:
-        try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            digest = f"cannot be read: {error.strerror}"
-        rows.append(Row(cells=(Cell(text=name, value=name), Cell(text=digest, value=digest))))
+def _files_table(files: list[Node]) -> Table:
+    """The files that the command had read, as its document says: this page reads none."""
+    rows = [
+        Row(
+            cells=tuple(Cell(text=text, value=text) for text in (file.text("name"), file.text("sha256")))
+        )
+        for file in files
+    ]
     return Table(
         caption="Files, by SHA-256",
         columns=(Column(key="file", title="file"), Column(key="sha256", title="SHA-256")),

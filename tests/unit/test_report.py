@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import itertools
 import json
@@ -128,6 +129,30 @@ def test_names_from_files_stay_text(step: Simulated, tmp_path: Path) -> None:
     for held, script in evil.scripts:
         if held.get("type") == "application/json":
             json.loads(script)
+
+
+def test_files_are_listed_as_the_command_read_them(tmp_path: Path) -> None:
+    """A document names no file that a report would open, and what changed since is not in it."""
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"plan": {"dp": 2}}))
+    words = "simulate --model tiny-llama-8l --hardware local-cpu --global-batch 4 --plan".split()
+    document = json.loads(run_json(*words, str(plan), folder=tmp_path))
+    listed = {file["name"]: file["sha256"] for file in document["input_files"]}
+    then = hashlib.sha256(plan.read_bytes()).hexdigest()
+    assert listed[str(plan)] == then
+    assert {name for name in listed if name.endswith("(shipped)")} == {
+        "models/tiny-llama-8l.toml (shipped)",
+        "hardware_profiles/local-cpu.toml (shipped)",
+        "stacks/parsim-executor.toml (shipped)",
+    }
+    plan.write_text("{}")
+    secret = tmp_path / "secret"
+    secret.write_text("of somebody else")
+    document["inputs"] |= {"x": str(secret), "model": f"{secret}.toml", "fabric": str(secret)}
+    page = again(tmp_path, document)
+    assert then in page
+    assert hashlib.sha256(secret.read_bytes()).hexdigest() not in page
+    assert str(secret) not in page
 
 
 def test_embedded_data_cannot_end_its_element() -> None:
