@@ -90,8 +90,9 @@ def write_inputs(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with (ROOT / "published_runs/runs.csv").open(newline="") as source:
         rows = list(csv.reader(source))
-    framework = rows[0].index("framework")
-    own = [row for row in rows[1:] if row[framework] == "torchtitan"][:8]
+    framework, year = rows[0].index("framework"), rows[0].index("year")
+    # Without a year the stack is the current one.
+    own = [row for row in rows[1:] if row[framework] == "torchtitan" and not row[year]][:8]
     with (folder / "my_runs.csv").open("w", newline="") as target:
         csv.writer(target).writerows([rows[0], *own])
     made = run_script(

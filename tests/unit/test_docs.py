@@ -43,7 +43,7 @@ def test_commands_have_the_options_that_are_shown(example: Example) -> None:
 
 def test_most_examples_are_run() -> None:
     assert len(QUICK) >= 6
-    assert sum(example.is_run for example in EXAMPLES) >= 25
+    assert sum(example.is_run for example in EXAMPLES) >= 20
     assert sum(len(example.commands) for example in EXAMPLES) >= 40
     assert all(re.search(r"not run: \w+", e.comments) for e in EXAMPLES if not e.is_run)
 
