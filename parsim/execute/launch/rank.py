@@ -79,8 +79,15 @@ def run_rank(
 
 def _join(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
     """Meet the other ranks; the group for what is no part of training."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    # torchrun keeps its store when it starts ranks again: the addresses of those before are in it.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     dist.init_process_group(
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=timeout_s)
+        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+        store=dist.PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
     )
     return dist.new_group(backend="gloo")
 
