@@ -217,6 +217,15 @@ def test_a_layer_is_the_difference_of_few_and_many() -> None:
     )  # fmt: skip
 
 
+def test_a_disturbed_difference_leaves_all_of_it_to_the_layers() -> None:
+    few = one_rank(FEW, {"F": 13, "B": 30}, optimizer_s=9, step_host_s=0)
+    more = one_rank(MORE, {"F": 12, "B": 54}, optimizer_s=6, step_host_s=0)
+    mode = host_mode("plain", few, more)
+    assert (mode.layer_forward_s, mode.ends_forward_s) == (2e-3, 0.0)
+    assert (mode.layer_backward_s, mode.ends_backward_s) == (6e-3, 18e-3)
+    assert (mode.layer_step_s, mode.step_s) == (0.0, 6e-3)  # which may well not grow with layers
+
+
 def test_walks_over_a_graph_grow_with_the_square_of_its_layers() -> None:
     whole = tuple(one_rank(n, {"B": 3 * n}) for n in (FEW, MORE))
     split = tuple(one_rank(n, {"I": 2 * n, "W": 4 * n + 0.5 * n * n}) for n in (FEW, MORE))

@@ -105,7 +105,8 @@ def host_mode(mode: str, few: OneRank, more: OneRank) -> HostMode:
     """A layer and the rest, from what a rank with few and with more layers took."""
     forward_s, ends_forward_s = _line(*(_pass_s(rank, "F") for rank in (few, more)))
     backward_s, ends_backward_s = _line(*(_pass_s(rank, "B") for rank in (few, more)))
-    layer_step_s, step_s = _line(*(_outside_s(rank) for rank in (few, more)))
+    few_s, more_s = _outside_s(few), _outside_s(more)
+    layer_step_s, step_s = _line(few_s, more_s) if more_s > few_s else (0.0, _rounded(more_s))
     return HostMode(
         mode=mode,
         layer_forward_s=forward_s,
@@ -141,9 +142,13 @@ def _outside_s(rank: OneRank) -> float:
 
 
 def _line(few_s: float, more_s: float) -> tuple[float, float]:
-    """(seconds a layer, the rest); neither is negative."""
-    layer_s = max(0.0, (more_s - few_s) / (MORE - FEW))
-    return _rounded(layer_s), _rounded(max(0.0, few_s - FEW * layer_s))
+    """(seconds a layer, the rest); neither is negative.
+
+    Where other work made fewer layers the slower ones, the difference says nothing: then all of what
+    more layers took is theirs, the most that it can be.
+    """
+    layer_s = (more_s - few_s) / (MORE - FEW) if more_s > few_s else more_s / MORE
+    return _rounded(layer_s), _rounded(max(0.0, few_s - FEW * layer_s) if more_s > few_s else 0.0)
 
 
 def _rounded(seconds: float) -> float:
