@@ -27,6 +27,11 @@ class Node:
             self._refuse(key, "a number")
         return float(value)
 
+    def positive(self, key: str) -> float:
+        """A finite number above zero."""
+        value = self.number(key)
+        return value if value > 0 else self._refuse(key, "a number above zero")
+
     def optional(self, key: str) -> float | None:
         """A finite number, or None where there is none."""
         return self.number(key) if key in self else None
@@ -66,6 +71,21 @@ class Node:
         listed = enumerate(self._list(key))
         node = Node(data={f"{key}[{i}]": value for i, value in listed}, where=self.where)
         return [node.number(place) for place in node.data]
+
+    def series(self, key: str) -> list[float]:
+        """A list of finite numbers, one or more."""
+        return self.numbers(key) or self._refuse(key, "one number or more")
+
+    def pair(self, key: str) -> tuple[float, float]:
+        """Two finite numbers."""
+        found = self.numbers(key)
+        return (found[0], found[1]) if len(found) == 2 else self._refuse(key, "two numbers")
+
+    def truths(self, key: str) -> list[bool]:
+        """A list of truth values; none where the key is missing."""
+        values = self._list(key) if key in self else []
+        node = Node(data={f"{key}[{i}]": value for i, value in enumerate(values)}, where=self.where)
+        return [node.truth(place) for place in node.data]
 
     def texts(self, key: str) -> list[str]:
         """A list of texts; none where the key is missing."""

@@ -86,8 +86,8 @@ def title_of(item: Node) -> str:
 
 def answer_of(item: Node, costs: CostModel | None, *, binds: str, verdict: str) -> Answer:
     """The first screen of a predicted step; without costs neither price nor capacity are known."""
-    step_s = item.number("step_time_s")
-    low, high = item.numbers("interval_s")
+    step_s = item.positive("step_time_s")
+    low, high = item.pair("interval_s")
     tokens_per_s = item.number("tokens_per_s_per_gpu") * item.number("gpus")
     facts = [
         Fact(
@@ -162,7 +162,7 @@ def shares_of(breakdown_s: dict[str, float]) -> tuple[Share, ...]:
 
 def breakdown_section(item: Node) -> Section:
     """Where the step goes, from the FLOPs at peak rate to the whole step."""
-    step_s, parts = item.number("step_time_s"), item.seconds("breakdown_s")
+    step_s, parts = item.positive("step_time_s"), item.seconds("breakdown_s")
     pieces = []
     ideal_s = (item.optional("mfu_causal") or 0.0) * step_s
     compute_s = parts.get("compute", 0.0)
@@ -251,7 +251,7 @@ def robust_section(item: Node) -> Section | None:
     if "robust" not in item:
         return None
     robust = item.table("robust")
-    step_s = item.number("step_time_s")
+    step_s = item.positive("step_time_s")
     rows = [
         Row(
             cells=(

@@ -63,7 +63,7 @@ def _answer(model: str, own: list[Node], rows: list[Node]) -> Answer:
         _cost_fact(row),
         Fact(
             label="Step time and MFU",
-            value=f"{format_duration(row.number('step_time_s'))}, {row.number('mfu'):.1%}",
+            value=f"{format_duration(row.positive('step_time_s'))}, {row.number('mfu'):.1%}",
             note=f"{row.number('tokens_per_s_per_gpu'):,.0f} tokens/s a GPU",
             meter=row.number("mfu"),
             meter_text="MFU",
@@ -180,7 +180,7 @@ def _option_row(row: Node, *, marked: bool) -> Row:
         Cell(text=model, value=model),
         Cell(text=hardware, value=hardware),
         Cell(text=f"{row.number('gpus'):,.0f}", value=row.number("gpus")),
-        Cell(text=format_duration(row.number("step_time_s")), value=row.number("step_time_s")),
+        Cell(text=format_duration(row.positive("step_time_s")), value=row.positive("step_time_s")),
         Cell(text=f"{row.number('mfu'):.1%}", value=100 * row.number("mfu")),
         Cell(text=said, value=row.seconds("breakdown_s").get("compute"), shares=shares),
         Cell(text=f"{row.number('goodput'):.1%}", value=100 * row.number("goodput")),

@@ -122,7 +122,7 @@ def _kept_columns(columns: tuple[Column, ...], rows: list[Row]) -> list[int]:
 
 
 def _row(place: int, item: Node, first: Node, *, marked: bool) -> Row:
-    plan, step_s = item.table("plan"), item.number("step_time_s")
+    plan, step_s = item.table("plan"), item.positive("step_time_s")
     parts = item.seconds("breakdown_s")
     file = plan_from_data(dict(item.data), where=item.where)
     if file.job is None:
@@ -167,7 +167,7 @@ def _why_slower(item: Node, first: Node) -> str:
 
 def _pareto(items: list[Node], index: int, costs: CostModel | None) -> Section:
     """Step time against memory of the listed plans."""
-    places = [(item.number("step_time_s"), item.seconds("memory_bytes")["peak"]) for item in items]
+    places = [(item.positive("step_time_s"), item.seconds("memory_bytes")["peak"]) for item in items]
     front = pareto_front(places)
     rules = []
     if costs is not None:

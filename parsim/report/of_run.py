@@ -27,6 +27,8 @@ def run_chapter(document: Node, timelines: tuple[Timeline, ...] = ()) -> Chapter
         return Chapter(
             command="run", title=chapter.title, answers=chapter.answers, sections=chapter.sections
         )
+    if document.data.get("steps_s") == [] and "verify" in document:
+        return _verified_only(document)
     if "steps_s" not in document:
         raise ParsimError(
             "this document holds no measured steps, so there is nothing to report",
@@ -50,6 +52,24 @@ def run_chapter(document: Node, timelines: tuple[Timeline, ...] = ()) -> Chapter
     )
 
 
+def _verified_only(document: Node) -> Chapter:
+    """The chapter of a plan that was compared with single-process training, and not timed."""
+    file = plan_from_data(dict(document.data), where=document.where)
+    fact, name = _verify_fact(document), document.table("model").text("name")
+    answer = Answer(
+        headline=f"{name} verified, not timed: {fact.value}",
+        plan=file.plan.short(),
+        facts=(fact,),
+        verdict="",
+    )
+    return Chapter(
+        command="run",
+        title=f"{name}, verified",
+        answers=(answer,),
+        sections=(reproduce_section(document),),
+    )
+
+
 def _step(document: Node, timelines: tuple[Timeline, ...]) -> Step:
     """The run's plan and costs; its timelines are the given ones, or that of the document and, where it
     can be had again, the predicted one before it.
@@ -65,17 +85,16 @@ def _step(document: Node, timelines: tuple[Timeline, ...]) -> Step:
     measured = timeline_from_data(document.data["timeline"], where=f"{document.where}: timeline")
     if costs is not None and file.job is not None and "predicted_s" in document:
         prediction, predicted = predict(file.job, file.plan, costs)
-        if abs(prediction.step_time_s / document.number("predicted_s") - 1) <= SAME:
+        if abs(prediction.step_time_s / document.positive("predicted_s") - 1) <= SAME:
             timelines = (unfolded(predicted, file.plan),)
     return Step(file=file, costs=costs, timelines=(*timelines, measured), why_not=why_not)
 
 
 def _answer(document: Node, plan: str) -> Answer:
-    measured_s, ranks = document.number("step_time_s"), document.number("world_size")
+    measured_s, ranks = document.positive("step_time_s"), document.number("world_size")
     job = document.table("job")
     tokens_per_s = job.number("global_batch") * job.number("seq_len") / measured_s
-    disturbed = sum(bool(value) for value in document.data.get("disturbed", ()))
-    timed = len(document.numbers("steps_s"))
+    disturbed, timed = sum(document.truths("disturbed")), len(document.series("steps_s"))
     facts = [
         Fact(
             label="Measured",
@@ -96,7 +115,7 @@ def _answer(document: Node, plan: str) -> Answer:
                 note=f"error {error:+.1%}",
             )
         )
-    losses = document.numbers("loss")
+    losses = document.series("loss")
     facts += [
         Fact(
             label="Throughput", value=f"{format_count(tokens_per_s)} tokens/s", note=f"{ranks:.0f} ranks"
@@ -140,15 +159,13 @@ def _comparison(document: Node, timelines: tuple[Timeline, ...]) -> Section:
     """Where the error is: the measured breakdown, beside the predicted one where that is known."""
     measured = document.seconds("breakdown_s")
     predicted = breakdown_s(timelines[0]) if len(timelines) > 1 else {}
-    table = comparison_table(predicted, measured, step_s=document.number("step_time_s"))
+    table = comparison_table(predicted, measured, step_s=document.positive("step_time_s"))
     return Section(title="Predicted against measured", parts=(table,))
 
 
 def _steps(document: Node) -> Section:
     """Every step's time."""
-    steps_s = document.numbers("steps_s")
-    flags = document.data.get("disturbed")
-    disturbed = flags if isinstance(flags, list) else []
+    steps_s, disturbed = document.series("steps_s"), document.truths("disturbed")
     points = [
         Point(
             x=i,
@@ -157,10 +174,10 @@ def _steps(document: Node) -> Section:
             hollow=late,
         )
         for i, (seconds, late) in enumerate(
-            zip(steps_s, [*map(bool, disturbed), *[False] * len(steps_s)], strict=False)
+            zip(steps_s, [*disturbed, *[False] * len(steps_s)], strict=False)
         )
     ]
-    median_s = document.number("step_time_s")
+    median_s = document.positive("step_time_s")
     rules = [Rule(value=median_s, text=f"median {format_duration(median_s)}")]
     predicted_s = document.optional("predicted_s")
     if predicted_s is not None:
@@ -179,7 +196,7 @@ def _steps(document: Node) -> Section:
 
 
 def _loss(document: Node) -> Section:
-    losses = document.numbers("loss")
+    losses = document.series("loss")
     plot = Plot(
         alt=f"Loss from {losses[0]:.4f} to {losses[-1]:.4f} over {len(losses)} steps.",
         x=linear_axis("step", (len(losses) - 1,), lambda step: f"{step:g}", exact=True),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from parsim.config import load_cluster, load_stack
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.hardware import with_overrides
+from parsim.hardware import peak_flops_per_s, with_overrides
 from parsim.plan_file import PlanFile, plan_from_data
 from parsim.report.document import Node
 from parsim.report.memory import memory_picture
@@ -60,7 +60,7 @@ def step_of(item: Node, timelines: tuple[Timeline, ...] = ()) -> Step:
     if costs is None:
         return Step(file=file, timelines=timelines, why_not=why_not)
     prediction, timeline = predict(file.job, file.plan, costs)
-    step_s = item.number("step_time_s")
+    step_s = item.positive("step_time_s")
     if abs(prediction.step_time_s / step_s - 1) <= SAME:
         return Step(file=file, costs=costs, prediction=prediction, timelines=timelines or (timeline,))
     return Step(
@@ -81,6 +81,7 @@ def costs_of(file: PlanFile) -> tuple[CostModel | None, str]:
     try:
         cluster = with_overrides(load_cluster(file.hardware), **file.hardware_overrides)  # type: ignore[arg-type]
         stack = load_stack(file.stack or cluster.default_stack)
+        peak_flops_per_s(cluster.device, file.job.precision)  # refuses a dtype that it has not
     except ParsimError as error:
         why = f"{error.what} ({error.where})" if error.where else error.what
         return None, f"not at hand: {why}"
