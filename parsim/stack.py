@@ -143,6 +143,9 @@ class Stack:
     sums_norm_gradients: bool = False
     """Under sequence parallelism a tp rank has its part of the gradients of norms; their sum is counted:
     one all-reduce a step, or with ZeRO-2 and 3 one for each tensor and reduction (DTensor)."""
+    sums_tied_shards: bool = False
+    """Under ZeRO the two stages with a copy of a tied embedding sum the shards of its gradients that
+    each rank keeps; else whole gradients (Megatron-Core's finalize_model_grads)."""
     zero_broadcast_s: float = 0.0
     """ZeRO's parameters come back after the update by one broadcast from each rank of the shard group,
     each of this time beyond its transfer (InternEvo); 0: by one all-gather."""

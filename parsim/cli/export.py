@@ -150,7 +150,7 @@ def _schedule_csv(setup: Setup, plan: ParallelPlan) -> Exported:
 
     require_flush(plan, "--to schedule-csv")
     schedule = make_schedule(plan, plan.num_micro_batches(setup.job))
-    two_chains = ("stages that two ranks hold each: torch.distributed.pipelining does not run them",)
+    two_chains = ("stages that two ranks hold each: torch.distributed.pipelining cannot run this",)
     return Exported(
         text=schedule_to_csv(schedule), not_expressed=two_chains if schedule.chains > 1 else ()
     )

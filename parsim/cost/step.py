@@ -60,6 +60,8 @@ def step_cost(job: Job, plan: ParallelPlan, costs: CostModel) -> StepCost:
     # In a V the first and the last stage share a rank.
     if job.model.tied_embeddings and plan.stage_rank(0) != plan.stage_rank(plan.num_stages - 1):
         size = job.model.vocab * job.model.hidden / plan.tp * gradient_bytes(job.precision, costs.stack)
+        if plan.zero and costs.stack.sums_tied_shards:
+            size /= plan.shard_group
         ends = _pair(plan.stage_rank(0), plan.stage_rank(plan.num_stages - 1), plan, costs.cluster)
         tied_s = collective_s(costs.cluster, "all_reduce", size, ends)
         tied_bytes = wire_factor("all_reduce", 2) * size

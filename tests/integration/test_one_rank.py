@@ -78,8 +78,9 @@ EIGHT_RANKS = (
     case("cp=8,zero=3,recompute=full"),
     case("dp=2,cp=2,tp=2,zero=1", BIASED),
     case("cp=2,tp=2,pp=2,recompute=selective"),
-    # Under ZeRO-1 the executor sums shards of both copies; the cost model prices whole ones.
+    case("dp=2,tp=2,pp=2,zero=1", TIED),
     case("dp=2,tp=2,pp=2", TIED),
+    case("dp=4,pp=2,zero=2", TIED),
 )
 
 

@@ -33,9 +33,11 @@ def swept(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> t
 
 
 def answered(capsys: pytest.CaptureFixture[str]) -> str:
-    """The document on stdout, without the command that it repeats."""
+    """The document on stdout, but for the one line with the command, which says how it was asked."""
     lines = capsys.readouterr().out.splitlines(keepends=True)
-    return "".join(line for line in lines if not line.startswith('  "command_line": '))
+    answer = [line for line in lines if not line.startswith('  "command_line": "parsim sweep ')]
+    assert len(answer) == len(lines) - 1
+    return "".join(answer)
 
 
 def sessions() -> dict[int, list[str]]:

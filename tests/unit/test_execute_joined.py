@@ -95,7 +95,7 @@ def of_torchrun(logs: str, *, attempt: int = 0, run_id: str = "none", rank: int 
         TORCHRUN
         | {
             "RANK": str(rank), "TORCHELASTIC_RUN_ID": run_id, "TORCHELASTIC_RESTART_COUNT": str(attempt),
-            "TORCHELASTIC_ERROR_FILE": f"/tmp/torchelastic_x/{logs}/attempt_{attempt}/{rank}/error.json",
+            "TORCHELASTIC_ERROR_FILE": f"torchelastic_x/{logs}/attempt_{attempt}/{rank}/error.json",
         }
     )  # fmt: skip
     assert found is not None

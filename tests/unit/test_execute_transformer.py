@@ -109,7 +109,10 @@ def test_no_token_sees_those_after_it(spec: ModelSpec) -> None:
     other[0, 9] = (other[0, 9] + 1) % spec.vocab
     model = made(spec)
     before, after = model(tokens), model(other)
-    torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-12, atol=1e-12)
+    if spec.moe is None:
+        assert torch.equal(before[:, :9], after[:, :9])
+    else:  # the experts' products have other sizes where another token goes elsewhere
+        torch.testing.assert_close(before[:, :9], after[:, :9], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 

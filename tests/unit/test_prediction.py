@@ -318,6 +318,15 @@ def test_tied_embeddings_are_summed_between_the_ends_of_the_pipeline() -> None:
     assert step(model, ParallelPlan(pp=4, vpp=2, schedule="zbv")).tied_reduce_s == 0
 
 
+@pytest.mark.parametrize(("sums_tied_shards", "shards"), [(False, 1), (True, 4)])
+def test_under_zero_the_ends_sum_whole_gradients_or_shards(sums_tied_shards: bool, shards: int) -> None:
+    model, plan = small_model(tied_embeddings=True), ParallelPlan(pp=2, dp=4)
+    size = 4 * 4096 * 512
+    for zero, summed in ((0, size), (1, size / shards), (3, size / shards)):
+        cost = step(model, replace(plan, zero=zero), sums_tied_shards=sums_tied_shards)
+        assert cost.tied_reduce_s == pytest.approx(all_reduce_s(summed, 2))
+
+
 def test_the_copies_of_a_stage_sum_what_their_ranks_keep_of_its_gradients() -> None:
     plan = ParallelPlan(pp=2, dp=2, vpp=2, schedule="dualpipe")
     stages = step(small_model(), plan).stages
