@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from parsim.cli.options import Setup
 from parsim.cli.run_launch import timed_case
 from parsim.compare.steps import StepComparison, compare_steps
 from parsim.config import load_cluster, load_model, load_stack, write_file
@@ -43,6 +42,7 @@ from parsim.plan import Job, ParallelPlan
 from parsim.schedule import running_schedule
 from parsim.schedule.check import check_plan
 from parsim.search.space import Constraints, families
+from parsim.setup import Setup
 from parsim.simulate.prediction import predict
 from parsim.stack import Stack
 from parsim.timeline import breakdown_s

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from parsim.config import dump_json, load_cluster, load_model, load_stack
-from parsim.cost.stage import CostModel
+from parsim.config import dump_json, load_cluster, load_model
 from parsim.export.timeline_json import timeline_to_data
-from parsim.hardware import Cluster, default_precision, peak_flops_per_s
+from parsim.hardware import Cluster
 from parsim.model import ModelSpec
-from parsim.plan import Job, ParallelPlan, parse_plan
-from parsim.schedule.check import check_plan
+from parsim.plan import ParallelPlan
 from parsim.search.search import SearchResult, search
 from parsim.search.space import Constraints
+from parsim.setup import Flags, load_plan, load_setup, rank_costs
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
 
@@ -45,61 +44,43 @@ def plan(
 
     Raises ParsimError for bad input, and its subclass NothingFits where no plan fits.
     """
-    job, costs = _setup(model, hardware, global_batch, seq_len, stack, precision)
+    flags = Flags(
+        model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack,
+        precision=precision,
+    )  # fmt: skip
+    setup = load_setup(flags)
     return search(
-        job, gpus, costs, constraints=constraints, top=top, budget_s=budget_s, processes=processes
-    )
+        setup.job, gpus, setup.costs(), constraints=constraints, top=top, budget_s=budget_s,
+        processes=processes,
+    )  # fmt: skip
 
 
 def simulate(
     plan: str | ParallelPlan,
     *,
-    model: str | ModelSpec,
-    hardware: str | Cluster,
+    model: str | ModelSpec | None = None,
+    hardware: str | Cluster | None = None,
     global_batch: int | None = None,
     seq_len: int | None = None,
     stack: str | None = None,
     precision: str | None = None,
 ) -> tuple[Prediction, Timeline]:
-    """One step of a plan, a noun or the short form "dp=8,tp=4", as `parsim simulate` replays it.
+    """One step of a plan, as `parsim simulate` replays it.
 
-    `global_batch` is in sequences; without one each pipeline runs 2·pp micro-batches. A short form that
-    does not name tp_overlap has the stack's usual one.
+    `plan` is a noun, the short form "dp=8,tp=4", or the path of a plan file, whose model, hardware and
+    job hold where nothing else is given. `global_batch` is in sequences; without one each pipeline runs
+    2·pp micro-batches. A short form that does not name tp_overlap has the stack's usual one.
 
     Raises ParsimError for bad input and for a plan that is not legal; one that does not fit in memory is
     simulated all the same (`Prediction.fits`).
     """
-    from dataclasses import replace
-
-    noun = parse_plan(plan) if isinstance(plan, str) else plan
-    batch = 2 * noun.pp * noun.dp * noun.micro_batch if global_batch is None else global_batch
-    job, costs = _setup(model, hardware, batch, seq_len, stack, precision)
-    if isinstance(plan, str) and "tp_overlap" not in plan:
-        noun = replace(noun, tp_overlap=noun.tp > 1 and costs.stack.default_tp_overlap)
-    check_plan(job, noun, costs.cluster)
-    return predict(job, noun, costs)
-
-
-def _setup(
-    model: str | ModelSpec,
-    hardware: str | Cluster,
-    global_batch: int,
-    seq_len: int | None,
-    stack: str | None,
-    precision: str | None,
-) -> tuple[Job, CostModel]:
-    """The job, and the cost model of its model on a cluster with the software on it."""
-    spec = load_model(model) if isinstance(model, str) else model
-    cluster = load_cluster(hardware) if isinstance(hardware, str) else hardware
-    dtype = precision or default_precision(cluster.device)
-    peak_flops_per_s(cluster.device, dtype)
-    job = Job(
-        model=spec,
-        seq_len=spec.max_seq_len if seq_len is None else seq_len,
-        global_batch=global_batch,
-        precision=dtype,
-    )
-    return job, CostModel(spec, cluster, load_stack(stack or cluster.default_stack))
+    flags = Flags(
+        model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack,
+        precision=precision,
+    )  # fmt: skip
+    setup, noun = load_plan(plan, flags)
+    by_rank = rank_costs(setup.rank_hardware, setup, flags, noun)
+    return predict(setup.job, noun, setup.costs(), costs_by_rank=by_rank)
 
 
 def to_data(noun: SearchResult | Prediction | Timeline) -> dict[str, Any]:

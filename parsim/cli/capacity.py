@@ -25,7 +25,6 @@ from parsim.cli.capacity_run import Found, Wanted, find
 from parsim.cli.completion import complete_hardware, complete_model
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
-    Flags,
     InterNodeOption,
     IntraNodeOption,
     JsonOption,
@@ -36,6 +35,7 @@ from parsim.cli.options import (
 )
 from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import ReportOption, write_report
+from parsim.setup import Flags
 
 if TYPE_CHECKING:
     from parsim.search.capacity import Limits

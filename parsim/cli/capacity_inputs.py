@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from parsim.cli.options import Flags, load_setup
+from parsim.setup import Flags, load_setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +44,7 @@ def read_cases(
         budget = _token_budget(tokens, spec)
         seq_len = spec.max_seq_len if flags.seq_len is None else flags.seq_len
         batch = flags.global_batch or usual_batch(budget, max(1, seq_len))
-        for hardware in _names(flags.hardware or "", "--hardware"):
+        for hardware in _names(str(flags.hardware or ""), "--hardware"):
             setup = load_setup(replace(flags, model=name, hardware=hardware, global_batch=batch))
             cluster = replace(setup.cluster, price=prices.get(hardware, setup.cluster.price))
             cluster = with_overrides(cluster, usd_per_gpu_hour=usd_per_gpu_hour)

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.options import (
-    Flags,
     HardwareOption,
     InterNodeOption,
     IntraNodeOption,
     JsonOption,
-    load_machine,
 )
 from parsim.cli.output import document, print_json, print_lines, print_table
+from parsim.setup import Flags, load_machine
 
 if TYPE_CHECKING:
     from parsim.simulate.collectives import Collective

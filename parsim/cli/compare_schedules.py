@@ -9,7 +9,6 @@ import typer
 
 from parsim.cli.completion import complete_schedule
 from parsim.cli.options import (
-    Flags,
     GlobalBatchOption,
     HardwareOption,
     InterNodeOption,
@@ -20,9 +19,9 @@ from parsim.cli.options import (
     PrecisionOption,
     SeqLenOption,
     StackOption,
-    load_plan,
 )
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.setup import Flags, load_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,19 +10,17 @@ import typer
 
 from parsim.cli.auto_stages import stage_lines
 from parsim.cli.options import (
-    Flags,
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
     ModelOption,
     PlanArgument,
     SeqLenOption,
-    Setup,
     StackOption,
-    load_plan,
     require_flush,
 )
 from parsim.cli.output import document, print_json, say
+from parsim.setup import Flags, Setup, load_plan
 
 if TYPE_CHECKING:
     from parsim.export.target import Exported

@@ -9,7 +9,6 @@ import typer
 
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
-    Flags,
     GlobalBatchOption,
     HardwareOption,
     InterNodeOption,
@@ -19,17 +18,17 @@ from parsim.cli.options import (
     ModelOption,
     SeqLenOption,
     StackOption,
-    load_setup,
 )
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
 from parsim.cli.report import ReportOption, write_report
+from parsim.setup import Flags, load_setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from parsim.cli.options import Setup
     from parsim.search.robust import Recommendation
     from parsim.search.search import SearchResult
+    from parsim.setup import Setup
     from parsim.simulate.prediction import Prediction
 
 

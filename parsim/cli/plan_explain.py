@@ -11,11 +11,11 @@ from parsim.cli.output import Section, document, print_json, print_lines, print_
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from parsim.cli.options import Setup
     from parsim.plan import Job
     from parsim.plan_file import PlanFile
     from parsim.search.explain import Explanation
     from parsim.search.partition.chosen import Partitioned
+    from parsim.setup import Setup
     from parsim.simulate.prediction import Prediction
 
 

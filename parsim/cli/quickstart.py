@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.calibrate import DeviceKind, DeviceOption, run_calibration, summary
-from parsim.cli.options import JsonOption, Setup
+from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.setup import Setup
 
 if TYPE_CHECKING:
     from parsim.execute.measurement import Measurement

@@ -11,7 +11,6 @@ import typer
 from parsim.cli.auto_stages import stage_lines
 from parsim.cli.calibrate import DeviceKind, DeviceOption
 from parsim.cli.options import (
-    Flags,
     GlobalBatchOption,
     HardwareOption,
     JsonOption,
@@ -19,9 +18,7 @@ from parsim.cli.options import (
     PlanArgument,
     PrecisionOption,
     SeqLenOption,
-    Setup,
     StackOption,
-    load_plan,
 )
 from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import ReportOption, write_report
@@ -54,6 +51,7 @@ from parsim.cli.run_verify import (
 )
 from parsim.cli.simulate_ps import plan_of_workers
 from parsim.cli.validate_step import draw_overlay
+from parsim.setup import Flags, Setup, load_plan
 
 if TYPE_CHECKING:
     from parsim.compare.itemised import ItemisedComparison

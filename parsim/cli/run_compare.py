@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from parsim.cli.options import Setup
     from parsim.compare.itemised import ItemisedComparison
     from parsim.execute.measurement import Measurement
     from parsim.execute.request import Case
+    from parsim.setup import Setup
     from parsim.timeline import Timeline
 
 

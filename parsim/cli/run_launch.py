@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parsim.cli.options import Setup
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.setup import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

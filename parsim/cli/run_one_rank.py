@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parsim.cli.options import Setup
 from parsim.cli.output import say
+from parsim.setup import Setup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

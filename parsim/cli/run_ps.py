@@ -11,9 +11,9 @@ import typer
 from parsim.cli.simulate_ps import read_ps
 
 if TYPE_CHECKING:
-    from parsim.cli.options import Setup
     from parsim.execute.measurement import Measurement
     from parsim.execute.request import Case
+    from parsim.setup import Setup
     from parsim.simulate.parameter_server import PsRun
     from parsim.timeline import Timeline
 

@@ -10,7 +10,6 @@ import typer
 from parsim.cli.auto_stages import stages_section
 from parsim.cli.completion import complete_schedule
 from parsim.cli.options import (
-    Flags,
     GlobalBatchOption,
     HardwareOption,
     InterNodeOption,
@@ -21,7 +20,6 @@ from parsim.cli.options import (
     PrecisionOption,
     SeqLenOption,
     StackOption,
-    load_plan,
     require_flush,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
@@ -53,11 +51,11 @@ from parsim.cli.simulate_uneven import (
     RankHardwareOption,
     SeedOption,
     StragglerOption,
-    rank_costs,
     read_unevenness,
     unevenness_section,
 )
 from parsim.cli.simulated_step import StepRequest, pictures_section, read_schedule, simulate_step
+from parsim.setup import Flags, load_plan, rank_costs
 
 
 def simulate(

@@ -7,14 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parsim.cli.options import Flags, Setup, load_machine
 from parsim.cli.output import Section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from parsim.cli.simulated_step import SimulatedStep
-    from parsim.cost.stage import CostModel
     from parsim.plan import ParallelPlan
     from parsim.simulate.uneven import Straggler, Unevenness
 
@@ -83,47 +81,6 @@ def _stragglers(text: str, seed: int, plan: ParallelPlan) -> list[Straggler]:
         )
     ranks = random.Random(f"{seed} {text}").sample(range(plan.gpus), given["count"])
     return [Straggler(rank, **factors) for rank in sorted(ranks)]
-
-
-def rank_costs(
-    texts: Sequence[str] | None, setup: Setup, flags: Flags, plan: ParallelPlan
-) -> tuple[CostModel, ...]:
-    """The cost model of every pipeline rank; none where all have the same devices.
-
-    Raises ParsimError for ranks that the plan does not have, or devices that cannot train in the job's
-    precision.
-    """
-    from dataclasses import replace
-
-    from parsim.cost.stage import CostModel
-    from parsim.errors import ParsimError
-    from parsim.hardware import peak_flops_per_s
-
-    if not texts:
-        return ()
-    by_rank = [setup.costs()] * plan.pp
-    for text in texts:
-        ranks, equals, hardware = (piece.strip() for piece in text.partition("="))
-        first, dash, last = ranks.partition("-")
-        if not equals or not first.isdecimal() or not (last.isdecimal() or not dash):
-            raise ParsimError(
-                "devices are given for pipeline ranks",
-                where="--rank-hardware",
-                got=text,
-                expected="8-15=a100-sxm-80gb or 3=a100-sxm-80gb",
-            )
-        low, high = int(first), int(last or first)
-        if not low <= high < plan.pp:
-            raise ParsimError(
-                "there are no such pipeline ranks",
-                where=f"--rank-hardware {text}",
-                got=ranks,
-                expected=f"0 to {plan.pp - 1}",
-            )
-        cluster, _ = load_machine(replace(flags, hardware=hardware, stack=setup.stack.name))
-        peak_flops_per_s(cluster.device, setup.job.precision)
-        by_rank[low : high + 1] = [CostModel(setup.job.model, cluster, setup.stack)] * (high - low + 1)
-    return tuple(by_rank)
 
 
 def unevenness_section(step: SimulatedStep) -> Section:

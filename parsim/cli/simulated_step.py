@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parsim.cli.options import Setup, require_flush
+from parsim.cli.options import require_flush
 from parsim.cli.output import Section, say
+from parsim.setup import Setup
 
 if TYPE_CHECKING:
     from parsim.cost.stage import CostModel

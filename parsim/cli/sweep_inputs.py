@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from parsim.cli.capacity_inputs import read_gpu_counts
 from parsim.cli.constraints import CHOICES, MOST, Allowed
-from parsim.cli.options import Flags, Setup, load_plan, load_setup
 from parsim.errors import ParsimError, did_you_mean
+from parsim.setup import Flags, Setup, load_plan, load_setup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

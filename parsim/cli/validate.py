@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from parsim.cli.options import Flags, HardwareOption, JsonOption, load_machine
+from parsim.cli.options import HardwareOption, JsonOption
 from parsim.cli.output import document, print_json, print_lines, progress
 from parsim.cli.report import ReportOption, write_report
 from parsim.cli.validate_step import StepFiles, validate_step
+from parsim.setup import Flags, load_machine
 
 
 def validate(

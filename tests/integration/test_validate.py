@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from parsim.cli.main import run_command
-from parsim.cli.options import Flags, load_plan
 from parsim.cli.validate_step import slowest_replicas
 from parsim.export.timeline_json import timeline_to_data
 from parsim.plan import ParallelPlan
 from parsim.schedule.program import task_times, timeline_of
+from parsim.setup import Flags, load_plan
 from parsim.simulate.fold import unfolded
 from parsim.simulate.prediction import program_of
 from parsim.timeline import Span, Timeline, breakdown_s

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from parsim.cli.capacity_inputs import read_cases, read_prices
-from parsim.cli.options import Flags
 from parsim.errors import ParsimError
 from parsim.hardware import Price
+from parsim.setup import Flags
 
 HEADER = "hardware,usd_per_gpu_hour,source,date\n"
 
