@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parsim.api import load_cluster, load_model, plan, simulate, to_data, to_json
+    from parsim.api import capacity, load_cluster, load_model, plan, simulate, to_data, to_json
 
 __version__ = "0.1.0"
-__all__ = ["load_cluster", "load_model", "plan", "simulate", "to_data", "to_json"]
+__all__ = ["capacity", "load_cluster", "load_model", "plan", "simulate", "to_data", "to_json"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,20 +6,25 @@ ParsimError, with the same texts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from parsim.capacity_cases import GPU_MTBF, check_numbers, check_prices, read_cases, read_long_runs
 from parsim.config import dump_json, load_cluster, load_model
 from parsim.export.timeline_json import timeline_to_data
 from parsim.hardware import Cluster
 from parsim.model import ModelSpec
 from parsim.plan import ParallelPlan
+from parsim.search.capacities import Capacity, Wanted, find_capacity
+from parsim.search.capacity import Limits
+from parsim.search.capacity_data import capacity_data
 from parsim.search.search import SearchResult, search
 from parsim.search.space import Constraints
 from parsim.setup import Flags, load_plan, load_setup, rank_costs
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
 
-__all__ = ["load_cluster", "load_model", "plan", "simulate", "to_data", "to_json"]
+__all__ = ["capacity", "load_cluster", "load_model", "plan", "simulate", "to_data", "to_json"]
 
 
 def plan(
@@ -83,12 +88,59 @@ def simulate(
     return predict(setup.job, noun, setup.costs(), costs_by_rank=by_rank)
 
 
-def to_data(noun: SearchResult | Prediction | Timeline) -> dict[str, Any]:
+def capacity(
+    *,
+    model: str | ModelSpec | Sequence[str | ModelSpec],
+    hardware: str | Cluster | Sequence[str | Cluster],
+    gpus: int | Sequence[int],
+    tokens: int | str,
+    deadline_s: float | None = None,
+    budget_usd: float | None = None,
+    global_batch: int | None = None,
+    seq_len: int | None = None,
+    stack: str | None = None,
+    precision: str | None = None,
+    usd_per_gpu_hour: float | None = None,
+    mtbf: str = GPU_MTBF,
+    pue: float | None = None,
+    constraints: Constraints | None = None,
+    top: int = 1,
+    budget_s: float = 60.0,
+    scaling: bool = False,
+    sensitivity: bool = False,
+) -> Capacity:
+    """Days, dollars and energy of a training on each cluster, as `parsim capacity` finds them.
+
+    `tokens` is a number, or a text such as "15T" or "20x" (a parameter); `mtbf` is the flag's text.
+    `Capacity.answers` holds, by model, the options to take within `deadline_s` and `budget_usd`, the
+    recommended one first.
+
+    Raises ParsimError for bad input; clusters that no plan fits on are in `Capacity.refused`.
+    """
+    flags = Flags(global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision)
+    limits = Limits(deadline_s=deadline_s, budget_usd=budget_usd)
+    check_numbers(pue, usd_per_gpu_hour)
+    models = [model] if isinstance(model, str | ModelSpec) else model
+    machines = [hardware] if isinstance(hardware, str | Cluster) else hardware
+    counts = [gpus] if isinstance(gpus, int) else gpus
+    cases = list(read_cases(models, machines, flags, counts, tokens, usd_per_gpu_hour, {}))
+    check_prices(limits, cases)
+    long_run, assumed = read_long_runs(mtbf)
+    wanted = Wanted(
+        limits=limits, constraints=constraints or Constraints(), long_run=long_run, assumed=assumed,
+        top=top, budget_s=budget_s, scaling=scaling, sensitivity=sensitivity, pue=pue,
+    )  # fmt: skip
+    return find_capacity(cases, wanted)
+
+
+def to_data(noun: SearchResult | Prediction | Timeline | Capacity) -> dict[str, Any]:
     """A noun as plain data: of a prediction a plan file's ITEM, of a search its `space` and `plans`."""
     if isinstance(noun, Prediction):
         return noun.to_item()
     if isinstance(noun, Timeline):
         return timeline_to_data(noun)
+    if isinstance(noun, Capacity):
+        return capacity_data(noun)
     from dataclasses import asdict
 
     return {
@@ -99,6 +151,6 @@ def to_data(noun: SearchResult | Prediction | Timeline) -> dict[str, Any]:
     }
 
 
-def to_json(noun: SearchResult | Prediction | Timeline) -> str:
+def to_json(noun: SearchResult | Prediction | Timeline | Capacity) -> str:
     """The JSON text of `to_data`."""
     return dump_json(to_data(noun))

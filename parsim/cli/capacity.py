@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parsim.cli.capacity_inputs import (
+from parsim.capacity_cases import (
     GPU_MTBF,
-    budget_usd,
-    check_chart,
     check_numbers,
     check_prices,
-    deadline_s,
-    origin_of,
     read_cases,
     read_gpu_counts,
-    read_long_run,
+    read_long_runs,
+    read_names,
     read_prices,
 )
-from parsim.cli.capacity_report import print_report, report_data, write_csv
-from parsim.cli.capacity_run import Found, Wanted, find
+from parsim.cli.capacity_inputs import budget_usd, check_chart, deadline_s
+from parsim.cli.capacity_report import print_report
 from parsim.cli.completion import complete_hardware, complete_model
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import (
@@ -33,12 +30,12 @@ from parsim.cli.options import (
     SeqLenOption,
     StackOption,
 )
-from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.output import document, noticing_interrupts, print_json, progress, say
 from parsim.cli.report import ReportOption, write_report
 from parsim.setup import Flags
 
 if TYPE_CHECKING:
-    from parsim.search.capacity import Limits
+    from parsim.search.capacities import Capacity
 
 
 @with_constraints
@@ -136,47 +133,48 @@ def capacity(
       parsim capacity --model llama-3.1-8b --hardware h100-sxm-80gb,b200-sxm-180gb --gpus 64-512 \\
           --tokens 20x --deadline 30days --budget 500k --chart capacity.png
     """
+    from parsim.search.capacities import Wanted, find_capacity
     from parsim.search.capacity import Limits
+    from parsim.search.capacity_data import capacity_data
 
-    flags = Flags(
-        hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision,
-        inter_node=inter_node, intra_node=intra_node, memory=memory,
-    )  # fmt: skip
     for path in (chart, scaling_chart, tornado_chart):
         check_chart(path)
+    flags = Flags(
+        global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision,
+        inter_node=inter_node, intra_node=intra_node, memory=memory,
+    )  # fmt: skip
     limits = Limits(deadline_s=deadline_s(deadline), budget_usd=budget_usd(budget))
     check_numbers(pue, usd_per_gpu_hour)
-    listed = read_prices(prices)
-    cases = list(read_cases(model, flags, read_gpu_counts(gpus), tokens, usd_per_gpu_hour, listed))
+    machines, listed = read_names(hardware, "--hardware"), read_prices(prices)
+    cases = list(
+        read_cases(
+            read_names(model, "--model"), machines, flags, read_gpu_counts(gpus), tokens,
+            usd_per_gpu_hour, listed,
+        )
+    )  # fmt: skip
     check_prices(limits, cases)
-    long_run, assumed = read_long_run(mtbf)
+    long_run, assumed = read_long_runs(mtbf)
     wanted = Wanted(
         limits=limits,
         constraints=allowed.constraints(),
         long_run=long_run,
+        assumed=assumed,
         top=top,
         budget_s=budget_s,
         scaling=scaling or scaling_chart is not None,
         sensitivity=sensitivity or tornado_chart is not None,
+        pue=pue,
     )
-    origins = {case.hardware: origin_of(case, flags) for case in cases}
-    found = find(cases, wanted)
-    written = _draw(found, limits, chart, scaling_chart, tornado_chart)
-    if csv is not None:
-        write_csv(found, limits, pue, csv)
-        written.append(csv)
+    with noticing_interrupts() as interrupted, progress() as show:
+        found = find_capacity(cases, wanted, progress=show, interrupted=interrupted)
     inputs = flags.given() | {
-        "model": model, "gpus": gpus, "tokens": tokens, "deadline": deadline, "budget": budget,
-        "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
+        "model": model, "hardware": hardware, "gpus": gpus, "tokens": tokens, "deadline": deadline,
+        "budget": budget, "mtbf": mtbf, "usd_per_gpu_hour": usd_per_gpu_hour, "pue": pue, "top": top,
         "prices": str(prices) if prices else None,
         "constraints": allowed.given(),
     }  # fmt: skip
-    whole = document("capacity", inputs, report_data(found, limits, pue, origins, assumed))
-    if as_json:
-        print_json(whole)
-    else:
-        print_report(found, limits, pue, assumed)
-        print_lines([f"wrote {path}" for path in written])
+    whole = document("capacity", inputs, capacity_data(found))
+    _answer(found, whole, _write(found, chart, scaling_chart, tornado_chart, csv), as_json=as_json)
     write_report(report, whole)
     if found.partial:
         say("interrupted: only what was done by then is shown")
@@ -185,19 +183,31 @@ def capacity(
         raise typer.Exit(1)
 
 
-def _draw(
-    found: Found,
-    limits: Limits,
+def _answer(found: Capacity, whole: dict[str, Any], written: list[Path], *, as_json: bool) -> None:
+    """The answer on stdout, what was left out or written on stderr."""
+    for note in found.notes:
+        say(note)
+    if as_json:
+        print_json(whole)
+    else:
+        print_report(found)
+    for path in written:
+        say(f"wrote {path}")
+
+
+def _write(
+    found: Capacity,
     chart: Path | None,
     scaling_chart: Path | None,
     tornado_chart: Path | None,
+    table: Path | None,
 ) -> list[Path]:
-    """The charts that were asked for and that there is something to draw of."""
+    """The charts that were asked for and that there is something to draw of, and the table."""
     written = []
     if chart is not None and found.options:
         from parsim.charts.pareto import draw_pareto
 
-        draw_pareto(found.options, limits, chart)
+        draw_pareto(found.options, found.wanted.limits, chart)
         written.append(chart)
     if scaling_chart is not None and found.strong:
         from parsim.charts.scaling import draw_scaling
@@ -212,4 +222,10 @@ def _draw(
     for path in (chart, scaling_chart, tornado_chart):
         if path is not None and path not in written:
             say(f"nothing to draw in {path}")
+    if table is not None:
+        from parsim.config import write_file
+        from parsim.search.capacity_data import capacity_csv
+
+        write_file(table, capacity_csv(found))
+        written.append(table)
     return written

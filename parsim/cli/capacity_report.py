@@ -1,207 +1,30 @@
-"""What `parsim capacity` answers: table, JSON and CSV of the same rows."""
+"""What `parsim capacity` answers, for reading."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parsim.cli.output import print_lines, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
-    from parsim.cli.capacity_run import Found
-    from parsim.search.capacity import Answer, Case, Limits, Option
+    from parsim.search.capacities import Capacity
+    from parsim.search.capacity import Limits, Option
     from parsim.search.scaling import ScalingPoint
     from parsim.search.sensitivity import Sensitivity
 
 
-def row_data(option: Option, limits: Limits, pue: float | None) -> dict[str, Any]:
-    """What a row says beyond the plan's ITEM; unknown or infinite figures are null."""
-    from parsim.search.capacity import probability_within
-
-    low, high = 1 / option.spread, option.spread
-    wall_s, usd = option.wall_s, option.usd
-    data = {
-        "tokens": option.case.tokens,
-        "days_ideal": option.ideal_s / 86400,
-        "goodput": option.goodput,
-        "days": wall_s / 86400,
-        "days_interval": [wall_s * low / 86400, wall_s * high / 86400],
-        "gpu_hours": option.gpu_hours,
-        "usd": usd,
-        "usd_interval": None if usd is None else [usd * low, usd * high],
-        "usd_per_gpu_hour": option.price and option.price.usd_per_gpu_hour,
-        "price_source": option.price and f"{option.price.source} {option.price.date}".strip(),
-        "energy_kwh": option.energy.kwh,
-        "energy_kwh_bounds": list(option.energy),
-        "facility_kwh": None if pue is None else option.energy.facility_kwh(pue),
-        "memory_headroom": option.headroom,
-        "mtbf_s": option.failures.mtbf_s,
-        "checkpoint_interval_s": option.checkpointing.between_s,
-        "binds": option.binds,
-        "gains_of_10_percent": option.gains,
-        "proven": option.proven,
-        "meets": limits.met_by(option),
-        "deadline_probability": probability_within(option, wall_s, limits.deadline_s),
-        "budget_probability": probability_within(option, usd, limits.budget_usd),
-    }
-    return {key: _finite(value) for key, value in data.items()}
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return value
-
-
-def report_data(
-    found: Found,
-    limits: Limits,
-    pue: float | None,
-    origins: Mapping[str, dict[str, Any]],
-    assumed: Callable[[Option], tuple[str, ...]],
-) -> dict[str, Any]:
-    """The answer of `capacity --json`; each of its rows is a plan file."""
-    from parsim.search.capacity import front
-
-    options = found.options
-    best = front(options)
-    rows = [
-        option.prediction.to_item()
-        | origins[option.case.hardware]
-        | row_data(option, limits, pue)
-        | {"pareto": number in best}
-        for number, option in enumerate(options)
-    ]
-    return {
-        "partial": found.partial,
-        "rows": rows,
-        "refused": [
-            {
-                "model": no.case.job.model.name,
-                "hardware": no.case.hardware,
-                "gpus": no.case.gpus,
-                "global_batch": no.case.job.global_batch,
-                "reason": no.why,
-            }
-            for no in found.refused
-        ],
-        "answers": {
-            model: [_answer_data(answer, options) for answer in found_answers]
-            for model, found_answers in answers_by_model(options, limits).items()
-        },
-        "scaling": {
-            "strong": {key: [_point_data(p) for p in points] for key, points in found.strong.items()},
-            "weak": {key: [_point_data(p) for p in points] for key, points in found.weak.items()},
-        },
-        "sensitivity": {
-            name: [_sensitivity_data(effect) for effect in effects]
-            for name, effects in found.sensitivity.items()
-        },
-        "assumed": list(assumed(options[0])) if options else [],
-    }
-
-
-def answers_by_model(options: Sequence[Option], limits: Limits) -> dict[str, tuple[Answer, ...]]:
-    """Answers of every model, the recommended one first; none where nothing is within the limits."""
-    from parsim.search.capacity import answers, recommended
-
-    found = {}
-    for model in dict.fromkeys(option.case.job.model.name for option in options):
-        own = answers([o for o in options if o.case.job.model.name == model], limits)
-        first = recommended(own, limits)
-        found[model] = tuple(sorted(own, key=lambda answer: answer is not first))
-    return found
-
-
-def _answer_data(answer: Answer, options: Sequence[Option]) -> dict[str, Any]:
-    place = {id(option): row for row, option in enumerate(options)}
-    return {
-        "objective": answer.objective,
-        "row": place[id(answer.choice)],
-        "best_by_figures": place[id(answer.best)],
-        "cannot_be_told_apart": [place[id(option)] for option in answer.tied],
-        "reason": answer.reason,
-    }
-
-
-def _point_data(point: ScalingPoint) -> dict[str, Any]:
-    return {
-        "gpus": point.prediction.plan.gpus,
-        "global_batch": point.prediction.job.global_batch,
-        "plan": point.prediction.plan.short(),
-        "tokens_per_s": point.tokens_per_s,
-        "efficiency": point.efficiency,
-        "grew": point.grew,
-        "grew_by": point.grew_by,
-        "reason": point.reason,
-    }
-
-
-def _sensitivity_data(effect: Sensitivity) -> dict[str, Any]:
-    return {
-        "resource": effect.resource,
-        "change": effect.change,
-        "gain": effect.gain,
-        "plan": effect.plan.short() if effect.plan else None,
-        "replanned": effect.replanned,
-    }
-
-
-def write_csv(found: Found, limits: Limits, pue: float | None, path: Path) -> None:
-    """All rows as a table, the refused ones with their reason."""
-    import csv
-    import io
-
-    from parsim.config import write_file
-
-    rows: list[dict[str, Any]] = []
-    for option in found.options:
-        data = row_data(option, limits, pue)
-        for key in ("days", "usd"):
-            ends = data.pop(f"{key}_interval") or (None, None)
-            data |= {f"{key}_low": ends[0], f"{key}_high": ends[1]}
-        for key in ("energy_kwh_bounds", "gains_of_10_percent"):
-            data.pop(key)
-        prediction = option.prediction
-        step = {"step_time_s": prediction.step_time_s, "mfu": prediction.mfu}
-        rows.append(_key_columns(option.case) | {"plan": prediction.plan.short()} | step | data)
-    rows += [_key_columns(no.case) | {"reason": no.why} for no in found.refused]
-    names = dict.fromkeys(name for row in rows for name in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
-
-
-def _key_columns(case: Case) -> dict[str, Any]:
-    return {
-        "model": case.job.model.name,
-        "hardware": case.hardware,
-        "gpus": case.gpus,
-        "global_batch": case.job.global_batch,
-    }
-
-
-def print_report(
-    found: Found,
-    limits: Limits,
-    pue: float | None,
-    assumed: Callable[[Option], tuple[str, ...]],
-) -> None:
+def print_report(found: Capacity) -> None:
     """A table for each model, what binds, the answers, curves and sensitivities."""
+    limits = found.wanted.limits
     cases = [option.case for option in found.options] + [no.case for no in found.refused]
     for model in dict.fromkeys(case.job.model.name for case in cases):
         own = [option for option in found.options if option.case.job.model.name == model]
         case = next(case for case in cases if case.job.model.name == model)
         if own:
-            _print_table(own, limits, pue)
+            _print_table(own, limits, found.wanted.pue)
         else:
             print_lines([f"{model}: no plan on any of these clusters"])
         print_lines(
@@ -218,7 +41,7 @@ def print_report(
     for kind, curves in (("strong", found.strong), ("weak", found.weak)):
         for key, points in curves.items():
             print_lines(_curve_lines(kind, key, points))
-    print_lines(_note_lines(found.options, assumed))
+    print_lines(_note_lines(found.options, found.wanted.assumed))
 
 
 def _print_table(options: Sequence[Option], limits: Limits, pue: float | None) -> None:
@@ -270,6 +93,7 @@ def _binding_lines(options: Sequence[Option]) -> list[str]:
 
 
 def _answer_lines(options: Sequence[Option], limits: Limits) -> list[str]:
+    from parsim.search.capacities import answers_by_model
     from parsim.search.capacity import Limits
     from parsim.units import format_duration, format_usd
 

@@ -8,7 +8,7 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from parsim.cli.capacity_inputs import read_gpu_counts
+from parsim.capacity_cases import read_gpu_counts
 from parsim.cli.constraints import CHOICES, MOST, Allowed
 from parsim.errors import ParsimError, did_you_mean
 from parsim.setup import Flags, Setup, load_plan, load_setup

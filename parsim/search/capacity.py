@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 from parsim.cost.checkpoint import Checkpointing, Failures, expected_goodput
 from parsim.cost.energy import Energy, training_energy
@@ -68,6 +68,8 @@ class Case:
     hardware: str
     """As the user named it."""
     gpus: int
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """What a plan file needs beside the prediction: the names of hardware and stack."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import pytest
 import parsim
 from parsim.cli.main import run_command
 from parsim.errors import ParsimError
+from parsim.search.space import Constraints
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,6 +30,47 @@ def test_the_answers_are_those_of_the_command_line(capsys: pytest.CaptureFixture
     assert len(parsim.to_data(result)["plans"]) == 2
     with pytest.raises(ParsimError, match="unknown model"):
         parsim.simulate("dp=2", model="lama", hardware="h100-sxm-80gb")
+
+
+def test_capacity_is_the_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    found = parsim.capacity(
+        model="llama-3.1-8b", hardware="h100-sxm-80gb", gpus=[8, 16], tokens="1B", budget_usd=1e5,
+        global_batch=16, constraints=Constraints(schedule=("1f1b",)),
+    )  # fmt: skip
+    command = (
+        "--no-config capacity --model llama-3.1-8b --hardware h100-sxm-80gb --gpus 8,16 --tokens 1B "
+        "--budget 100k --global-batch 16 --schedule 1f1b --json"
+    )
+    assert run_command(command.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    mine = json.loads(parsim.to_json(found))
+    assert {key: document[key] for key in mine} == mine
+    (answers,) = found.answers.values()
+    assert answers[0].objective == "cheapest"
+    assert mine["answers"]["llama-3.1-8b"][0]["row"] == found.options.index(answers[0].choice)
+
+
+def test_a_plan_file_says_model_hardware_and_job(tmp_path: Path) -> None:
+    given = {"model": "tiny-llama-8l", "hardware": "local-cpu", "global_batch": 4}
+    prediction, _ = parsim.simulate("dp=2", **given)  # type: ignore[arg-type]
+    path = tmp_path / "plan.json"
+    origin = {"hardware": "local-cpu", "stack": "parsim-executor"}
+    path.write_text(json.dumps(parsim.to_data(prediction) | origin))
+    again, _ = parsim.simulate(str(path))
+    assert parsim.to_data(again) == parsim.to_data(prediction)
+    other, _ = parsim.simulate(str(path), global_batch=8)
+    assert other.job.global_batch == 8
+    noun, _ = parsim.simulate(prediction.plan, **given)  # type: ignore[arg-type]
+    assert noun.step_time_s == prediction.step_time_s
+
+
+def test_hosts_run_the_software_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """The stack of a host has that host's own times, wherever it is loaded."""
+    command = "--no-config simulate --plan dp=2 --model tiny-llama-8l --hardware local-cpu --json"
+    assert run_command(command.split()) == 0
+    item = json.loads(capsys.readouterr().out)
+    prediction, _ = parsim.simulate("dp=2", model="tiny-llama-8l", hardware="local-cpu")
+    assert item["step_time_s"] == prediction.step_time_s
 
 
 def test_functions_keep_their_names_and_loading_is_lazy() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parsim.cli.capacity_inputs import read_cases, read_prices
+from parsim.capacity_cases import read_cases, read_prices
 from parsim.errors import ParsimError
 from parsim.hardware import Price
 from parsim.setup import Flags
@@ -22,10 +22,10 @@ def prices(tmp_path: Path, text: str) -> dict[str, Price]:
 
 def test_a_listed_price_goes_before_the_profiles_and_a_flag_before_both(tmp_path: Path) -> None:
     listed = prices(tmp_path, HEADER + "h100-sxm-80gb,$2.10,our contract,2026-11-01\n")
-    flags = Flags(hardware="h100-sxm-80gb,b200-sxm-180gb", global_batch=64)
+    flags, machines = Flags(global_batch=64), ("h100-sxm-80gb", "b200-sxm-180gb")
 
     def found(usd: float | None) -> list[Price | None]:
-        cases = read_cases("llama-3.1-8b", flags, [8], "1B", usd, listed)
+        cases = read_cases(["llama-3.1-8b"], machines, flags, [8], "1B", usd, listed)
         return [case.costs.cluster.price for case in cases]
 
     h100, b200 = found(None)
