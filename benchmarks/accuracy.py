@@ -249,7 +249,7 @@ def _order(rows: Sequence[RunResult]) -> Iterator[str]:
         "Pairs of plans in these groups, as predicted by fits that had not seen their model. The scale "
         "is that of a logistic error of the log of their ratio, of greatest likelihood, every group "
         "weighing alike; parsim/cost/order.py holds both, rounded up. Two plans tie where the chance "
-        "that their order is right is less than 90 %."
+        "that their order is right is less than 90%."
     )
     yield ""
     yield "| pairs | number | groups | scale | tie within | tied | in the right order | others in it |"
@@ -280,7 +280,7 @@ def _table_section(name: str, report: RunReport, rows: Sequence[Row]) -> Iterato
         yield _summary_row("peak memory", report.memory)
     yield ""
     if report.coverage is not None:
-        yield f"{report.coverage:.0%} of the measured times lie in their prediction's 90 % interval."
+        yield f"{report.coverage:.0%} of the measured times lie in their prediction's 90% interval."
         yield ""
     unsupported = Counter(row.reason for row in report.rows if row.status != "ok")
     for reason, count in unsupported.most_common():

@@ -36,21 +36,21 @@ GOALS = (
         mean=0.05,
         p90=0.10,
         chosen=_of_source("ground_truth_multi"),
-        others="vTrain 14.7 %, Calculon 15.3 %",
+        others="vTrain 14.7%, Calculon 15.3%",
     ),
     Goal(
         name="vTrain, one node of A100",
         mean=0.10,
         p90=0.20,
         chosen=_of_source("ground_truth_single"),
-        others="vTrain 8.4 %, Calculon 38.9 %",
+        others="vTrain 8.4%, Calculon 38.9%",
     ),
     Goal(
         name="Korthikanti et al., table 5",
         mean=0.04,
         p90=None,
         chosen=lambda row: row.stack == "megatron-lm-2022",
-        others="Calculon 3.65 %, fitted to it",
+        others="Calculon 3.65%, fitted to it",
     ),
     Goal(name="BLOOM's trials", mean=0.05, p90=0.09, chosen=_of_source("bigscience")),
     Goal(name="llm-foundry", mean=0.06, p90=0.14, chosen=lambda row: row.stack == "llm-foundry"),
@@ -59,7 +59,7 @@ GOALS = (
         mean=0.04,
         p90=0.08,
         chosen=_of_source("SimuMax"),
-        others="SimuMax 5.6 %",
+        others="SimuMax 5.6%",
     ),
     Goal(
         name="NeMo and DGX Cloud on H100, dense",
@@ -111,12 +111,12 @@ def headline(
     yield "|---|---|---|---|"
     ranked = ranking_figures(ranking_of(rows)), ranking_figures(ranking_of(left_out))
     names = ("mean regret of the plan it likes best", "worst regret", "mean Kendall tau")
-    goals = ("≤ 2.5 %", "≤ 12 %", "≥ 0.85")
+    goals = ("≤ 2.5%", "≤ 12%", "≥ 0.85")
     for name, wanted, fitted, found in zip(names, goals, *ranked, strict=True):
         yield f"| {name} | {fitted} | {found} | {wanted} |"
-    yield f"| peak memory, median error / furthest under | {_memory(rows)} | the same | 3 % / 5 % |"
+    yield f"| peak memory, median error / furthest under | {_memory(rows)} | the same | 3% / 5% |"
     share = "–" if coverage is None else f"{coverage:.0%}"
-    yield f"| measured times inside the 90 % interval | – | {share} | 85–95 % |"
+    yield f"| measured times inside the 90% interval | – | {share} | 85–95% |"
     yield from kernels
 
 
@@ -148,4 +148,4 @@ def _figures(summary: Summary) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:g} %"
+    return "–" if share is None else f"{100 * share:g}%"

@@ -20,11 +20,11 @@ from parsim.errors import ParsimError
 MOST_POINTS = 4000
 """Points in a chart, drawn evenly over a larger table."""
 GOALS = {
-    "GEMM bf16": "4 / 10 %",
-    "GEMM bf16, A100": "6 / 15 %",
-    "GEMM fp8": "10 / 30 %",
-    "attention forward": "8 / 22 %",
-    "NCCL": "5 / 15 %",
+    "GEMM bf16": "4 / 10%",
+    "GEMM bf16, A100": "6 / 15%",
+    "GEMM fp8": "10 / 30%",
+    "attention forward": "8 / 22%",
+    "NCCL": "5 / 15%",
 }
 
 

@@ -115,7 +115,7 @@ def _kind_is_known(record: Record, records: Sequence[Record]) -> bool:
     """Whether other models tell of rows of this kind: dense or with experts, in 16 bits or fewer.
 
     Else a fit without this row's model has to guess more than a new model (fits of megatron-core-2025
-    without its one dense model in bf16 know that kind from fp8 alone, and are 40 % off).
+    without its one dense model in bf16 know that kind from fp8 alone, and are 40% off).
     """
     return any(_kind(other) == _kind(record) for other in records if other.group != record.group)
 

@@ -211,7 +211,7 @@ class Stack:
     """CUDA context, NCCL buffers and allocator slack on each device."""
 
     relative_error: float = 0.15
-    """Half width of the 90 % interval of log(measured / predicted), from models left out of the fit:
+    """Half width of the 90% interval of log(measured / predicted), from models left out of the fit:
     dense ones, in 16 bits, on devices whose kernels were measured. cost.interval says what widens it."""
     fitted_parameters: float = 0.0
     """Parameters of the largest model among the runs that constants were fitted to; 0: none were."""

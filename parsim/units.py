@@ -236,6 +236,16 @@ def format_count(count: float) -> str:
     return f"{count:.4g}"
 
 
+def percent(share: float) -> str:
+    """A share for reading, with one decimal below ten per cent.
+
+    >>> percent(3 / 11), percent(0.034)
+    ('27%', '3.4%')
+    """
+    digits = 0 if abs(share) >= 0.0995 or share == 0 else 1
+    return f"{100 * share:.{digits}f}%"
+
+
 def format_usd(usd: float) -> str:
     """US dollars for reading.
 

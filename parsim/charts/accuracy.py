@@ -24,11 +24,11 @@ from parsim.charts.style import (
     grow,
     header,
     new_figure,
-    percent,
     save,
     style,
 )
 from parsim.errors import ParsimError
+from parsim.units import percent
 
 Error = tuple[str, float, float]
 """(group, size, predicted / measured) of one run or kernel."""
@@ -114,7 +114,7 @@ def _error_axes(axes: Axes, sizes: str, size_text: Callable[[float], str], most:
     axes.xaxis.set_major_locator(LogLocator(numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size_text(value)))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel(f"{sizes} (log scale; bands: ±5, 10, 20 %)")
+    axes.set_xlabel(f"{sizes} (log scale; bands: ±5, 10, 20%)")
     axes.set_ylabel("predicted / measured")
 
 
@@ -222,7 +222,7 @@ def _regrets(axes: Axes, regrets: Sequence[float]) -> None:
     most = max(0.12, math.ceil(max(regrets) / 0.02 + 1e-9) * 0.02)
     edges = [0.0, 0.005, *np.arange(0.02, most + 0.021, 0.02)]
     counts, _ = np.histogram(regrets, bins=edges)
-    labels = ["none", *(f"≤ {100 * edge:.0f} %" for edge in edges[2:])]
+    labels = ["none", *(f"≤ {100 * edge:.0f}%" for edge in edges[2:])]
     axes.bar(range(len(counts)), counts, color=SERIES_COLORS[0], width=0.8)
     step = math.ceil(len(labels) / 6)
     axes.set_xticks(range(0, len(labels), step), labels[::step])

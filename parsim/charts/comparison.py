@@ -26,14 +26,13 @@ from parsim.charts.style import (
     grow,
     header,
     new_figure,
-    percent,
     save,
     style,
     time_unit,
 )
 from parsim.errors import ParsimError
 from parsim.timeline import Timeline
-from parsim.units import format_duration
+from parsim.units import format_duration, percent
 
 _LABEL_IN = 0.6
 """Room that the words "predicted" and "measured" need beside the ranks' names."""

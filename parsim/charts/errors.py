@@ -19,12 +19,11 @@ from parsim.charts.style import (
     grow,
     header,
     new_figure,
-    percent,
     save,
     style,
 )
 from parsim.errors import ParsimError
-from parsim.units import format_duration
+from parsim.units import format_duration, percent
 
 Comparison = tuple[str, float, float]
 """(group, measured_s, predicted_s) of one run."""

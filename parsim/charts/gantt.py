@@ -27,13 +27,12 @@ from parsim.charts.style import (
     grow,
     header,
     new_figure,
-    percent,
     save,
     style,
     time_unit,
 )
 from parsim.timeline import COMPUTE, Timeline, breakdown_s
-from parsim.units import format_duration
+from parsim.units import format_duration, percent
 
 SHADES = "shades: model chunks of a rank, the first is darkest"
 PLOT_IN = WIDTH_IN - LEFT_IN - RIGHT_IN

@@ -108,7 +108,7 @@ def _draw_curves(axes: Axes, run: LongRun) -> None:
         markersize=4.5,
         elinewidth=1.2,
         capsize=2.5,
-        label="simulated: mean, and 90 % of the runs",
+        label="simulated: mean, and 90% of the runs",
     )
     axes.xaxis.set_major_locator(FixedLocator(_TICKS_S))
     axes.xaxis.set_minor_locator(NullLocator())

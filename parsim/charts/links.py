@@ -18,14 +18,13 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
     time_unit,
 )
 from parsim.errors import ParsimError
 from parsim.simulate.contention import Contention, LinkUse
-from parsim.units import format_bandwidth, format_duration
+from parsim.units import format_bandwidth, format_duration, percent
 
 _PANEL_IN = 0.95
 _GAP_IN = 0.42

@@ -21,14 +21,13 @@ from parsim.charts.style import (
     grow,
     header,
     new_figure,
-    percent,
     save,
     style,
     time_unit,
 )
 from parsim.errors import ParsimError
 from parsim.timeline import MemorySample, Timeline
-from parsim.units import format_bytes, format_duration
+from parsim.units import format_bytes, format_duration, percent
 
 _PANEL_IN = 4.2
 _MAX_NAMED = len(SERIES_COLORS)

@@ -21,7 +21,6 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
     text_color_on,
@@ -30,6 +29,7 @@ from parsim.charts.style import (
 from parsim.errors import ParsimError
 from parsim.simulate.detail import SHARED, ActionDetail
 from parsim.timeline import COMPUTE, CP, DP, EP, TP, Span, Timeline
+from parsim.units import percent
 
 MAX_ACTIONS = 8
 """Panels that fit under each other."""

@@ -58,7 +58,7 @@ def pareto_figure(options: Sequence[Option], limits: Limits) -> Figure:
         note = (
             f"{counted(len(done), 'option')}, each with its best plan; filled: none other is better in "
             "time, cost, GPUs and free memory; line: the frontier of time and cost; "
-            "slanted bars: 90 % intervals; circled: what the title names"
+            "slanted bars: 90% intervals; circled: what the title names"
         )
         header_in = header(figure, finding, note, entries, name=name)
         panels = grow(figure, header_in, [_PANEL_IN] * len(models), 0.75)

@@ -21,14 +21,13 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
 )
 from parsim.cost.roofline import RooflineKernel, attainable_flops_per_s
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.units import format_bandwidth, format_rate
+from parsim.units import format_bandwidth, format_rate, percent
 
 _WIDTH_IN, _PLOT_IN, _KEY_IN = 10.0, 4.4, 2.7
 _ROW_IN = 0.23

@@ -19,11 +19,11 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
 )
 from parsim.search.scaling import TERMS, ScalingPoint
+from parsim.units import percent
 
 Curves = Mapping[str, Sequence[ScalingPoint]]
 """By what was scaled, such as "llama-3.1-8b on h100-sxm-80gb"."""

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from parsim.charts.gantt import SHADES, bubble_share, draw_panels
 from parsim.charts.lanes import chunks_per_rank, legend_entries, require_spans
-from parsim.charts.style import SMALL_PT, file_format, header, new_figure, percent, save, style
+from parsim.charts.style import SMALL_PT, file_format, header, new_figure, save, style
 from parsim.errors import ParsimError
 from parsim.timeline import COMPUTE, Timeline
-from parsim.units import format_bytes, format_duration
+from parsim.units import format_bytes, format_duration, percent
 
 _GAP_IN = 0.34
 """Between panels, with the words of the lower one."""

@@ -128,16 +128,6 @@ def time_unit(longest_s: float) -> tuple[str, float]:
     return "ns", 1e-9
 
 
-def percent(share: float) -> str:
-    """A share as text, with one decimal below ten per cent.
-
-    >>> percent(3 / 11), percent(0.034)
-    ('27 %', '3.4 %')
-    """
-    digits = 0 if abs(share) >= 0.0995 or share == 0 else 1
-    return f"{100 * share:.{digits}f} %"
-
-
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """A number with its noun.
 

@@ -18,11 +18,11 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
 )
 from parsim.search.sweep import Point
+from parsim.units import percent
 
 _WIDTH_IN = 9.0
 _PANEL_IN = 2.7

@@ -48,7 +48,7 @@ def tornado_figure(effects: Effects) -> Figure:
     note = (
         f"speed with {change:.0%} more (filled) and less (pale) of each, the best plan searched for "
         "anew; an asterisk: another plan is best then"
-    ).replace("%", " %")
+    )
     with style():
         figure = new_figure(_WIDTH_IN)
         name, own = next(iter(effects.items()))
@@ -81,7 +81,7 @@ def _finding(effects: Sequence[Sensitivity]) -> str:
     best = max(more, key=lambda effect: effect.gain or 0.0)
     return (
         f"{best.change:.0%} more {RESOURCES[best.resource]} would help most, by {best.gain or 0.0:.1%}"
-    ).replace("%", " %")
+    )
 
 
 def _draw_bars(axes: Axes, effects: Sequence[Sensitivity]) -> None:
@@ -92,7 +92,7 @@ def _draw_bars(axes: Axes, effects: Sequence[Sensitivity]) -> None:
         more = effect.change > 0
         gain = effect.gain if effect.gain is not None else 0.0
         axes.barh(place, gain, height=0.62, color=color if more else lighter(color, 0.55))
-        text = "nothing fits" if effect.gain is None else f"{100 * gain:+.1f} %".replace("-0.0", "+0.0")
+        text = "nothing fits" if effect.gain is None else f"{100 * gain:+.1f}%".replace("-0.0", "+0.0")
         axes.annotate(
             text + ("*" if effect.replanned else ""),
             (gain, place),
@@ -110,4 +110,4 @@ def _draw_bars(axes: Axes, effects: Sequence[Sensitivity]) -> None:
     axes.grid(axis="x", color="#EDEDED", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel("change of speed (tokens a second)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.3g} %"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:+.3g}%"))

@@ -19,13 +19,12 @@ from parsim.charts.style import (
     header,
     lighter,
     new_figure,
-    percent,
     save,
     style,
     time_unit,
 )
 from parsim.errors import ParsimError
-from parsim.units import format_duration
+from parsim.units import format_duration, percent
 
 _WIDTH_IN = 9.0
 _BAR_IN = 0.36

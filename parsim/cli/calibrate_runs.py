@@ -74,7 +74,7 @@ def _explained(found: StackFit) -> list[str]:
     else:
         lines.append("no row could be left out: the error on a new model is unknown")
     width = found.stack.relative_error
-    lines.append(f"90 % interval of a prediction: {_factor(-width)} to {_factor(width)} of it")
+    lines.append(f"90% interval of a prediction: {_factor(-width)} to {_factor(width)} of it")
     reasons: dict[str, int] = {}
     for row in found.left_out:
         text = f"{row.framework or 'no framework'}: {row.reason}"

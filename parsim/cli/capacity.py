@@ -107,7 +107,7 @@ def capacity(
         bool, typer.Option("--scaling", help="Also weak scaling: the batch grows with the GPUs.")
     ] = False,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="What 10 % more or less of each resource would do.")
+        bool, typer.Option("--sensitivity", help="What 10% more or less of each resource would do.")
     ] = False,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as a table.")] = None,
     chart: Annotated[

@@ -130,7 +130,7 @@ def _tight(option: Option) -> str:
 
     if option.headroom >= ENOUGH_HEADROOM:
         return ""
-    return f"; BEWARE: only {option.headroom:.0%} of the memory stays free".replace("%", " %")
+    return f"; BEWARE: only {option.headroom:.0%} of the memory stays free"
 
 
 def _sensitivity_lines(name: str, effects: Sequence[Sensitivity]) -> list[str]:
@@ -165,7 +165,7 @@ def _note_lines(options: Sequence[Option], assumed: Callable[[Option], tuple[str
     gpu_mtbf_h = options[0].failures.mtbf_s * options[0].case.gpus / 3600
     unproven = sum(not option.proven for option in options)
     return [
-        "Pareto: no other is better in time, cost, GPUs and free memory; intervals are 90 %",
+        "Pareto: no other is better in time, cost, GPUs and free memory; intervals are 90%",
         f"failures: every {gpu_mtbf_h:,.0f} h of a GPU; assumed: {'; '.join(assumed(options[0]))}",
         "energy: of the GPUs alone, at half the board power limit while they do not compute",
         *sorted(prices),

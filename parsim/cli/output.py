@@ -138,7 +138,7 @@ def print_prediction(prediction: Prediction, more: Sequence[str] = ()) -> None:
     low, high = (format_duration(s) for s in p.interval_s)
     lines = [
         f"{p.job.model.name} on {p.plan.gpus} × {p.hardware}, {p.plan.short()}",
-        f"  step time     {format_duration(p.step_time_s)}   (90 % interval {low} to {high})",
+        f"  step time     {format_duration(p.step_time_s)}   (90% interval {low} to {high})",
         f"  throughput    {p.job.tokens / p.step_time_s / p.plan.gpus:,.0f} tokens/s/GPU, "
         f"{p.model_flops_per_s_per_gpu() / 1e12:.0f} model TFLOP/s/GPU, MFU {p.mfu:.1%}",
         f"  fits          {'yes' if p.fits else 'NO'}: fullest rank {format_bytes(p.memory.peak)} + "

@@ -242,7 +242,7 @@ def print_result(
         if plan.stale_weights()
     ]
     low, high = (format_duration(s) for s in result.plans[0].interval_s)
-    lines.append(f"step time of the best plan: 90 % interval {low} to {high}")
+    lines.append(f"step time of the best plan: 90% interval {low} to {high}")
     if advice is not None:
         lines.append(advice.reason)
     if advice is not None and show is not None and advice.index >= show:

@@ -35,9 +35,8 @@ def parts_section(step: SimulatedStep, *, waterfall: Path | None, roofline: Path
     section = Section()
     prediction, title = step.prediction, step.timeline.title
     if waterfall is not None:
-        from parsim.charts.style import percent
         from parsim.charts.waterfall import Waterfall, draw_waterfall
-        from parsim.units import format_duration
+        from parsim.units import format_duration, percent
 
         parts = {key: seconds for key, seconds in prediction.breakdown_s.items() if seconds > 0}
         compute_s, whole_s = parts.get("compute", 0.0), prediction.step_time_s

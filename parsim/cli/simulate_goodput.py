@@ -116,7 +116,7 @@ def _lines(request: LongRunRequest, run: LongRun, prediction: Prediction) -> lis
     lines = [
         f"  long run of {format_duration(total_s)}, {request.runs} times: a failure every "
         f"{format_duration(mtbf_s)}, which is {request.gpu_mtbf_s / 3600:,.0f} h for a GPU",
-        f"    goodput       {point.simulated:>10.1%}  (90 % of runs {point.low:.1%} to "
+        f"    goodput       {point.simulated:>10.1%}  (90% of runs {point.low:.1%} to "
         f"{point.high:.1%}, closed form {point.expected:.1%})",
         f"    effective     {point.simulated * _tokens_per_s_per_gpu(prediction):>10,.0f}  tokens/s/GPU",
         f"    checkpoints   {format_duration(between_s):>10}  apart "

@@ -181,8 +181,8 @@ def write_step(
 
         waterfall = Waterfall(
             name=measured.title or predicted.title,
-            finding=found.verdict.replace("%", " %"),
-            note="; ".join(filter(None, (found.because.replace("%", " %"), _REPLAYED))),
+            finding=found.verdict,
+            note="; ".join(filter(None, (found.because, _REPLAYED))),
             parts=tuple((WORDS[cause.what], -cause.difference_s) for cause in found.causes),
             begin="predicted",
             begin_s=found.whole.predicted_s,
@@ -209,7 +209,7 @@ def draw_overlay(
     from parsim.compare.waiting import without_waiting
     from parsim.units import format_duration
 
-    notes = [found.because.replace("%", " %")] if found.because else []
+    notes = [found.because] if found.because else []
     if abs(measured.end_s / found.whole.measured_s - 1) > SHOWN_AS_ONE:
         median = format_duration(found.whole.measured_s)
         notes.append(f"measured is the step nearest to the median of {median}")

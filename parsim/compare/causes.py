@@ -1,6 +1,6 @@
 """Why a predicted step time is off: the prediction is replayed with what was measured, part by part.
 
-A kernel that is 10 % slower than predicted shows in a step's breakdown twice, in compute and in the
+A kernel that is 10% slower than predicted shows in a step's breakdown twice, in compute and in the
 bubble of the ranks that wait for it. Here the predicted Program gets the measured durations, first of
 its compute, then of each kind of communication and so on, and its step time is taken again after each:
 what changes is what that part explains, bubble and all. What is left when everything has its measured

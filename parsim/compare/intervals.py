@@ -1,4 +1,4 @@
-"""How wide a 90 % interval must be, from errors on rows that a fit had not seen."""
+"""How wide a 90% interval must be, from errors on rows that a fit had not seen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 COVERAGE = 0.9
 """Share of measured times that lie in the interval of their prediction."""
 REPEATS = 0.05
-"""No interval is narrower: repeats of one run differ by as much (4.6 % in BLOOM's trials, 5 % between
+"""No interval is narrower: repeats of one run differ by as much (4.6% in BLOOM's trials, 5% between
 releases in Megatron-Bridge's tables)."""
 FEWEST = 9
 """Of fewer errors not even the largest bounds nine in ten of the next ones."""

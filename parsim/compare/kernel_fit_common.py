@@ -59,7 +59,7 @@ def held_out_text(
             found.extend(errors(make(seen), unseen, predict))
     if not found:
         return f"too few rows to hold out {name}"
-    return f"{100 * np.median(found):.1f} / {100 * np.percentile(found, 90):.1f} % on {name}"
+    return f"{100 * np.median(found):.1f} / {100 * np.percentile(found, 90):.1f}% on {name}"
 
 
 def fit_residuals(

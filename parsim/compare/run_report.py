@@ -29,7 +29,7 @@ class RunResult:
     layers: object = None
     """Equal for plans of one job whose layers run the same kernels."""
     interval_s: tuple[float, float] | None = None
-    """90 % interval of the prediction."""
+    """90% interval of the prediction."""
     predicted_peak_bytes: float | None = None
     """The allocator's peak of the fullest rank."""
     measured_peak_bytes: float | None = None
@@ -108,7 +108,7 @@ class RunReport:
 
     @property
     def coverage(self) -> float | None:
-        """Share of the measured times that lie in the 90 % interval of their prediction."""
+        """Share of the measured times that lie in the 90% interval of their prediction."""
         inside = [
             row.interval_s[0] <= row.measured_s <= row.interval_s[1]
             for row in self.rows
@@ -156,7 +156,7 @@ class RunReport:
         if self.memory.ok:
             lines.append(summary_line("peak memory", self.memory))
         if self.coverage is not None:
-            lines.append(f"{self.coverage:.0%} of the measured times lie in the 90 % interval")
+            lines.append(f"{self.coverage:.0%} of the measured times lie in the 90% interval")
         lines.extend(ranking_line(self.ranking))
         lines.extend(ranking_line(self.search_ranking, "by the search's own scores"))
         lines.extend(error.to_line() for error in self.order)

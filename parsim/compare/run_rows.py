@@ -31,7 +31,7 @@ over four nodes saw 5 of 50 GB/s (bigscience, experiments/bandwidth/all_reduce_b
 
 OMNI_PATH_BEFORE_FIX_SHARE = 0.18
 """The same where the notes say "before the 02-25 PCIe/NUMA fix": processes then sat on sockets away from
-their GPU and its network interface (fitted to what these trials lost; their authors say 1 to 5 %)."""
+their GPU and its network interface (fitted to what these trials lost; their authors say 1 to 5%)."""
 NUMA_FIX = "before the 02-25 pcie/numa fix"
 
 MEMORY_FORCES = 1.5

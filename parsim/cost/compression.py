@@ -107,7 +107,7 @@ def _topk(
 ) -> Reduced:
     """Add to the residual, pick what is above a threshold, gather, add up what came from all ranks.
 
-    The threshold comes from a sample of 0.1 to 1 % of the values (DGC), which costs next to nothing.
+    The threshold comes from a sample of 0.1 to 1% of the values (DGC), which costs next to nothing.
     """
     picked = share * values
     entry = INDEX_BYTES + width

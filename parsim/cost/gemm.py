@@ -32,10 +32,10 @@ ALIGNED_BYTES = 16
 """Rows that tensor cores read at full speed start at multiples of this."""
 UNALIGNED_SLOWDOWN = 2.0
 """Of a GEMM whose rows do not: padding nanoGPT's vocabulary from 50257 to 50304 columns, with a quarter
-of the FLOPs in the head, made its whole step 25 % faster (A. Karpathy, 3 February 2023)."""
+of the FLOPs in the head, made its whole step 25% faster (A. Karpathy, 3 February 2023)."""
 UNALIGNED_BATCHED_SLOWDOWN = 11.0
-"""Of a batched one, which then leaves the tensor cores: BLOOM's trials with head_dim 150 ran 22 % slower
-than those with 224, and attention's products are 2.4 % of their FLOPs (bigscience-workshop)."""
+"""Of a batched one, which then leaves the tensor cores: BLOOM's trials with head_dim 150 ran 22% slower
+than those with 224, and attention's products are 2.4% of their FLOPs (bigscience-workshop)."""
 
 _SAME_KERNELS = {"fp16": "bf16", "mxfp8": "fp8"}
 

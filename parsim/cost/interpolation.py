@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from parsim.kernels import Residuals
 
 NEAR = 0.1
-"""A residual fades out over this distance, in the log of a size (10 %)."""
+"""A residual fades out over this distance, in the log of a size (10%)."""
 
 
 def along_line(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -1,4 +1,4 @@
-"""How wide the 90 % interval of a step time is, and what makes it wider.
+"""How wide the 90% interval of a step time is, and what makes it wider.
 
 A stack's `relative_error` is measured on models that its constants had not seen: dense, in 16 bits, on
 devices whose kernels were measured. A prediction that leans on something else gets a named width on top.
@@ -42,11 +42,11 @@ def _is_measured(kernels: Kernels) -> bool:
 
 
 def log_half_width(job: Job, cluster: Cluster, stack: Stack) -> float:
-    """Half width of the 90 % interval of log(measured / predicted)."""
+    """Half width of the 90% interval of log(measured / predicted)."""
     return math.hypot(stack.relative_error, *(WIDTHS[name] for name in leans_on(job, cluster, stack)))
 
 
 def interval_s(step_s: float, job: Job, cluster: Cluster, stack: Stack) -> tuple[float, float]:
-    """90 % interval of a predicted step time."""
+    """90% interval of a predicted step time."""
     spread = math.exp(log_half_width(job, cluster, stack))
     return step_s / spread, step_s * spread

@@ -72,7 +72,7 @@ def _pareto(model: str, rows: list[Node], chosen: Node | None, document: Node) -
     )
     return Picture(
         caption=f"{model}: numbers are GPUs; filled: none other is better in time, cost, GPUs and free "
-        "memory; ring: the one to take; slanted lines: 90 % intervals",
+        "memory; ring: the one to take; slanted lines: 90% intervals",
         plot=plot,
     )
 

@@ -93,7 +93,7 @@ def answer_of(item: Node, costs: CostModel | None, *, binds: str, verdict: str) 
         Fact(
             label="Step time",
             value=format_duration(step_s),
-            note=f"90 % interval {format_duration(low)} to {format_duration(high)}",
+            note=f"90% interval {format_duration(low)} to {format_duration(high)}",
         ),
         Fact(
             label="MFU",

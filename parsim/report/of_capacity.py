@@ -131,7 +131,7 @@ def _interval_text(row: Node) -> str:
     if "days" not in row:
         return "failures let it make no progress"
     low, high = row.numbers("days_interval")
-    return f"90 % interval {low:.3g} to {high:.3g}; {row.number('days_ideal'):.3g} without failures"
+    return f"90% interval {low:.3g} to {high:.3g}; {row.number('days_ideal'):.3g} without failures"
 
 
 def sum_memory(row: Node) -> float:
@@ -240,7 +240,7 @@ def _refused(refused: list[Node]) -> Section:
 
 def _notes(document: Node) -> Section:
     lines = [
-        "Intervals are 90 %. Pareto: no other is better in time, cost, GPUs and free memory.",
+        "Intervals are 90%. Pareto: no other is better in time, cost, GPUs and free memory.",
         "Energy is that of the GPUs alone, at half the board power limit while they do not compute.",
         *(f"Assumed: {text}." for text in document.texts("assumed")),
     ]

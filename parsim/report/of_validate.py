@@ -79,7 +79,7 @@ def _rows_answer(document: Node, summary: Node, noun: str) -> Answer:
         Fact(
             label="Median",
             value=f"{median:.1%}",
-            note=f"90 % are within {summary.number('p90_ape'):.1%}",
+            note=f"90% are within {summary.number('p90_ape'):.1%}",
         ),
         Fact(label="Bias", value=f"{summary.number('bias'):+.1%}", note="above 0: predicted too long"),
         Fact(
@@ -93,7 +93,7 @@ def _rows_answer(document: Node, summary: Node, noun: str) -> Answer:
     if "interval_coverage" in summary:
         inside = summary.number("interval_coverage")
         facts.append(
-            Fact(label="Inside the 90 % interval", value=f"{inside:.0%}", note="of measured times")
+            Fact(label="Inside the 90% interval", value=f"{inside:.0%}", note="of measured times")
         )
     ranking = document.tables("ranking") if "ranking" in document else []
     if ranking:
@@ -110,7 +110,7 @@ def _rows_answer(document: Node, summary: Node, noun: str) -> Answer:
 
 
 def _scatter(rows: list[Node], suffix: str, unit_s: float, noun: str) -> Section:
-    """Predicted over measured times; the band is 10 % to either side."""
+    """Predicted over measured times; the band is 10% to either side."""
     series = list(dict.fromkeys(row.text("hardware", "") for row in rows))
     shown: dict[tuple[int, int], Point] = {}
     for row in rows:
@@ -141,7 +141,7 @@ def _scatter(rows: list[Node], suffix: str, unit_s: float, noun: str) -> Section
         legend=tuple((f"s{i % 8}", name) for i, name in enumerate(series) if name)[:8],
     )
     merged = f"; {len(rows) - len(points):,} points lie under others" if len(points) < len(rows) else ""
-    picture = Picture(caption=f"On the line: predicted as measured; dashed: 10 % off{merged}", plot=plot)
+    picture = Picture(caption=f"On the line: predicted as measured; dashed: 10% off{merged}", plot=plot)
     return Section(title="Predicted against measured", parts=(picture,))
 
 

@@ -29,7 +29,7 @@ LongRunOf = Callable[[Prediction, Stack], tuple[Checkpointing, Failures]]
 Objective = Literal["smallest", "cheapest", "fastest"]
 
 NORMAL_90 = NormalDist().inv_cdf(0.95)
-"""Half width of a 90 % interval in standard deviations."""
+"""Half width of a 90% interval in standard deviations."""
 NO_PROGRESS = 1e-3
 """Goodput below which a run does not come to an end."""
 
@@ -100,7 +100,7 @@ class Option:
 
     @property
     def spread(self) -> float:
-        """Factor from the middle of the 90 % interval of time, cost and energy to its ends."""
+        """Factor from the middle of the 90% interval of time, cost and energy to its ends."""
         return self.prediction.interval_s[1] / self.prediction.step_time_s
 
     @property
@@ -237,7 +237,7 @@ class Limits:
 def probability_within(option: Option, value: float | None, limit: float | None) -> float | None:
     """Probability that a time or cost of an option stays within a limit, given the model's error.
 
-    The logarithm of the truth over the prediction is taken as normal, with the prediction's own 90 %
+    The logarithm of the truth over the prediction is taken as normal, with the prediction's own 90%
     interval. None where either is unknown.
     """
     if value is None or limit is None:
@@ -272,7 +272,7 @@ class Answer:
     best: Option
     """By the figures as predicted."""
     tied: tuple[Option, ...]
-    """Others that cannot be told apart from it: their 90 % intervals overlap."""
+    """Others that cannot be told apart from it: their 90% intervals overlap."""
     choice: Option
     """The most robust of all these."""
 
@@ -291,9 +291,7 @@ class Answer:
             why = f"it leaves {mine.headroom:.0%} of the memory free instead of {other.headroom:.0%}"
         else:
             why = f"it needs {mine.case.gpus:,} GPUs instead of {other.case.gpus:,}"
-        return f"cannot be told apart from the best by figures, but more robust: {why}".replace(
-            "%", " %"
-        )
+        return f"cannot be told apart from the best by figures, but more robust: {why}"
 
 
 def answers(options: Sequence[Option], limits: Limits) -> tuple[Answer, ...]:

@@ -15,7 +15,7 @@ from parsim.search.search import Progress
 from parsim.search.sensitivity import with_more
 from parsim.simulate.prediction import Prediction, estimate
 from parsim.simulate.uneven import Straggler, Unevenness
-from parsim.units import format_duration
+from parsim.units import format_duration, percent
 
 LEAST_LOOKED_AT, MOST_LOOKED_AT = 10, 32
 """Ties are looked for among so many of the fastest plans, however few or many are asked for."""
@@ -46,11 +46,11 @@ def adverse_times_s(job: Job, plan: ParallelPlan, costs: CostModel) -> dict[str,
     )
     straggler = Straggler(rank=_busiest(job, plan, costs), slow=SLOW_DEVICE)
     uneven = Unevenness(stragglers=(straggler,))
-    share = f"{LESS_BANDWIDTH:.0%}".replace("%", " %")
+    share = f"{LESS_BANDWIDTH:.0%}"
     return {
         f"network between domains at {share}": linked("inter_node"),
         f"links inside a domain at {share}": linked("intra_node"),
-        f"one device {SLOW_DEVICE - 1:.0%} slower".replace("%", " %"): estimate(
+        f"one device {SLOW_DEVICE - 1:.0%} slower": estimate(
             job, plan, costs, uneven=uneven
         ).step_time_s,
         "launches half as long again": estimate(
@@ -166,12 +166,12 @@ def _standings(
 def _reason(best: int, tied: Sequence[int], standings: Sequence[Standing], spread: float) -> str:
     """Why this plan, in a sentence; plans are numbered from 1, tied ones lie within `spread`."""
     mine, first = standings[best], standings[0]
-    tight = f", but it leaves only {_percent(mine.headroom)} of the memory free" if mine.is_tight else ""
+    tight = f", but it leaves only {percent(mine.headroom)} of the memory free" if mine.is_tight else ""
     if len(tied) == 1:
         return f"plan 1 is ahead of all others by more than the model's error{tight}"
     all_tie = "at least " if len(tied) == len(standings) else ""
     text = (
-        f"{all_tie}plans {_numbers(tied)} cannot be told apart: they lie within {_percent(spread)}, "
+        f"{all_tie}plans {_numbers(tied)} cannot be told apart: they lie within {percent(spread)}, "
         f"less than the model's error between two plans; "
     )
     (case, worst_s), (other, other_s) = mine.worst, first.worst
@@ -181,12 +181,8 @@ def _reason(best: int, tied: Sequence[int], standings: Sequence[Standing], sprea
     text += f"plan {best + 1} is the most robust: {at_worst}, where plan 1 takes "
     text += f"{format_duration(other_s)}" + ("" if other == case else f" ({other})")
     if first.is_tight and not mine.is_tight:
-        text += f" and leaves only {_percent(first.headroom)} of the memory free"
+        text += f" and leaves only {percent(first.headroom)} of the memory free"
     return text + tight
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _numbers(indices: Sequence[int]) -> str:

@@ -49,7 +49,7 @@ class ScalingPoint:
         """Why efficiency fell since the point before; empty where it did not."""
         if self.grew is None:
             return ""
-        text = f"{TERMS[self.grew]} +{100 * self.grew_by:.1f} % of the first point's GPU time"
+        text = f"{TERMS[self.grew]} +{100 * self.grew_by:.1f}% of the first point's GPU time"
         return text + (f" ({self.switched})" if self.switched else "")
 
 

@@ -14,6 +14,7 @@ from parsim.search.scaling import TERMS
 from parsim.search.search import Progress, search
 from parsim.search.space import Constraints
 from parsim.simulate.prediction import Prediction, estimate
+from parsim.units import percent
 
 SPEEDS = {
     "compute": "matrix FLOP/s",
@@ -101,25 +102,21 @@ def what_binds(gains: Mapping[str, float], breakdown_s: Mapping[str, float]) -> 
     `gains` as `speed_gains` has them, `breakdown_s` of the step.
 
     >>> what_binds({"compute": 0.07, "inter_node": 0.001}, {"compute": 8.0, "bubble": 2.0})
-    "matrix FLOP/s first: 10 % more gives 7.0 %; 20 % of the step is the pipeline's bubble and waiting"
+    "matrix FLOP/s first: 10% more gives 7.0%; 20% of the step is the pipeline's bubble and waiting"
     """
     step_s = sum(breakdown_s.values())
     idle = {key: seconds / step_s for key, seconds in breakdown_s.items() if key != "compute"}
     longest = max(idle, key=lambda key: idle[key])
-    waiting = f"; {_percent(idle[longest])} of the step is {TERMS[longest]}"
+    waiting = f"; {percent(idle[longest])} of the step is {TERMS[longest]}"
     ranked = sorted(gains, key=lambda key: -gains[key])
     noticed = [key for key in ranked if gains[key] >= NOTICED]
     if not noticed:
         return f"neither speed nor bandwidth binds, but launches and latencies{waiting}"
     first, *others = noticed
-    rest = ", ".join(f"{RESOURCES[key]} {_percent(gains[key])}" for key in others)
-    text = f"{RESOURCES[first]} first: {_percent(CHANGE)} more gives {_percent(gains[first])}"
+    rest = ", ".join(f"{RESOURCES[key]} {percent(gains[key])}" for key in others)
+    text = f"{RESOURCES[first]} first: {percent(CHANGE)} more gives {percent(gains[first])}"
     text += f" ({rest})" if rest else ""
     return text + (waiting if idle[longest] >= NOTICED else "")
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ class Prediction:
     stack: str
     step_time_s: float
     interval_s: tuple[float, float]
-    """90 % interval."""
+    """90% interval."""
     breakdown_s: dict[str, float]
     """Adds up to step_time_s."""
     memory: MemoryUse

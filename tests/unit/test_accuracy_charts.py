@@ -29,7 +29,7 @@ def test_ranking_tells_regret_of_the_plan_predicted_to_be_fastest() -> None:
     """The first group's choice is best; the second's took half as long again."""
     groups = [[(1.0, 1.0), (2.0, 3.0), (4.0, 2.0)], [(1.5, 1.0), (1.0, 1.2), (3.0, 3.0)]]
     figure = ranking_figure(groups, title="t")
-    assert any("2 groups" in text and "mean regret 25 %, worst 50 %" in text for text in texts(figure))
+    assert any("2 groups" in text and "mean regret 25%, worst 50%" in text for text in texts(figure))
     bars = [patch for patch in figure.axes[1].patches if isinstance(patch, Rectangle)]
     assert sum(bar.get_height() for bar in bars) == 2
 

@@ -217,7 +217,7 @@ def test_what_is_recommended(three: Sequence[Option]) -> None:
 
 def test_what_cannot_be_told_apart_goes_to_the_more_robust(three: Sequence[Option]) -> None:
     few, more, _ = three
-    # 100 and 130 dollars, each known to 20 %: the intervals overlap; 300 dollars is another matter.
+    # 100 and 130 dollars, each known to 20%: the intervals overlap; 300 dollars is another matter.
     cheapest = by_objective(answers(three, Limits()))["cheapest"]
     assert cheapest.tied == (more,)
     assert cheapest.choice is few
@@ -226,7 +226,7 @@ def test_what_cannot_be_told_apart_goes_to_the_more_robust(three: Sequence[Optio
     tight = changed(few, gpus=8, days=10, usd=90, headroom=0.01)
     against = by_objective(answers((tight, few), Limits()))["cheapest"]
     assert (against.best, against.choice) == (tight, few)
-    assert "leaves 50 % of the memory free instead of 1 %" in against.reason
+    assert "leaves 50% of the memory free instead of 1%" in against.reason
     # With room enough in both, fewer GPUs fail less often.
     cheaper = changed(more, gpus=16, days=6, usd=95)
     fewer = by_objective(answers((few, cheaper), Limits()))["cheapest"]
@@ -316,7 +316,7 @@ def test_sensitivities_search_anew() -> None:
         assert effect.gain * change >= -1e-9
         if resource != "memory_size":
             assert -0.1 - 1e-9 <= effect.gain <= 0.1 + 1e-9
-    # With 10 % more memory the better plan fits, and it is that of the roomy cluster.
+    # With 10% more memory the better plan fits, and it is that of the roomy cluster.
     more = by_key["memory_size", 0.1]
     roomy = small_case(8)
     best_s = search(roomy.job, 8, roomy.costs, top=1).plans[0].step_time_s
@@ -349,7 +349,7 @@ def test_a_network_that_is_slow_binds() -> None:
     case = replace(case, costs=CostModel(case.job.model, slow, case.costs.stack))
     options = options_of(case, never_fails, constraints=Constraints(tp=(1,), pp=(1,)))
     assert isinstance(options, tuple)
-    assert options[0].binds.startswith("network between domains first: 10 % more gives ")
+    assert options[0].binds.startswith("network between domains first: 10% more gives ")
     assert "exposed data-parallel communication" in options[0].binds
 
 

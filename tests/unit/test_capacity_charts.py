@@ -119,7 +119,7 @@ def test_tornado_chart() -> None:
     assert labels == ["device memory", "network between domains", "matrix FLOP/s"]
     assert [bar.get_width() for bar in axes.patches] == [0.02, -0.03, 0.01, 0.0, 0.05, -0.06]
     assert "nothing fits" in [text.get_text() for text in axes.texts]
-    assert "10 % more network between domains would help most, by 5.0 %" in titles(figure)
+    assert "10% more network between domains would help most, by 5.0%" in titles(figure)
 
 
 def test_files(tmp_path: Path) -> None:

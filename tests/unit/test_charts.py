@@ -91,7 +91,7 @@ def every_chart(lay_out: LayOut, title: str = "") -> dict[str, Figure]:
 def test_the_title_states_the_bubble_of_1f1b(lay_out: LayOut, p: int, m: int) -> None:
     """(p − 1) / (m + p − 1), Narayanan et al. 2021, arXiv 2104.04473, section 2.2."""
     share = (p - 1) / (m + p - 1)
-    expected = f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+    expected = f"{100 * share:.0f}%" if share >= 0.0995 else f"{100 * share:.1f}%"
     title = f"1F1B, {m} micro-batches: {expected} of the step is bubble"
     assert title in texts(gantt_figure(lay_out("1F1B", p, m)))
 
@@ -172,7 +172,7 @@ def test_the_legend_names_what_occurs_and_nothing_else(lay_out: LayOut) -> None:
 
 
 def test_lanes_of_tiny_spans_keep_their_busy_share() -> None:
-    """10,000 spans in two colours, each a tenth of a pixel: 45 % forward, 45 % backward, 10 % idle."""
+    """10,000 spans in two colours, each a tenth of a pixel: 45% forward, 45% backward, 10% idle."""
     spans = []
     for i in range(5000):
         spans.append(Span(0, "compute", "f", 2e-3 * i, 2e-3 * i + 0.9e-3, "forward"))
@@ -265,7 +265,7 @@ def test_comparison_draws_predicted_above_measured_for_each_rank(lay_out: LayOut
     labels = [t.get_text() for t in axes.get_yticklabels()]
     assert labels == [w for r in range(4) for w in (f"rank {r} predicted", "measured")]
     steps = f"predicted {format_duration(0.33)}, measured {format_duration(measured.end_s)}"
-    assert f"1F1B: {steps}, 20 % too short" in texts(figure)
+    assert f"1F1B: {steps}, 20% too short" in texts(figure)
     rows = boxes(figure)
     first, second = (rows[(rows[:, 2] >= at) & (rows[:, 3] <= at + 1)] for at in (0.0, 1.0))
     assert (first[:, 1].max(), second[:, 1].max()) == pytest.approx((330.0, 412.5))
@@ -291,11 +291,11 @@ def test_schedules_share_a_time_axis_and_state_step_bubble_and_peak(lay_out: Lay
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
     words = texts(figure)
     slow, fast = format_duration(0.330), format_duration(0.285)
-    assert f"gpipe: step {slow}, bubble 27 %, peak {format_bytes(8e9)}, does not fit" in words
+    assert f"gpipe: step {slow}, bubble 27%, peak {format_bytes(8e9)}, does not fit" in words
     # Two chunks halve the bubble: (p − 1) / v over m + (p − 1) / v.
     peak = format_bytes(5e9)
-    assert f"interleaved (2 chunks a rank): step {fast}, bubble 16 %, peak {peak}" in words
-    assert "fastest: interleaved of the 2 that fit, 14 % less time than 1f1b" in words
+    assert f"interleaved (2 chunks a rank): step {fast}, bubble 16%, peak {peak}" in words
+    assert "fastest: interleaved of the 2 that fit, 14% less time than 1f1b" in words
 
 
 def test_errors_are_told_group_by_group(lay_out: LayOut) -> None:
@@ -304,8 +304,8 @@ def test_errors_are_told_group_by_group(lay_out: LayOut) -> None:
     legend = axes.get_legend()
     assert legend is not None
     assert [t.get_text() for t in legend.get_texts()] == [
-        "A100: 3 runs, median error 5.0 %",
-        "H100: 1 run, median error 30 %",
+        "A100: 3 runs, median error 5.0%",
+        "H100: 1 run, median error 30%",
     ]
     points = [line for line in axes.lines if (line.get_gid() or "").startswith("group")]
     assert [len(line.get_xdata()) for line in points] == [3, 1]  # type: ignore[arg-type]
@@ -313,7 +313,7 @@ def test_errors_are_told_group_by_group(lay_out: LayOut) -> None:
     assert len({line.get_color() for line in points}) == 2
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert axes.get_xlim() == axes.get_ylim()
-    assert "4 runs, median error 7.5 %; 3 of them within 10 % (the band)" in texts(figure)
+    assert "4 runs, median error 7.5%; 3 of them within 10% (the band)" in texts(figure)
 
 
 @pytest.mark.parametrize("runs", [[], [("A100", 0.0, 1.0)], [("A100", 1.0, float("nan"))]])

@@ -236,7 +236,7 @@ def test_the_parts_add_up_to_the_wall_time(
 
 def test_llama_3_over_54_days() -> None:
     """arXiv 2407.21783, section 3.3.4: 466 interruptions, 419 of them unexpected, on 16,384 GPUs, and
-    more than 90 % effective training time. Section 3.1: storage sustains 2 TB/s.
+    more than 90% effective training time. Section 3.1: storage sustains 2 TB/s.
 
     What that takes: a GPU fails every 50 thousand hours; with checkpoints of 14 bytes a parameter every
     five minutes there are up to 12 minutes to be back at work, and half an hour would be too much

@@ -114,7 +114,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, message: str)
 
 
 def test_attention_constants_come_back_from_what_they_predict() -> None:
-    """Rows made with known constants, 3 % of noise: the fit finds the constants."""
+    """Rows made with known constants, 3% of noise: the fit finds the constants."""
     device = load_cluster("h100-sxm-80gb").device
     truth = AttentionFit(
         dtype="bf16", head_dim=128, launch_s=1e-5, efficiency=0.6, tail=0.4, query_traffic=2.0,

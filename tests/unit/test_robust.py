@@ -44,7 +44,7 @@ def test_who_does_not_use_a_link_does_not_mind_it() -> None:
 
 
 def test_a_slow_device_alone_is_a_slow_step() -> None:
-    """All compute of a single device takes 5 % longer: its launches are waited for too."""
+    """All compute of a single device takes 5% longer: its launches are waited for too."""
     alone = ParallelPlan()
     costs = CostModel(MODEL, CLUSTER, plain_stack())
     times_s = list(adverse_times_s(JOB, alone, costs).values())
@@ -110,10 +110,10 @@ def test_a_plan_that_barely_fits_gives_way() -> None:
     tight, roomy = ENOUGH_HEADROOM - 0.01, ENOUGH_HEADROOM + 0.01
     advice = recommend([at(PIPELINE, 1.0, tight), at(REPLICAS, 1.01, roomy)], COSTS)
     assert advice.index == 1
-    assert "leaves only 4.0 % of the memory free" in advice.reason
+    assert "leaves only 4.0% of the memory free" in advice.reason
     both = recommend([at(PIPELINE, 1.0, tight), at(REPLICAS, 1.01, tight)], COSTS)
     assert both.index == 0
-    assert "but it leaves only 4.0 %" in both.reason
+    assert "but it leaves only 4.0%" in both.reason
 
 
 def test_without_a_tie_the_fastest_is_taken_whatever_it_risks() -> None:

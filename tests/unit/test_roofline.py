@@ -88,7 +88,7 @@ def test_charts_are_the_same_bytes_each_time(tmp_path: Path) -> None:
     text = (tmp_path / "r0.svg").read_text()
     assert "fc1" in text
     assert "bf16 989.4 TFLOP/s" in text
-    assert "+2.00 s, 80 %" in (tmp_path / "w0.svg").read_text()
+    assert "+2.00 s, 80%" in (tmp_path / "w0.svg").read_text()
 
 
 def test_a_waterfall_of_nothing_is_refused(tmp_path: Path) -> None:

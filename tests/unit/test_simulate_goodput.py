@@ -38,7 +38,7 @@ def test_failures_of_the_job_and_of_a_gpu_say_the_same(capsys: pytest.CaptureFix
 
 
 def test_llama_3_as_its_paper_reports(capsys: pytest.CaptureFixture[str]) -> None:
-    """More than 90 % effective training time, with ten minutes to find a failure and no more said."""
+    """More than 90% effective training time, with ten minutes to find a failure and no more said."""
     answer = goodput(capsys, "466/54days,duration=54days")
     assert 0.90 < answer["interval"][0] < answer["goodput"] < answer["interval"][1] < 0.95
     checkpoint = answer["checkpoint"]

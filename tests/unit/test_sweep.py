@@ -276,7 +276,7 @@ def test_the_chart_draws_the_best_of_each_size_and_names_the_worst_curve(tmp_pat
     assert list(map(float, x.get_ydata())) == [500, 400]  # type: ignore[arg-type]
     assert list(map(float, y.get_ydata())) == [200]  # type: ignore[arg-type]
     assert (first.get_title(loc="left"), second.get_title(loc="left")) == ("a", "b")
-    assert "b on x: 16 GPUs keep 50 % of the tokens/s/GPU of 8" in title(found)
+    assert "b on x: 16 GPUs keep 50% of the tokens/s/GPU of 8" in title(found)
     draw_sweep(found, tmp_path / "sweep.svg")
     assert (tmp_path / "sweep.svg").stat().st_size > 1000
 
@@ -293,7 +293,7 @@ def test_labels_of_curves_that_coincide_stand_one_above_the_other() -> None:
 def test_the_title_of_one_size_compares_hardware() -> None:
     found = points(("a", "x", 8, 500.0), ("a", "y", 8, 200.0), ("b", "x", 8, 10.0), ("b", "y", 8, 9.0))
     assert "a: a GPU of x trains 2.5 × what one of y does" in title(found)
-    assert "a on 8 × x: MFU 50 %" in title(found[:1])
+    assert "a on 8 × x: MFU 50%" in title(found[:1])
 
 
 def test_keys_of_flags_are_known() -> None:

@@ -70,7 +70,7 @@ class _Tables:
         repeats = round(statistics.median(row.repeats for row in rows))
         spread = statistics.median(row.spread for row in rows)
         disturbed = sum(row.disturbed for row in rows)
-        text = f"{self.origin}, {repeats} repeats, interquartile range {100 * spread:.1f} %"
+        text = f"{self.origin}, {repeats} repeats, interquartile range {100 * spread:.1f}%"
         if disturbed:
             text += f", {disturbed} disturbed repeats left out"
         return text

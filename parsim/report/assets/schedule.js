@@ -194,7 +194,7 @@ class ScheduleChart {
     const share = Math.round(((lane.bins.charCodeAt(2 * i + 1) - 48) / 9) * 100);
     if (!share) return "";
     const kind = this.data.kinds[lane.bins.charCodeAt(2 * i) - 97].replace("_", " ");
-    return `${row.label}, ${lane.stream}\nbusy up to ${share} % of this moment, mostly with ${kind}`;
+    return `${row.label}, ${lane.stream}\nbusy up to ${share}% of this moment, mostly with ${kind}`;
   }
 
   at(event) {
