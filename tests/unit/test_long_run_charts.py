@@ -49,6 +49,27 @@ def test_goodput_chart() -> None:
     assert not any("asked for" in text.get_text() for text in near.get_texts())
 
 
+def test_rare_failures_are_drawn_below_what_most_runs_reach() -> None:
+    # One of 40 runs fails and lies idle for the rest: the mean is not among the middle 90 %.
+    run = simulate_long_run(
+        Checkpointing(interval_s=1000.0, blocking_s=1.0),
+        Failures(mtbf_s=2e7, restart_s=1e6),
+        duration_s=1e6,
+        runs=40,
+        seed=0,
+    )
+    assert sum(history.failures > 0 for history in run.histories) in (1, 2)
+    assert run.point.simulated < run.point.low
+    (axes,) = goodput_figure(run, title="a job").axes
+    means = next(line for line in axes.lines if "mean" in str(line.get_label()))
+    (bars,) = axes.collections
+    by_interval = {point.interval_s: point for point in run.curve}
+    for x, mean in zip(means.get_xdata(), means.get_ydata(), strict=True):
+        assert mean == by_interval[float(x)].simulated
+    for (x, low), (_, high) in bars.get_segments():  # type: ignore[attr-defined]
+        assert (low, high) == pytest.approx((by_interval[x].low, by_interval[x].high))
+
+
 def comparison(asynchronous: float, staleness: float = 7.0) -> PsComparison:
     return PsComparison(
         title="a job",
