@@ -125,10 +125,11 @@ def _keep_stdout_for_the_answer() -> None:
         sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for good
         return
     sys.stdout.flush()
-    answer, encoding, errors = os.dup(1), sys.stdout.encoding, sys.stdout.errors
+    answer = os.dup(1)
     os.dup2(2, 1)
     buffering = 1 if os.isatty(answer) else -1
-    sys.stdout = os.fdopen(answer, "w", buffering, encoding=encoding, errors=errors)
+    # UTF-8 whatever the locale says: figures bear ×, µ and →, and JSON is UTF-8 by its definition.
+    sys.stdout = os.fdopen(answer, "w", buffering, encoding="utf-8", errors="surrogateescape")
 
 
 def run_command(arguments: list[str], *, debug: bool = False) -> int:
