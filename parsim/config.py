@@ -297,6 +297,21 @@ def _toml_value(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def require_writable(path: Path, *, folder: bool = False) -> None:
+    """Refuse a path at which no file (or folder of files) could be written; nothing is created.
+
+    Raises ParsimError.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if there == path and there.is_dir() != folder:
+        what = "this is a file, not a folder" if folder else "this is a folder, not a file"
+        raise ParsimError(what, where=str(path))
+    if (there != path or folder) and not there.is_dir():
+        raise ParsimError("cannot write here", where=str(path), got=f"{there} is a file")
+    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+        raise ParsimError("cannot write here", where=str(path), got=f"{there} is read-only")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a whole file or nothing: to a temporary name beside it, then rename."""
     data = content.encode() if isinstance(content, str) else content

@@ -11,6 +11,7 @@ import typer
 from parsim.cli.calibrate_runs import calibrate_runs
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, progress, say
+from parsim.cli.output_paths import to_file
 
 if TYPE_CHECKING:
     from parsim.execute.calibrate.calibration import Calibration
@@ -33,7 +34,10 @@ def calibrate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="The profile to write [default: profile.toml; with --runs: none]."
+            "--output",
+            "-o",
+            help="The profile to write [default: profile.toml; with --runs: none].",
+            callback=to_file,
         ),
     ] = None,
     device: DeviceOption = DeviceKind.AUTO,
@@ -70,6 +74,7 @@ def calibrate(
       parsim plan --model tiny-llama-8l --hardware here.toml --gpus 2 --global-batch 32
       parsim calibrate --runs my_runs.csv --stack torchtitan -o mine.toml
     """
+    from parsim.config import require_writable
     from parsim.errors import ParsimError
 
     if runs is not None:
@@ -88,7 +93,9 @@ def calibrate(
         return
     if stack is not None or constant or afresh:
         raise ParsimError("--stack, --constant and --afresh go with --runs", where="--runs")
-    _calibrate_hardware(output or Path("profile.toml"), device, ranks, budget_s, as_json)
+    if output is None:
+        require_writable(output := Path("profile.toml"))
+    _calibrate_hardware(output, device, ranks, budget_s, as_json)
 
 
 def _calibrate_hardware(

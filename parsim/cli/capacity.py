@@ -17,7 +17,7 @@ from parsim.capacity_cases import (
     read_names,
     read_prices,
 )
-from parsim.cli.capacity_inputs import budget_usd, check_chart, deadline_s
+from parsim.cli.capacity_inputs import budget_usd, deadline_s
 from parsim.cli.capacity_report import print_report
 from parsim.cli.completion import complete_hardware, complete_model
 from parsim.cli.constraints import Allowed, with_constraints
@@ -31,6 +31,7 @@ from parsim.cli.options import (
     StackOption,
 )
 from parsim.cli.output import document, noticing_interrupts, print_json, progress, say
+from parsim.cli.output_paths import to_file, to_picture
 from parsim.cli.report import ReportOption, write_report
 from parsim.setup import Flags
 
@@ -109,15 +110,19 @@ def capacity(
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="What 10% more or less of each resource would do.")
     ] = False,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as a table.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write all rows as a table.", callback=to_file)
+    ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Draw time against cost: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option("--chart", help="Draw time against cost: .png, .svg or .pdf.", callback=to_picture),
     ] = None,
     scaling_chart: Annotated[
-        Path | None, typer.Option("--scaling-chart", help="Draw strong and weak scaling.")
+        Path | None,
+        typer.Option("--scaling-chart", help="Draw strong and weak scaling.", callback=to_picture),
     ] = None,
     tornado_chart: Annotated[
-        Path | None, typer.Option("--tornado-chart", help="Draw the sensitivity.")
+        Path | None, typer.Option("--tornado-chart", help="Draw the sensitivity.", callback=to_picture)
     ] = None,
     report: ReportOption = None,
     as_json: JsonOption = False,
@@ -137,8 +142,6 @@ def capacity(
     from parsim.search.capacity import Limits
     from parsim.search.capacity_data import capacity_data
 
-    for path in (chart, scaling_chart, tornado_chart):
-        check_chart(path)
     flags = Flags(
         global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision,
         inter_node=inter_node, intra_node=intra_node, memory=memory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 
 def deadline_s(text: str | None) -> float | None:
@@ -36,11 +36,3 @@ def budget_usd(text: str | None) -> float | None:
     if usd <= 0:
         raise ParsimError("a budget is some money", where="--budget", got=text)
     return usd
-
-
-def check_chart(path: Path | None) -> None:
-    """Refuses an unknown type of picture before hours of search."""
-    if path is not None:
-        from parsim.charts.style import file_format
-
-        file_format(path)

@@ -21,6 +21,7 @@ from parsim.cli.options import (
     StackOption,
 )
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output_paths import to_picture
 from parsim.setup import Flags, load_plan
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def compare_schedules(
     ] = 2,
     chart: Annotated[
         Path | None,
-        typer.Option("--chart", help="Draw them one above the other: .png, .svg or .pdf."),
+        typer.Option(
+            "--chart", help="Draw them one above the other: .png, .svg or .pdf.", callback=to_picture
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

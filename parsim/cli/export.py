@@ -20,6 +20,7 @@ from parsim.cli.options import (
     require_flush,
 )
 from parsim.cli.output import document, print_json, say
+from parsim.cli.output_paths import to_file
 from parsim.setup import Flags, Setup, load_plan
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def export(
     seq_len: SeqLenOption = None,
     stack: StackOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write to this file instead of stdout.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write to this file instead of stdout.", callback=to_file),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

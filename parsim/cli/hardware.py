@@ -10,6 +10,7 @@ import typer
 from parsim.cli.completion import complete_hardware
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table
+from parsim.cli.output_paths import to_file
 
 
 def hardware(
@@ -32,7 +33,10 @@ def hardware(
         Path | None, typer.Option("--smi-topology", help="detect: its `nvidia-smi topo -m`.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="detect: write a profile of this machine.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="detect: write a profile of this machine.", callback=to_file
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

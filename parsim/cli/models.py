@@ -10,6 +10,7 @@ import typer
 from parsim.cli.completion import complete_model
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_table, say
+from parsim.cli.output_paths import to_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +31,8 @@ def models(
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the one model here, as TOML.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write the one model here, as TOML.", callback=to_file),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -13,6 +13,7 @@ import typer
 from parsim.cli.calibrate import DeviceKind, DeviceOption, run_calibration, summary
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output_paths import to_folder
 from parsim.setup import Setup
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Trial:
 
 def quickstart(
     folder: Annotated[
-        Path, typer.Option("--folder", help="Where charts, traces, plans and figures go.")
+        Path,
+        typer.Option("--folder", help="Where charts, traces, plans and figures go.", callback=to_folder),
     ] = Path("reports/quickstart"),
     device: DeviceOption = DeviceKind.AUTO,
     ranks: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.output import say
+from parsim.cli.output_paths import to_file, to_folder
 
 if TYPE_CHECKING:
     from parsim.timeline import Timeline
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
 ReportOption = Annotated[
     Path | None,
     typer.Option(
-        "--report", metavar="DIR", help="Also write the answer as an HTML page into this folder."
+        "--report",
+        metavar="DIR",
+        help="Also write the answer as an HTML page into this folder.",
+        callback=to_folder,
     ),
 ]
 
@@ -26,7 +30,9 @@ def report(
         list[Path],
         typer.Argument(metavar="DOCUMENT.json…", help="What a command wrote with --json."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.", callback=to_file)] = Path(
+        "report.html"
+    ),
 ) -> None:
     """Turn answers into one HTML page: self-contained, to look at, to print, to send.
 

@@ -21,6 +21,7 @@ from parsim.cli.options import (
     StackOption,
 )
 from parsim.cli.output import document, print_json, print_lines, say
+from parsim.cli.output_paths import to_file, to_folder, to_picture
 from parsim.cli.report import ReportOption, write_report
 from parsim.cli.run_compare import compared
 from parsim.cli.run_joined import joined_here, one_voice, require_ranks
@@ -81,16 +82,22 @@ def run(
         typer.Option("--verify", help="Also train in float64 beside a single process and compare."),
     ] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the measurement here, as JSON.")
+        Path | None,
+        typer.Option("--output", "-o", help="Write the measurement here, as JSON.", callback=to_file),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Predicted above measured: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            "--chart", help="Predicted above measured: .png, .svg or .pdf.", callback=to_picture
+        ),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Both timelines as one Chrome trace.")
+        Path | None,
+        typer.Option("--trace", help="Both timelines as one Chrome trace.", callback=to_file),
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Write checkpoints into this folder.")
+        Path | None,
+        typer.Option("--checkpoint", help="Write checkpoints into this folder.", callback=to_folder),
     ] = None,
     checkpoint_every: Annotated[
         int, typer.Option("--checkpoint-every", min=1, help="Steps from one checkpoint to the next.")
@@ -254,11 +261,12 @@ def _run(
         data["verify"] = verified_data(case, checked, verification)
     timeline = None if measurement is None else measurement.timeline
     whole = document("run", inputs, data | _timeline_data(timeline), seed=case.seed)
-    _write(files, whole, predicted, timeline, case.plan, comparison)
     if as_json:
         print_json(whole)
     else:
         print_lines(_lines(data))
+    # After the answer, which a full disk should not take along.
+    _write(files, whole, predicted, timeline, case.plan, comparison)
     if verification is not None and not verification.equal:
         raise typer.Exit(1)
 
@@ -302,11 +310,11 @@ def _run_one_rank(
     """Measure one rank, replay the step with it, and answer."""
     step = one_rank_step(setup, case, rank, how)
     whole = document("run", inputs, one_rank_data(step), seed=case.seed)
-    _write(files, whole, step.predicted_timeline, step.replayed_timeline, case.plan)
     if as_json:
         print_json(whole)
     else:
         print_lines(one_rank_lines(step))
+    _write(files, whole, step.predicted_timeline, step.replayed_timeline, case.plan)
 
 
 def _write(

@@ -23,6 +23,7 @@ from parsim.cli.options import (
     require_flush,
 )
 from parsim.cli.output import document, print_json, print_prediction, say
+from parsim.cli.output_paths import to_file, to_picture
 from parsim.cli.report import ReportOption, write_report
 from parsim.cli.simulate_charts import RooflineOption, WaterfallOption, parts_section
 from parsim.cli.simulate_detail import (
@@ -80,15 +81,20 @@ def simulate(
         ),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Draw the schedule: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option("--chart", help="Draw the schedule: .png, .svg or .pdf.", callback=to_picture),
     ] = None,
     memory_chart: Annotated[
-        Path | None, typer.Option("--memory-chart", help="Draw memory over time: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            "--memory-chart", help="Draw memory over time: .png, .svg or .pdf.", callback=to_picture
+        ),
     ] = None,
     waterfall: WaterfallOption = None,
     roofline: RooflineOption = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Write a Chrome trace, to open in Perfetto.")
+        Path | None,
+        typer.Option("--trace", help="Write a Chrome trace, to open in Perfetto.", callback=to_file),
     ] = None,
     schedule_csv: Annotated[
         Path | None,

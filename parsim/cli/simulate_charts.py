@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from parsim.cli.output import Section
+from parsim.cli.output_paths import to_picture
 
 if TYPE_CHECKING:
     from parsim.cli.simulated_step import SimulatedStep
 
 WaterfallOption = Annotated[
-    Path | None, typer.Option("--waterfall", help="Draw the step's parts: .png, .svg or .pdf.")
+    Path | None,
+    typer.Option("--waterfall", help="Draw the step's parts: .png, .svg or .pdf.", callback=to_picture),
 ]
 RooflineOption = Annotated[
     Path | None,
-    typer.Option("--roofline", help="Draw the model's kernels under the device's roof."),
+    typer.Option(
+        "--roofline", help="Draw the model's kernels under the device's roof.", callback=to_picture
+    ),
 ]
 WORDS = {
     "tp_exposed": "exposed tensor parallel",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.output import Section
+from parsim.cli.output_paths import to_picture
 
 if TYPE_CHECKING:
     from parsim.cli.simulated_step import SimulatedStep
@@ -38,7 +39,9 @@ DetailMicroBatchesOption = Annotated[
 ]
 DetailChartOption = Annotated[
     Path | None,
-    typer.Option("--detail-chart", help="Draw their operations: .png, .svg or .pdf."),
+    typer.Option(
+        "--detail-chart", help="Draw their operations: .png, .svg or .pdf.", callback=to_picture
+    ),
 ]
 
 LISTED = 8

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.output import Section
+from parsim.cli.output_paths import to_picture
 
 if TYPE_CHECKING:
     from parsim.cli.simulated_step import SimulatedStep
@@ -26,7 +27,9 @@ MtbfOption = Annotated[
 GoodputChartOption = Annotated[
     Path | None,
     typer.Option(
-        "--goodput-chart", help="Draw goodput over the checkpoint interval: .png, .svg or .pdf."
+        "--goodput-chart",
+        help="Draw goodput over the checkpoint interval: .png, .svg or .pdf.",
+        callback=to_picture,
     ),
 ]
 

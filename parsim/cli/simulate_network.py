@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from parsim.cli.output import Section
+from parsim.cli.output_paths import to_picture
 
 if TYPE_CHECKING:
     from parsim.cli.simulated_step import SimulatedStep, StepRequest
@@ -25,7 +26,11 @@ FabricOption = Annotated[
 ]
 FabricChartOption = Annotated[
     Path | None,
-    typer.Option("--fabric-chart", help="Draw how full the busiest links are: .png, .svg or .pdf."),
+    typer.Option(
+        "--fabric-chart",
+        help="Draw how full the busiest links are: .png, .svg or .pdf.",
+        callback=to_picture,
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.output import Section
+from parsim.cli.output_paths import to_picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +35,7 @@ PsChartOption = Annotated[
     typer.Option(
         "--ps-chart",
         help="Draw throughput over workers, parameter servers beside all-reduce: .png, .svg or .pdf.",
+        callback=to_picture,
     ),
 ]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parsim.cli.capacity_inputs import check_chart
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, noticing_interrupts, progress, say
+from parsim.cli.output_paths import to_file, to_picture
 from parsim.cli.sweep_inputs import read_grids, read_settings, scenarios
 from parsim.cli.sweep_report import (
     Rows,
@@ -77,14 +77,22 @@ def sweep(
         str | None, typer.Option("--address", help="Of the cluster [default: one on this machine].")
     ] = None,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Rows are appended here as they come (JSON lines).")
+        Path,
+        typer.Option(
+            "-o", "--output", help="Rows are appended here as they come (JSON lines).", callback=to_file
+        ),
     ] = Path("sweep.jsonl"),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what the output file holds already.")
     ] = False,
-    csv: Annotated[Path | None, typer.Option("--csv", help="Write all rows as a table.")] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write all rows as a table.", callback=to_file)
+    ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Draw tokens/s/GPU over GPUs: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            "--chart", help="Draw tokens/s/GPU over GPUs: .png, .svg or .pdf.", callback=to_picture
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,7 +107,6 @@ def sweep(
           --gpus 64-1024 --global-batch 512 --csv sweep.csv --chart sweep.png
       parsim sweep scenarios.toml -o scenarios.jsonl --resume
     """
-    check_chart(chart)
     pool = _pool(backend, jobs, address)
     axes = {
         "model": model, "hardware": hardware, "plan": plan, "gpus": gpus, "global_batch": global_batch,

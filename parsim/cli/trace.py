@@ -9,6 +9,7 @@ import typer
 
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output_paths import to_file, to_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,13 +30,18 @@ def trace(
         typer.Option("--plan", help="What ran, a plan file or dp=8,tp=8: tells groups of ranks apart."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the step as a measurement, as JSON.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write the step as a measurement, as JSON.", callback=to_file
+        ),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Draw the step: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option("--chart", help="Draw the step: .png, .svg or .pdf.", callback=to_picture),
     ] = None,
     merged: Annotated[
-        Path | None, typer.Option("--trace", help="All ranks' step as one Chrome trace.")
+        Path | None,
+        typer.Option("--trace", help="All ranks' step as one Chrome trace.", callback=to_file),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from parsim.cli.options import HardwareOption, JsonOption
 from parsim.cli.output import document, print_json, print_lines, progress
+from parsim.cli.output_paths import to_file, to_picture
 from parsim.cli.report import ReportOption, write_report
 from parsim.cli.validate_step import StepFiles, validate_step
 from parsim.setup import Flags, load_machine
@@ -39,13 +40,20 @@ def validate(
         typer.Option("--tolerance", min=0, help="Exit 1 where the (mean) error is larger, e.g. 0.1."),
     ] = None,
     chart: Annotated[
-        Path | None, typer.Option("--chart", help="Predicted above measured: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            "--chart", help="Predicted above measured: .png, .svg or .pdf.", callback=to_picture
+        ),
     ] = None,
     waterfall: Annotated[
-        Path | None, typer.Option("--waterfall", help="From predicted to measured, cause by cause.")
+        Path | None,
+        typer.Option(
+            "--waterfall", help="From predicted to measured, cause by cause.", callback=to_picture
+        ),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Both timelines as one Chrome trace.")
+        Path | None,
+        typer.Option("--trace", help="Both timelines as one Chrome trace.", callback=to_file),
     ] = None,
     report: ReportOption = None,
     as_json: JsonOption = False,

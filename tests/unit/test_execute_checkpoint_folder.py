@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,58 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     with pytest.raises(ParsimError, match="cannot write checkpoints here"):
         prepare(tmp_path / "file")
+
+
+class ByAttribute(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.0 to 3.11.4 did."""
+
+    def reducer_override(self, found: object) -> object:
+        return (getattr, (type(found), found.name)) if isinstance(found, Enum) else NotImplemented
+
+
+def index_with(enumeration: object) -> bytes:
+    """Bytes of an index that says how a tensor lies in memory by such an attribute."""
+    file = io.BytesIO()
+    ByAttribute(file).dump(enumeration)
+    return file.getvalue()
+
+
+def test_an_index_written_by_an_older_python_is_read(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from torch.distributed.checkpoint import metadata
+
+    from parsim.execute.training.checkpoint import IndexReader
+
+    written = metadata.Metadata(
+        {"weight": metadata.TensorStorageMetadata(metadata.TensorProperties(), (2,), [])}
+    )
+    (tmp_path / ".metadata").write_bytes(index_with(written))
+    assert b"getattr" in (tmp_path / ".metadata").read_bytes()
+    read = IndexReader(tmp_path).read_metadata()
+    assert read.state_dict_metadata == written.state_dict_metadata
+
+
+class Attribute:
+    """Takes an attribute that is no member when it is unpickled."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.taken = (owner, name)
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, self.taken
+
+
+def test_an_index_takes_no_other_attribute(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from torch.distributed.checkpoint import metadata
+
+    from parsim.execute.training.checkpoint import IndexReader
+
+    for owner, name in ((metadata._MEM_FORMAT_ENCODING, "__class__"), (metadata.Metadata, "__init__")):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(owner, name)))
+        with pytest.raises(ParsimError, match="something other than an index") as caught:
+            IndexReader(tmp_path).read_metadata()
+        assert "getattr" in str(caught.value)
 
 
 class Harmful:

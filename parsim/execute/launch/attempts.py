@@ -99,7 +99,7 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
     failures: list[str] = []
     spent = 0  # restarts of all machines together
     since, starts = time.monotonic(), itertools.count()
-    with _ended_by_terminate(), _temporary_folder() as folder:
+    with _ended_by_terminate(), _complete_checkpoints(cases, how.nodes), _temporary_folder() as folder:
         while True:
             attempt = folder / f"start-{next(starts)}"
             attempt.mkdir()
@@ -197,6 +197,18 @@ def _reporter(how: Launch) -> Callable[[dict[str, Any]], None]:
 def _temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="parsim-run-", ignore_cleanup_errors=True) as name:
         yield Path(name)
+
+
+@contextmanager
+def _complete_checkpoints(cases: Sequence[Case], nodes: Nodes) -> Iterator[None]:
+    """Leave no half of a checkpoint behind, however a run ends."""
+    try:
+        yield
+    except BaseException:
+        for case in cases:
+            if case.checkpoint is not None and nodes.index == 0:
+                remove_unfinished(Path(case.checkpoint.folder))
+        raise
 
 
 @contextmanager

@@ -11,23 +11,27 @@ A checkpoint gets its name in the moment it is complete. Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from parsim.errors import ParsimError
 from parsim.execute.request import Case
 from parsim.execute.steps import StepRecord
+from parsim.units import format_bytes
 
 KEPT = 2
 """Complete checkpoints that stay: should the newest be damaged, there is one before it."""
 _MANIFEST = "parsim.json"
 _CLAIM = "launch.txt"
 _SCHEMA_VERSION = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NEARLY_FULL_BYTES = 2**20
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -94,6 +98,26 @@ def complete(folder: Path, case: Case, steps: list[StepRecord], plan_since: int)
     _sync(folder)
     for old in _named(folder)[:-KEPT]:
         _remove(old)
+
+
+def unwritten(folder: Path, step: int, error: Exception) -> NoReturn:
+    """Say why a checkpoint could not be written; what there is of it goes when all ranks have ended.
+
+    Raises ParsimError where the disk is full, which another start would meet again, else the error.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    # torch's writer does not say it where a write was cut short; a quota leaves space free.
+    if free_bytes >= _NEARLY_FULL_BYTES and getattr(error, "errno", None) not in _FULL:
+        raise error
+    kept = [path.name for path in _named(folder)]
+    raise ParsimError(
+        "the disk is full: this checkpoint could not be written",
+        where=str(folder),
+        got=f"{format_bytes(free_bytes)} free after step {step}",
+        hint=f"free some space, then --resume goes on from {kept[-1]}"
+        if kept
+        else "free some space and begin again: there is no earlier checkpoint",
+    ) from error
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from parsim.errors import ParsimError
-from parsim.execute.launch.checkpoint_folder import Saved, complete, saved_at, unfinished
+from parsim.execute.launch.checkpoint_folder import Saved, complete, saved_at, unfinished, unwritten
 from parsim.execute.steps import StepRecord
 from parsim.execute.training.named_states import load_states, saved_states
 from parsim.execute.training.trainer import Trainer
@@ -28,13 +29,16 @@ def save_checkpoint(trainer: Trainer, steps: list[StepRecord], plan_since: int) 
     assert case.checkpoint is not None
     folder, step = Path(case.checkpoint.folder), len(steps)
     trainer.recorder.say(f"writing the checkpoint of step {step}")
-    dcp.save(
-        saved_states(trainer.data_parallel) | _loss_scale_states(trainer),
-        storage_writer=FileSystemWriter(unfinished(folder, step)),
-        process_group=trainer.control,
-    )
-    if dist.get_rank() == 0:
-        complete(folder, case, steps, plan_since)
+    try:
+        dcp.save(
+            saved_states(trainer.data_parallel) | _loss_scale_states(trainer),
+            storage_writer=FileSystemWriter(unfinished(folder, step)),
+            process_group=trainer.control,
+        )
+        if dist.get_rank() == 0:
+            complete(folder, case, steps, plan_since)
+    except (CheckpointException, OSError) as error:  # the first one comes to all ranks
+        unwritten(folder, step, error)
     trainer.recorder.say("waiting: checkpoint")
     dist.barrier(group=trainer.control)
 
@@ -104,12 +108,24 @@ class _IndexUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return self._member
         known = f"{module}.{name}" in self._CLASSES
         if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
-        raise ParsimError(
+        raise self._refused(f"{module}.{name}")
+
+    def _member(self, owner: object, name: str) -> Any:
+        """A member of an enumeration, which Python 3.11 before 3.11.5 pickles as an attribute."""
+        if isinstance(owner, type) and issubclass(owner, Enum) and name in owner.__members__:
+            return owner[name]
+        raise self._refused("builtins.getattr")
+
+    @staticmethod
+    def _refused(got: str) -> ParsimError:
+        return ParsimError(
             "this checkpoint's index holds something other than an index of tensors",
             where=".metadata",
-            got=f"{module}.{name}",
+            got=got,
             hint="it was not written by parsim, or was tampered with",
         )
