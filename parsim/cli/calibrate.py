@@ -10,8 +10,9 @@ import typer
 
 from parsim.cli.calibrate_runs import calibrate_runs
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_table, progress, say
+from parsim.cli.output import document, print_json, progress, say
 from parsim.cli.output_paths import to_file
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from parsim.execute.calibrate.calibration import Calibration

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output import document, print_json, print_lines, progress, say
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from parsim.compare.stack_fit import StackFit

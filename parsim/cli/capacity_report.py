@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from parsim.cli.output import print_lines, print_table
+from parsim.cli.output import print_lines
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def _print_table(options: Sequence[Option], limits: Limits, pue: float | None) -
     headers += ["in budget"] * (limits.budget_usd is not None)
     case = options[0].case
     title = f"{case.job.model.name}, {format_count(case.tokens)} tokens"
-    print_table([*headers, "Pareto"], rows, title=title)
+    print_table([*headers, "Pareto"], rows, title=title, keys=2)
 
 
 def _days(option: Option) -> str:

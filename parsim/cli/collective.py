@@ -12,7 +12,8 @@ from parsim.cli.options import (
     IntraNodeOption,
     JsonOption,
 )
-from parsim.cli.output import document, print_json, print_lines, print_table
+from parsim.cli.output import document, print_json, print_lines
+from parsim.cli.tables import print_table
 from parsim.setup import Flags, load_machine
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from parsim.cli.options import (
     SeqLenOption,
     StackOption,
 )
-from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output import document, print_json, print_lines, progress, say
 from parsim.cli.output_paths import to_picture
+from parsim.cli.tables import print_table
 from parsim.setup import Flags, load_plan
 
 if TYPE_CHECKING:

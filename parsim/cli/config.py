@@ -9,7 +9,7 @@ import typer
 
 from parsim.cli.completion import complete_command
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_table, say
+from parsim.cli.output import document, print_json, say
 from parsim.cli.settings import (
     COMMANDS,
     KEYS,
@@ -20,6 +20,7 @@ from parsim.cli.settings import (
     misspelt_variables,
     user_file,
 )
+from parsim.cli.tables import print_table
 
 HELP = """Show settings: options that need not be typed each time.
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from parsim.cli.completion import complete_hardware
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_table
+from parsim.cli.output import document, print_json, print_lines
 from parsim.cli.output_paths import to_file
+from parsim.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from parsim.hardware import Cluster
 
 
 def hardware(
@@ -50,9 +56,7 @@ def hardware(
     """
     from parsim.config import load_cluster, to_data
     from parsim.errors import ParsimError
-    from parsim.hardware import Cluster, default_precision, describe
     from parsim.shipped import shipped
-    from parsim.units import format_bandwidth, format_bytes, format_rate
 
     if name == "detect":
         from parsim.cli.hardware_detect import hardware_detect
@@ -75,23 +79,40 @@ def hardware(
         print_json(document("hardware", {"name": name}, {"hardware": found}))
         return
     if name:
-        facts = [[fact.what, fact.value, fact.source] for fact in describe(clusters[0])]
-        print_table(["what", "value", "source"], facts, title=clusters[0].description)
+        _print_facts(clusters[0])
         return
+    _print_list(clusters)
+
+
+def _print_facts(cluster: Cluster) -> None:
+    """One profile, and where each of its numbers is from: sources are told once, by number."""
+    from parsim.hardware import describe
+
+    facts = describe(cluster)
+    sources = list(dict.fromkeys(fact.source for fact in facts))
+    rows = [[fact.what, fact.value, str(1 + sources.index(fact.source))] for fact in facts]
+    print_table(["what", "value", "source"], rows, title=cluster.description)
+    print_lines([f"{number}  {source}" for number, source in enumerate(sources, 1)])
+
+
+def _print_list(clusters: Sequence[Cluster]) -> None:
+    from parsim.hardware import default_precision
+    from parsim.units import format_bandwidth, format_bytes, format_rate
+
     rows = []
     for cluster in clusters:
         device = cluster.device
         dtype = default_precision(device)
         rows.append([
             cluster.name,
-            f"{format_rate(device.peak_flops_per_s[dtype])} {dtype}",
+            f"{format_rate(device.peak_flops_per_s[dtype]).removesuffix('FLOP/s')} {dtype}",
             format_bytes(device.memory_bytes),
             format_bandwidth(device.memory_bandwidth_bytes_per_s),
             f"{cluster.gpus_per_node} ({cluster.scale_up_domain})",
             format_bandwidth(cluster.intra_node.bandwidth_bytes_per_s),
             format_bandwidth(cluster.inter_node.bandwidth_bytes_per_s),
-            f"${cluster.price.usd_per_gpu_hour:.2f}" if cluster.price else "",
+            f"${cluster.price.usd_per_gpu_hour:.2f}" if cluster.price else "–",
         ])  # fmt: skip
-    headers = ["hardware", "peak", "memory", "bandwidth", "per node (domain)", "in node",
-               "between nodes", "GPU-hour"]  # fmt: skip
+    headers = ["\nhardware", "peak\nFLOP/s", "\nmemory", "memory\nbandwidth", "a node\n(domain)",
+               "\nin node", "between\nnodes", "GPU-\nhour"]  # fmt: skip
     print_table(headers, rows)

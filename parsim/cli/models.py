@@ -9,8 +9,9 @@ import typer
 
 from parsim.cli.completion import complete_model
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_table, say
+from parsim.cli.output import document, print_json, say
 from parsim.cli.output_paths import to_file
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,24 +121,26 @@ def _print_pruned(whole: ModelSpec, small: ModelSpec) -> None:
 
 
 def _print_list(specs: list[ModelSpec]) -> None:
-    from parsim.model import num_parameters
-    from parsim.units import format_count
-
     rows = [
         [
             spec.name,
-            format_count(num_parameters(spec)),
-            format_count(num_parameters(spec, active=True)),
-            str(spec.layers),
-            str(spec.hidden),
-            f"{spec.heads}/{spec.kv_heads}",
-            spec.attention_kind,
+            _parameters(spec),
+            f"{spec.layers} × {spec.hidden}",
+            f"{spec.heads} MLA" if spec.attention_kind == "MLA" else f"{spec.heads}/{spec.kv_heads}",
             f"{spec.moe.top_k} of {spec.moe.experts}" if spec.moe else "dense",
-            str(spec.vocab),
             str(spec.max_seq_len),
         ]
         for spec in specs
     ]
-    headers = ["model", "parameters", "active", "layers", "hidden", "heads/kv", "attention",
-               "experts", "vocab", "seq_len"]  # fmt: skip
+    headers = ["\nmodel", "parameters\n(active)", "layers ×\nhidden", "\nheads/kv", "\nexperts",
+               "\nseq_len"]  # fmt: skip
     print_table(headers, rows)
+
+
+def _parameters(spec: ModelSpec) -> str:
+    """All parameters, and of a model with experts those that a token meets."""
+    from parsim.model import num_parameters
+    from parsim.units import format_count
+
+    text = format_count(num_parameters(spec))
+    return f"{text} ({format_count(num_parameters(spec, active=True))})" if spec.moe else text

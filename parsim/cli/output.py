@@ -66,23 +66,6 @@ def print_lines(lines: Sequence[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
-    """A table on stdout: names left, figures right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for i, header in enumerate(headers):
-        numeric = all(row[i][:1].isdigit() or row[i][:1] in "-+–" for row in rows) and bool(rows)
-        table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    # Piped into a file a table keeps its width instead of being folded to 80 columns.
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False, markup=False).print(table)
-
-
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """Progress on stderr: what is done, how far, of how much. A live line on a terminal, else a line

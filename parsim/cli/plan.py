@@ -19,8 +19,9 @@ from parsim.cli.options import (
     SeqLenOption,
     StackOption,
 )
-from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output import document, print_json, print_lines, progress, say
 from parsim.cli.report import ReportOption, write_report
+from parsim.cli.tables import print_table
 from parsim.setup import Flags, load_setup
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from parsim.search.search import SearchResult
     from parsim.setup import Setup
     from parsim.simulate.prediction import Prediction
+
+
+SIZES = range(1, 12)
+"""Columns of the table that describe a plan: where all are alike they are said once, above it."""
 
 
 @with_constraints
@@ -226,7 +231,12 @@ def print_result(
     headers = ["", "dp", "tp", "pp", "cp", "ep", "vpp", "mb", "schedule", "zero", "sp", "recompute",
                *more, "step", "MFU", "bubble", "comm", "memory", "at worst",
                "why not first"]  # fmt: skip
-    print_table(headers, rows, title=f"{model} on {gpus} × {hardware}")
+    same = {i: rows[0][i] for i in SIZES if len(rows) > 1 and len({row[i] for row in rows}) == 1}
+    title = f"{model} on {gpus} × {hardware}"
+    if same:
+        title += f"; all plans: {', '.join(f'{headers[i]} {value}' for i, value in same.items())}"
+    shown = [i for i in range(len(headers)) if i not in same]
+    print_table([headers[i] for i in shown], [[row[i] for i in shown] for row in rows], title=title)
     space = result.space
     lines = [
         f"{space.enumerated:,} plans: {space.fits:,} fit, {space.enumerated - space.fits:,} rejected; "

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from parsim.cli.auto_stages import stages_section
-from parsim.cli.output import Section, document, print_json, print_lines, print_table
+from parsim.cli.output import Section, document, print_json, print_lines
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

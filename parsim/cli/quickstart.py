@@ -12,8 +12,9 @@ import typer
 
 from parsim.cli.calibrate import DeviceKind, DeviceOption, run_calibration, summary
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output import document, print_json, print_lines, progress, say
 from parsim.cli.output_paths import to_folder
+from parsim.cli.tables import print_table
 from parsim.setup import Setup
 
 if TYPE_CHECKING:

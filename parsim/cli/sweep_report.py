@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from parsim.cli.output import print_lines, print_table
+from parsim.cli.output import print_lines
 from parsim.cli.sweep_inputs import KEYS
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def print_report(rows: Rows) -> None:
     title = ", ".join(f"{key} {_cell(value)}" for key, value in same.items())
     headers = ["GPUs" if key == "gpus" else key.replace("_", " ") for key in shown]
     figures = ["plan", "step", "MFU", "tokens/s/GPU", "memory", "note"]
-    print_table([*headers, *figures], lines[:MOST_PRINTED], title=title)
+    print_table([*headers, *figures], lines[:MOST_PRINTED], title=title, keys=len(headers))
     total = len(rows.settings)
     notes = [f"{total:,} scenarios: "]
     notes[0] += ", ".join(f"{count:,} {WORDS[status]}" for status, count in rows.counts.items())

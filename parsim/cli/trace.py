@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_lines, print_table, progress, say
+from parsim.cli.output import document, print_json, print_lines, progress, say
 from parsim.cli.output_paths import to_file, to_picture
+from parsim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

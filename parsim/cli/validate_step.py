@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parsim.cli.output import document, print_json, print_lines, print_table, say
+from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import write_report
+from parsim.cli.tables import print_table
 from parsim.cli.trace import read_run, traced_data
 from parsim.setup import Flags, load_plan
 from parsim.timeline import COMPUTE
