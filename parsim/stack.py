@@ -175,6 +175,12 @@ class Stack:
     pair_overlap: bool = True
     """The passes of an overlapped pair (DualPipe) hide each other's exchanges; else they run one after
     the other, as torch's pipeline runtime runs them by itself."""
+    lacks_schedules: tuple[str, ...] = ()
+    """Schedules that this software does not run."""
+    zero3_splits_backward: bool = True
+    """Schedules with backwards split into I and W run under ZeRO 3."""
+    ties_on_one_rank: bool = True
+    """Tied embeddings may be on two stages of one rank, as V-shaped schedules have them."""
     pp_overlap: bool = True
     """Pipeline sends run beside compute; else both ends wait for them."""
     pp_over_network: bool = False

@@ -24,6 +24,7 @@ from parsim.schedule import (
     check_micro_batches,
     unknown_schedule,
 )
+from parsim.stack import Stack
 
 
 def check_plan(job: Job, plan: ParallelPlan, cluster: Cluster) -> None:
@@ -42,6 +43,34 @@ def plan_problems(job: Job, plan: ParallelPlan, cluster: Cluster) -> Iterator[Pa
     yield from _reduction_problems(plan)
     if plan.placement != USUAL_PLACEMENT:
         yield from placement_problems(plan, cluster)
+
+
+def stack_problems(job: Job, plan: ParallelPlan, stack: Stack) -> Iterator[ParsimError]:
+    """What the training software does not run of a plan that is legal."""
+    if plan.schedule in stack.lacks_schedules:
+        others = [name for name in V_SHAPED_SCHEDULES if name not in stack.lacks_schedules]
+        yield ParsimError(
+            f"{stack.name} does not run {plan.schedule}",
+            where="schedule",
+            got=plan.schedule,
+            hint=f"{others[-1]} runs, and other stacks have it" if others else None,
+        )
+    sharded = plan.zero == 3 and plan.dp * plan.cp > 1
+    if sharded and plan.schedule in SPLIT_SCHEDULES and not stack.zero3_splits_backward:
+        yield ParsimError(
+            f"{stack.name} does not split backwards under ZeRO 3",
+            where="zero",
+            got=f"zero {plan.zero}, schedule {plan.schedule}",
+            hint="zero=2: parameters stay whole between forward and backward",
+        )
+    ends_meet = plan.pp > 1 and plan.stage_rank(0) == plan.stage_rank(plan.num_stages - 1)
+    if job.model.tied_embeddings and ends_meet and not stack.ties_on_one_rank:
+        yield ParsimError(
+            f"{stack.name} does not tie embeddings on two stages of one rank",
+            where="schedule",
+            got=plan.schedule,
+            hint="schedules that are not V-shaped have the first and the last stage on different ranks",
+        )
 
 
 def divisors(n: int) -> list[int]:

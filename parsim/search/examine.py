@@ -93,7 +93,7 @@ class Examiner:
 
     def __post_init__(self) -> None:
         peak_flops_per_s(self.costs.cluster.device, self.job.precision)  # refuses a dtype it has not
-        self._legality = Legality(self.job, self.costs.cluster)
+        self._legality = Legality(self.job, self.costs.cluster, self.costs.stack)
         self._cells = CellTable(self.job, self.costs)
         self._partitioner = Partitioner(self.job, ENOUGH_HEADROOM)
 

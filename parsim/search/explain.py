@@ -8,7 +8,7 @@ from parsim.cost.memory import MemoryUse
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.plan import Job, ParallelPlan
-from parsim.schedule.check import plan_problems
+from parsim.schedule.check import plan_problems, stack_problems
 from parsim.search.fullest import fullest_rank
 from parsim.simulate.prediction import Prediction, estimate
 
@@ -53,7 +53,7 @@ class Explanation:
 
 def explain(job: Job, plan: ParallelPlan, costs: CostModel) -> Explanation:
     """Everything that keeps a plan from being legal; else its memory; else its step."""
-    problems = tuple(plan_problems(job, plan, costs.cluster))
+    problems = (*plan_problems(job, plan, costs.cluster), *stack_problems(job, plan, costs.stack))
     if problems:
         return Explanation(plan=plan, problems=problems)
     memory = fullest_rank(job, plan, costs)

@@ -16,10 +16,12 @@ from parsim.schedule.check import (
     group_problems,
     pipeline_problems,
     placement_problems,
+    stack_problems,
     tensor_problems,
 )
 from parsim.search.layout import Bools
 from parsim.search.space import Family
+from parsim.stack import Stack
 
 Problems = Iterator[ParsimError]
 
@@ -30,6 +32,7 @@ class Legality:
 
     job: Job
     cluster: Cluster
+    stack: Stack
     _reasons: dict[tuple[object, ...], str] = field(default_factory=dict)
 
     def of(self, family: Family) -> tuple[dict[str, int], Bools]:
@@ -49,6 +52,9 @@ class Legality:
 
         # From the last check to the first: what an earlier one finds stands.
         every, sizes = slice(None), (base.dp, base.tp, base.cp)
+        for z, zero in enumerate(family.zero):
+            runs = base.schedule, base.pp, base.vpp, base.dp * base.cp > 1, zero
+            mark(self._reason(self._software, runs, base, zero=zero), z, every, every)
         for s, parallel in enumerate(family.sequence_parallel):
             alike = *sizes, base.ep, base.pp, base.placement, parallel
             mark(self._reason(self._groups, alike, base, sequence_parallel=parallel), every, every, s)
@@ -74,6 +80,9 @@ class Legality:
         yield from group_problems(job, plan)
         if plan.placement != USUAL_PLACEMENT:
             yield from placement_problems(plan, self.cluster)
+
+    def _software(self, job: Job, plan: ParallelPlan) -> Problems:
+        return stack_problems(job, plan, self.stack)
 
     def _reason(
         self,

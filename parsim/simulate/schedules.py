@@ -9,7 +9,7 @@ from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import with_schedule
-from parsim.schedule.check import plan_problems
+from parsim.schedule.check import plan_problems, stack_problems
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
 
@@ -45,7 +45,8 @@ def under_schedules(
         if progress is not None:
             progress(f"simulating {schedule}", done, len(schedules))
         other = with_schedule(plan, schedule, vpp)
-        problem = next(plan_problems(job, other, costs.cluster), None)
+        problems = (*plan_problems(job, other, costs.cluster), *stack_problems(job, other, costs.stack))
+        problem = next(iter(problems), None)
         if problem is not None:
             yield Refused(schedule, problem)
         else:

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from parsim.config import load_model
+from parsim.config import load_cluster, load_model, load_stack
+from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.execute.launch.cases import run_cases, verification_case
 from parsim.execute.request import Case, decode_case, encode_case
@@ -17,6 +18,8 @@ from parsim.model import MlaSpec, ModelSpec, MoeSpec, num_parameters
 from parsim.plan import Job, ParallelPlan, parse_plan, stage_layers
 from parsim.schedule import make_schedule
 from parsim.schedule.action import Action, Schedule, parse_action
+from parsim.search.examine import Examiner
+from parsim.search.space import Constraints, families
 
 MODEL = ModelSpec(
     name="small", layers=8, hidden=64, heads=8, kv_heads=4, ffn_hidden=96, gated_mlp=True, vocab=128,
@@ -30,6 +33,27 @@ def check(plan: str | ParallelPlan, *, dtype: str = "fp32", **model: object) -> 
     job = dataclasses.replace(JOB, model=dataclasses.replace(MODEL, **model))  # type: ignore[arg-type]
     parsed = parse_plan(plan) if isinstance(plan, str) else plan
     check_executable(job, parsed, make_schedule(parsed, parsed.num_micro_batches(job)), dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"), [("tiny-llama-8l", False), ("tiny-gpt-8l", True), ("mini-mixtral-8l", False)]
+)
+def test_the_executor_runs_every_plan_that_the_search_offers_for_it(name: str, tied: bool) -> None:
+    model = dataclasses.replace(load_model(name), tied_embeddings=tied)
+    job = Job(model=model, seq_len=128, global_batch=8, precision="fp32")
+    costs = CostModel(model, load_cluster("local-cpu"), load_stack("parsim-executor"))
+    examiner, constraints = Examiner(job, costs), Constraints(max_sizes={"cp": 2})
+    offered, rejected = 0, dict[str, int]()
+    for family in families(job, 4, constraints, cluster=costs.cluster):
+        reasons, legal = examiner.legality(family)
+        rejected |= reasons
+        for plan, is_legal in zip(family.plans(), legal.ravel(), strict=True):
+            if is_legal:
+                offered += 1
+                schedule = make_schedule(plan, plan.num_micro_batches(job))
+                check_executable(job, plan, schedule, "fp32")
+    assert offered > 100
+    assert rejected["parsim-executor does not run dualpipe"] > 0
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_colour_and_progress_are_for_terminals_only() -> None:
     seen = typed(PLAN, columns=80, tty=("stdout",))
     assert "\x1b[1m" in seen["stdout"]
     assert "\x1b" not in seen["stderr"]
-    tables = ESCAPE.sub("", seen["stdout"]).partition("plans:")[0].splitlines()
+    tables = ESCAPE.sub("", seen["stdout"]).partition("rejected")[0].splitlines()
     assert max(map(len, tables[1:])) <= 80
 
 
