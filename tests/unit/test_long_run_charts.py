@@ -50,7 +50,7 @@ def test_goodput_chart() -> None:
 
 
 def test_rare_failures_are_drawn_below_what_most_runs_reach() -> None:
-    # One of 40 runs fails and lies idle for the rest: the mean is not among the middle 90 %.
+    # One of 40 runs fails and lies idle for the rest: the mean is not among the middle 90%.
     run = simulate_long_run(
         Checkpointing(interval_s=1000.0, blocking_s=1.0),
         Failures(mtbf_s=2e7, restart_s=1e6),
