@@ -84,7 +84,7 @@ def check_trace(timelines: Sequence[Timeline]) -> None:
     threads: dict[tuple[int, int], float] = {}
     slices = [event for event in events if event["ph"] == "X"]
     assert len(slices) == sum(len(timeline.spans) for timeline in timelines)
-    for event in sorted(slices, key=lambda e: e["ts"] + e["dur"]):
+    for event in sorted(slices, key=lambda e: (e["ts"], e["dur"])):
         assert event["dur"] >= 0
         thread = event["pid"], event["tid"]
         # To a tenth of the nanoseconds that times are rounded to.

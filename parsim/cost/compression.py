@@ -23,7 +23,7 @@ from parsim.cost.collective import Group
 from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.traffic import NO_TRAFFIC, Traffic, collective
 from parsim.cost.weights import Gradients, Matrix
-from parsim.hardware import Cluster, peak_flops_per_s
+from parsim.hardware import Cluster, Device, default_precision, peak_flops_per_s
 from parsim.plan import Compression
 from parsim.stack import Stack
 
@@ -132,6 +132,15 @@ def _powersgd(
     return Reduced(traffic, sum(_low_rank_s(m, rank, width, cluster, stack) for m in matrices))
 
 
+def _product_flops_per_s(device: Device, width: float) -> float:
+    """Rate of products of gradients of so many bytes: of the units for their dtype, or where the device
+    has none (V100: no bf16) of those that it trains on.
+    """
+    usual = ("fp64",) if width >= 8 else ("fp32",) if width >= 4 else ("bf16", "fp16")
+    known = (dtype for dtype in usual if dtype in device.peak_flops_per_s)
+    return peak_flops_per_s(device, next(known, default_precision(device)))
+
+
 def _pays(matrix: Matrix, rank: int) -> bool:
     low = (matrix.rows + matrix.columns) * rank
     return low * POWERSGD_LEAST_RATE < matrix.rows * matrix.columns
@@ -143,8 +152,7 @@ def _low_rank_s(matrix: Matrix, rank: int, width: float, cluster: Cluster, stack
     a column of P and takes its share from those after it, one column after another.
     """
     moved_s = _pass_s(6 * matrix.values * width, cluster, stack)
-    dtype = "fp32" if width >= 4 else "bf16"
-    flops_s = 6 * matrix.values * rank / peak_flops_per_s(cluster.device, dtype)
+    flops_s = 6 * matrix.values * rank / _product_flops_per_s(cluster.device, width)
     products_s = max(_pass_s(3 * matrix.values * width, cluster, stack), flops_s)
     column = matrix.rows * matrix.copies * width
     orthogonal_s = sum(_pass_s(2 * column * (rank - i), cluster, stack) for i in range(rank))

@@ -117,6 +117,34 @@ def test_powersgd_s_kernels() -> None:
     assert wide.device_s == pytest.approx(moved_s + products_s + columns_s)
 
 
+@pytest.mark.parametrize(
+    ("peaks", "width", "rate"),
+    [
+        ({"fp16": 1e13, "fp32": 1e12}, 2.0, 1e13),  # V100: 16 bits, but no bf16
+        ({"bf16": 1e13, "fp16": 2e13}, 2.0, 1e13),
+        ({"fp32": 1e12, "fp64": 1e11}, 8.0, 1e11),
+        ({"bf16": 1e13}, 4.0, 1e13),  # a profile that names no fp32
+    ],
+)
+def test_powersgd_s_products_run_on_units_that_the_device_has(
+    peaks: dict[str, float], width: float, rate: float
+) -> None:
+    cluster, matrix = round_cluster(), Matrix(4096, 4096)
+    cluster = replace(cluster, device=replace(cluster.device, peak_flops_per_s=peaks))
+    gradients, compression = Gradients(matrix.values, (matrix,)), parse_compression("powersgd-100")
+
+    def device_s(on: Cluster) -> float:
+        found = reduced_over(Group(4, 4), gradients, compression, width, on, plain_stack())
+        return found.device_s
+
+    boundless = dict.fromkeys(peaks, 1e30)
+    memory_s = memory_bound_s(cluster, 3 * matrix.values * width)
+    unbound = replace(cluster, device=replace(cluster.device, peak_flops_per_s=boundless))
+    products_s = 6 * matrix.values * 100 / rate
+    assert device_s(cluster) - device_s(unbound) == pytest.approx(max(0.0, products_s - memory_s))
+    assert products_s > memory_s
+
+
 JOB = Job(model=small_model(layers=8), seq_len=256, global_batch=32)
 PLAN = ParallelPlan(dp=16)
 
