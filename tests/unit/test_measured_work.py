@@ -98,6 +98,17 @@ def test_a_step_is_taken_apart_without_its_communication() -> None:
     assert found["step_host_s"] == pytest.approx(2.0)  # before, flattening, after
 
 
+def test_asking_for_messages_is_the_pipeline_runtime_s_time() -> None:
+    """Two receives are asked for before the only forward: 1.5 s from the first of them on."""
+    spans = [
+        [HOST, "recv_f", "host", 1, -1, 1.0, 1.5],
+        [HOST, "recv_b", "host", 1, -1, 1.5, 2.0],
+        [COMPUTE, "1F0", "forward", 1, 0, 2.5, 3.5],
+    ]
+    found = work_of(spans, 5.0)
+    assert (found["action_host_s"], found["step_host_s"]) == pytest.approx((1.5, 2.5))
+
+
 ACCUMULATES = plain_stack(sums_in_pipeline=True, fsdp_prefetch=0)
 
 

@@ -23,6 +23,8 @@ pytest.importorskip("torch.distributed.pipelining.schedules", exc_type=ImportErr
 
 from torch.distributed.pipelining import schedules
 
+from parsim.execute.training.pipeline_adapter import receives_first
+
 RUN_BY_TORCH = [case for case in SIZES if case[0].chains == 1]
 CLASSES = {
     "interleaved": schedules.ScheduleInterleaved1F1B,
@@ -62,6 +64,32 @@ def test_torch_accepts_every_schedule() -> None:
         # Its dry run knows no overlapped pairs, which its runtime runs part by part.
         apart = {r: [part for a in row for part in a.sub_actions or (a,)] for r, row in rows.items()}
         schedules._simulate_comms_compute(apart, plan.stage_rank, plan.num_stages)
+
+
+def test_early_receives_meet_their_sends() -> None:
+    """Between two ranks gloo matches messages in order, so receives keep that of the peer's sends."""
+    for plan, m in RUN_BY_TORCH:
+        schedule = make_schedule(plan, m)
+        before = schedules._add_send_recv(torch_actions(schedule), plan.stage_rank, plan.num_stages)
+        after = {rank: receives_first(row) for rank, row in before.items()}
+        for rank, row in after.items():
+            assert sorted(map(str, row)) == sorted(map(str, before[rank]))
+            posted = [str(action).find("RECV") > 0 for action in row]
+            assert posted == sorted(posted, reverse=True)
+            for peer in after.keys() - {rank}:
+                forth = {"F": 1, "B": -1}
+                sent = [
+                    (a.stage_index + forth[a.computation_type.name[-1]], a.microbatch_index)
+                    for a in after[peer]
+                    if "SEND" in str(a)
+                ]
+                received = [
+                    (a.stage_index, a.microbatch_index)
+                    for a in row
+                    if "RECV" in str(a)
+                    and plan.stage_rank(a.stage_index - forth[a.computation_type.name[-1]]) == peer
+                ]
+                assert [one for one in sent if plan.stage_rank(one[0]) == rank] == received
 
 
 @pytest.mark.parametrize("name", CLASSES)

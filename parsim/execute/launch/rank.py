@@ -60,6 +60,10 @@ def run_rank(
             results.append(run_served_case(case, device, recorder, control, folder, index))
             continue
         trainer = Trainer(case, device, recorder, control)
+        # What is there now stays: the collector need not look through all of torch within a step again
+        # (0.17 s on one core, on one rank while the others wait).
+        gc.collect()
+        gc.freeze()
         if device.type == "cpu":
             let_gloo_give_way()
         stale = case.plan.schedule in ASYNCHRONOUS_SCHEDULES
@@ -69,6 +73,7 @@ def run_rank(
             run = time_stale_case if stale else time_case if alone is None else emulate_case
             results.append(run(case, trainer, progress, index))
         del trainer  # before the next one takes its memory
+        gc.unfreeze()
         gc.collect()
     recorder.say("waiting: end")
     dist.barrier(group=control)

@@ -8,6 +8,8 @@ from typing import Any
 
 from parsim.timeline import COMPUTE, HOST, PP_STREAMS, merged
 
+RECEIVES = ("recv_f", "recv_b")
+"""What asking for a message is called, as torch's pipeline runtime records it."""
 Spans = Sequence[Sequence[Any]]
 """(stream, name, kind, stage, micro-batch, start, end) of what one rank did in a step."""
 
@@ -16,14 +18,17 @@ def work_of(spans: Spans, step_s: float) -> dict[str, Any]:
     """What a step's time went to, without communication.
 
     Actions: seconds of each by stage and kind; whole, from its begin to its end, with what the host does
-    in communication that nobody answers. action_host: what passed between the first action and the
-    last outside any span, for each action: torch's pipeline runtime. step_host: the rest of the step.
+    in communication that nobody answers. action_host: what passed from the first action (or asking for
+    its input) to the last outside any span, for each action: torch's pipeline runtime. step_host: the
+    rest of the step.
     """
     actions: dict[tuple[int, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     extents: dict[tuple[int, str, int], tuple[float, float]] = {}
     optimizer_s, begin, end = 0.0, step_s, 0.0
-    for stream, _, kind, stage, micro_batch, start_s, end_s in spans:
-        if stream == COMPUTE and kind == "optimizer":
+    for stream, name, kind, stage, micro_batch, start_s, end_s in spans:
+        if name in RECEIVES:  # on CPUs all of a step are asked for before its first action
+            begin = min(begin, start_s)
+        elif stream == COMPUTE and kind == "optimizer":
             optimizer_s += end_s - start_s
         elif stream == COMPUTE:
             actions[stage, kind][micro_batch] += end_s - start_s

@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, schedules
-from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+)
 
 from parsim.execute.training.recorder import Label, Recorder
 from parsim.schedule.action import (
@@ -34,6 +38,7 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _RECORDED = re.compile(r"PP:(\d+)(F|B|I|W|SEND_F|SEND_B|RECV_F|RECV_B|UNSHARD|RESHARD|REDUCE_GRAD)(\d*)")
 """The names under which torch records what it does: stage, what, micro-batch."""
+_RECEIVES = (_ComputationType.RECV_F, _ComputationType.RECV_B)
 
 
 class Pipeline:
@@ -82,6 +87,9 @@ class Pipeline:
                 for rank, row in enumerate(schedule.ranks)
             }
         )
+        if device.type == "cpu":
+            orders = self._runtime.pipeline_order_with_comms
+            orders.update({rank: receives_first(order) for rank, order in orders.items()})
 
     def run(self, tokens: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
         """Forward and backward of all micro-batches; their losses on the last stage, else nothing."""
@@ -155,6 +163,18 @@ class _Runtime(_PipelineScheduleRuntime):  # type: ignore[misc]
 
     def _maybe_get_loss(self, stage: Any, mb_index: int) -> torch.Tensor | None:
         return self.losses[mb_index] if stage.is_last else None
+
+
+def receives_first(order: list[_Action]) -> list[_Action]:
+    """A rank's actions with all its receives at the beginning, in the order in which they were.
+
+    gloo sends a message once it has heard that the other rank asks for it. It hears that in a thread of
+    its own, which waits for its turn on a core that computes: asked for in the course of the step, as
+    torch does it, messages left up to a time slice of 4 ms late. Every micro-batch has a buffer of its
+    own from the start, so asking early takes no memory. NCCL wants the order of both sides to agree.
+    """
+    first = [action for action in order if action.computation_type in _RECEIVES]
+    return first + [action for action in order if action.computation_type not in _RECEIVES]
 
 
 def runs_alone(group: dist.ProcessGroup) -> bool:
