@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from parsim.cli.run_launch import timed_case
 from parsim.compare.steps import StepComparison, compare_steps
@@ -37,13 +38,13 @@ from parsim.execute.launch.cases import run_cases
 from parsim.execute.measurement import Measurement
 from parsim.execute.support import check_executable
 from parsim.hardware import Cluster
-from parsim.model import ModelSpec
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan
 from parsim.schedule import running_schedule
 from parsim.schedule.check import check_plan
 from parsim.search.space import Constraints, families
 from parsim.setup import Setup
-from parsim.simulate.prediction import predict
+from parsim.simulate.prediction import Prediction, predict
 from parsim.stack import Stack
 from parsim.timeline import breakdown_s
 
@@ -81,7 +82,7 @@ class Row:
 def jobs() -> dict[str, Job]:
     """Models of some million parameters that spend their time on different things."""
 
-    def llama(name: str, seq_len: int, **sizes: int) -> ModelSpec:
+    def llama(name: str, seq_len: int, **sizes: Any) -> ModelSpec:
         return ModelSpec(name=name, gated_mlp=True, max_seq_len=seq_len, **sizes)
 
     models = (
@@ -89,6 +90,16 @@ def jobs() -> dict[str, Job]:
         llama("deep-narrow", 128, layers=24, hidden=128, heads=4, ffn_hidden=352, vocab=512),
         llama("short-wide", 64, layers=4, hidden=512, heads=8, ffn_hidden=1408, vocab=1024),
         llama("big-vocabulary", 64, layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=16384),
+        llama(
+            "experts",
+            64,
+            layers=4,
+            hidden=256,
+            heads=4,
+            ffn_hidden=704,
+            vocab=1024,
+            moe=MoeSpec(experts=8, top_k=2, ffn_hidden=352),
+        ),
         replace(load_model("tiny-gpt-8l"), max_seq_len=64),
     )
     return {
@@ -129,7 +140,12 @@ def chosen(plans: Sequence[ParallelPlan], most: int) -> list[ParallelPlan]:
 
 def picked(plans: Sequence[ParallelPlan], job: Job, costs: CostModel) -> ParallelPlan:
     """The plan that is predicted to be fastest."""
-    return min(plans, key=lambda plan: predict(job, plan, costs)[0].step_time_s)
+    return min(plans, key=lambda plan: _predicted(job, plan, costs).step_time_s)
+
+
+def _predicted(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:
+    """On this machine alone: ranks may exceed its cores."""
+    return predict(job, plan, costs, cores=costs.cluster.gpus_per_node)[0]
 
 
 def measure(
@@ -165,7 +181,7 @@ def compared(folder: Path, job: Job, ranks: int, costs: CostModel) -> list[Row]:
     for kept in json.loads(path.read_text()).values() if path.exists() else ():
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in kept["plan"].items()}
         plan = ParallelPlan(**fields)
-        prediction, _ = predict(job, plan, costs)
+        prediction = _predicted(job, plan, costs)
         found = compare_steps(
             prediction.step_time_s, prediction.breakdown_s, kept["step_time_s"], kept["breakdown_s"]
         )

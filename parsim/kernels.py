@@ -303,6 +303,21 @@ class HostMode:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostExperts:
+    """Host time of a layer with experts in parsim's executor, which runs one expert after the other."""
+
+    layer_forward_s: float
+    """Of the layer without its experts: attention, router, permutations of tokens."""
+    layer_backward_s: float
+    expert_forward_s: float
+    """Of each expert on the rank, routed or shared."""
+    expert_backward_s: float
+
+    def __post_init__(self) -> None:
+        _check_not_negative(self, *self.__slots__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredHost:
     """Time that eager PyTorch itself takes on this machine's host, at sizes where kernels take none.
 
@@ -326,6 +341,8 @@ class MeasuredHost:
     split_walk_s: float = 0.0
     """On top, for each pair of layers of a stage: the gradient of every tensor of weights is a walk of
     its own over the graph of all layers before."""
+    experts: HostExperts | None = None
+    """Without it a layer with experts takes what a dense one does."""
     source: str = ""
     date: str = ""
 

@@ -234,7 +234,7 @@ def _run(
     """Predict, run, verify if asked, and answer."""
     from parsim.execute.measurement import Measurement, Verification
 
-    prediction, predicted = _predict(setup, case)
+    prediction, predicted = _predict(setup, case, how)
     served = simulate_served(setup, case) if case.servers is not None else None
     checked = to_verify(case, how) if verify else None
     timed = not only_verified(case, how, prediction, verify=verify, draws=files.draws)
@@ -254,6 +254,8 @@ def _run(
         data = _measured_data(setup, case, measurement, prediction, served)
         if served is not None:
             predicted = simulated_timeline(served, measurement.timeline.title)
+        if (cores := how.cores_shared(case)) is not None:
+            data["cores"] = cores
         comparison = compared(setup, case, predicted, measurement)
         if comparison is not None and comparison.because:
             data["because"] = comparison.because
@@ -357,12 +359,13 @@ def _cpu_profile(plan: str) -> str:
     return named if named and load_cluster(named).device.is_host else "local-cpu"
 
 
-def _predict(setup: Setup, case: Case) -> tuple[Prediction, Any]:
+def _predict(setup: Setup, case: Case, how: Launch) -> tuple[Prediction, Any]:
     """The prediction, and its timeline with a row for every real rank."""
     from parsim.simulate.fold import unfolded
     from parsim.simulate.prediction import predict
 
-    prediction, timeline = predict(setup.job, case.plan, setup.costs())
+    cores = None if case.servers is not None else how.cores_shared(case)
+    prediction, timeline = predict(setup.job, case.plan, setup.costs(), cores=cores)
     return prediction, unfolded(timeline, case.plan)
 
 

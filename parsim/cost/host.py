@@ -8,7 +8,7 @@ from typing import NamedTuple
 from parsim.cost.cell import Cell
 from parsim.cost.recompute import recomputed
 from parsim.hardware import Cluster
-from parsim.kernels import HostMode, MeasuredHost
+from parsim.kernels import HostExperts, HostMode, MeasuredHost
 from parsim.stack import Stack
 
 LAUNCHED_AGAIN = ("everything", "every_other_gemm")
@@ -52,11 +52,15 @@ def stack_on(stack: Stack, cluster: Cluster) -> Stack:
     )
 
 
-def layer_host(cell: Cell, cluster: Cluster, stack: Stack, *, is_moe: bool) -> HostTime:
-    """Of one layer: as measured here, or as the stack says, where the backward launches as much."""
+def layer_host(cell: Cell, cluster: Cluster, stack: Stack, *, experts: int | None) -> HostTime:
+    """Of one layer: as measured here, or as the stack says, where the backward launches as much.
+
+    `experts`: those on the rank, routed or shared; None: a dense layer.
+    """
+    is_moe = experts is not None
     measured, again = cluster.kernels.measured_host, recomputed(cell, stack)
     if measured is not None:
-        return _measured_layer(measured, cell, relaunched=again in LAUNCHED_AGAIN)
+        return _measured_layer(measured, cell, experts, relaunched=again in LAUNCHED_AGAIN)
     host_s = stack.layer_host_s
     graphed = stack.graphs_for_slow_hosts and cluster.device.host_slowdown > 1
     if not (is_moe and (stack.fused_experts or graphed)):
@@ -67,20 +71,35 @@ def layer_host(cell: Cell, cluster: Cluster, stack: Stack, *, is_moe: bool) -> H
     return HostTime(host_s, host_s, stack.layer_lead_s, again_s)
 
 
-def _measured_layer(measured: MeasuredHost, cell: Cell, *, relaunched: bool) -> HostTime:
+def _measured_layer(
+    measured: MeasuredHost, cell: Cell, experts: int | None, *, relaunched: bool
+) -> HostTime:
     """A layer as split over tp, and what keeping track of a recomputation adds to both passes."""
     mode, plain = _mode(measured, cell), measured.mode("plain")
+    more = HostTime()
+    if experts is not None and measured.experts is not None:
+        more = _beyond_dense(measured, measured.experts, experts)
     if mode is None or plain is None:
-        forward_s, backward_s = measured.layer_forward_s, measured.layer_backward_s
+        forward_s = measured.layer_forward_s + more.forward_s
+        backward_s = measured.layer_backward_s + more.backward_s
         return HostTime(forward_s, backward_s, again_s=forward_s if relaunched else 0.0)
     again = measured.mode(f"recompute {cell.recompute}")
-    forward_s, again_s = mode.layer_forward_s, 0.0
+    forward_s, again_s = mode.layer_forward_s + more.forward_s, 0.0
     if again is not None:
         again_s = max(0.0, again.layer_backward_s - plain.layer_backward_s)
         if relaunched:  # what runs again is as dear as the first time, split over tp or not
-            again_s += mode.layer_forward_s - plain.layer_forward_s
+            again_s += forward_s - plain.layer_forward_s
         forward_s += max(0.0, again.layer_forward_s - plain.layer_forward_s)
-    return HostTime(forward_s, mode.layer_backward_s, again_s=again_s)
+    return HostTime(forward_s, mode.layer_backward_s + more.backward_s, again_s=again_s)
+
+
+def _beyond_dense(measured: MeasuredHost, each: HostExperts, experts: int) -> HostTime:
+    """What a layer with so many experts takes more than a dense one."""
+    forward_s = each.layer_forward_s + experts * each.expert_forward_s
+    backward_s = each.layer_backward_s + experts * each.expert_backward_s
+    return HostTime(
+        max(0.0, forward_s - measured.layer_forward_s), max(0.0, backward_s - measured.layer_backward_s)
+    )
 
 
 def _mode(measured: MeasuredHost, cell: Cell) -> HostMode | None:

@@ -166,8 +166,9 @@ class CostModel:
         cell, kind = _as_priced(cell, kind)
         operations = self._operations(cell, kind)
         if kind not in (EMBEDDING, HEAD):
-            is_moe = self.model.is_moe_layer(self._layer_of(kind))
-            host = layer_host(cell, self.cluster, self.stack, is_moe=is_moe)
+            moe = self.model.moe if self.model.is_moe_layer(self._layer_of(kind)) else None
+            experts = None if moe is None else moe.experts // cell.ep + (moe.shared_ffn_hidden > 0)
+            host = layer_host(cell, self.cluster, self.stack, experts=experts)
             return part_passes(operations, cell, self.cluster, self.stack, host=host)
         if self.stack.layer_lead_s:  # timed alone on one device: only layers get their transfers back
             operations = tuple(op for op in operations if not isinstance(op, Transfer))

@@ -30,6 +30,13 @@ def available_gpus() -> int:
     return min(found, len([each for each in visible.split(",") if each.strip() not in ("", "-1")]))
 
 
+def usable_cores() -> list[int]:
+    """Cores that this process may run on, by the system's number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def available_memory_bytes() -> float:
     """Host memory that new processes can have, by /proc/meminfo; infinite where it cannot be read."""
     try:

@@ -22,6 +22,7 @@ from parsim.schedule.measured import MeasuredWork, StageKind, measured_cost
 from parsim.schedule.pipedream import staleness, weight_versions
 from parsim.schedule.program import Program, task_times, timeline_of
 from parsim.simulate.replay import replay
+from parsim.simulate.shared_cores import times_on_cores
 from parsim.simulate.steady import steady_steps, steps_shown
 from parsim.simulate.uneven import Unevenness, uneven_program
 from parsim.timeline import Timeline, breakdown_s
@@ -167,15 +168,19 @@ def predict(
     uneven: Unevenness | None = None,
     costs_by_rank: Sequence[CostModel] = (),
     work: MeasuredWork | None = None,
+    cores: int | None = None,
 ) -> tuple[Prediction, Timeline]:
     """Simulate one step of a legal plan; `schedule` replaces the one that the plan names, `work` the
-    modelled compute.
+    modelled compute. `cores`: of the one machine that all ranks run on, where they may be fewer.
     """
     schedule = schedule or make_schedule(plan, plan.num_micro_batches(job))
     program, memory = program_of(job, plan, costs, schedule, costs_by_rank=costs_by_rank, work=work)
     if uneven is not None:
         program = uneven_program(program, plan, uneven)
-    timeline = replay(program)
+    if cores is None or cores >= plan.gpus:
+        timeline = replay(program)
+    else:
+        timeline = timeline_of(program, times_on_cores(program, plan, cores))
     if schedule.update_every:
         timeline = steady_steps(timeline, schedule)
     return prediction_of(job, plan, costs, timeline, memory, costs_by_rank=costs_by_rank), timeline

@@ -25,7 +25,7 @@ from parsim.execute.calibrate.profile import (
     cpu_facts,
     write_profile,
 )
-from parsim.execute.calibrate.ranks import usable_cores
+from parsim.execute.devices import usable_cores
 from parsim.kernels import HOST_MODES
 
 pytest.importorskip("torch", reason="the executor needs torch")

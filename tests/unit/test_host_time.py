@@ -13,17 +13,24 @@ from parsim.cost.memory_bound import memory_bound_s
 from parsim.cost.stage import HEAD, CostModel
 from parsim.cost.step import step_cost
 from parsim.errors import ParsimError
-from parsim.execute.calibrate.host import FEW, MORE, host_mode, split_host
-from parsim.execute.one_rank.one_rank import ActionTime, OneRank
+from parsim.execute.calibrate.host import (
+    FEW,
+    MORE,
+    host_experts,
+    host_mode,
+    split_host,
+    waiting_s,
+)
+from parsim.execute.one_rank.one_rank import ActionTime, Collectives, OneRank
 from parsim.execute.request import Case
 from parsim.hardware import Cluster
-from parsim.kernels import HOST_MODES, HostMode, Kernels, MeasuredHost
+from parsim.kernels import HOST_MODES, HostExperts, HostMode, Kernels, MeasuredHost
 from parsim.model import num_parameters
 from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.search.bound import lower_bound_s
 from parsim.simulate.prediction import predict, program_of
-from parsim.timeline import COMPUTE
+from parsim.timeline import COMPUTE, TP, Span, Timeline
 from tests.builders import plain_stack, round_cluster, small_model
 
 MODEL = small_model()
@@ -74,7 +81,7 @@ def test_a_layer_takes_what_its_modes_take_together(
     text: str, forward_s: float, backward_s: float, again_s: float
 ) -> None:
     cell = cell_of(JOB, parse_plan(text))
-    found = layer_host(cell, on_host(), plain_stack(), is_moe=False)
+    found = layer_host(cell, on_host(), plain_stack(), experts=None)
     assert (found.forward_s, found.backward_s, found.again_s) == (forward_s, backward_s, again_s)
 
 
@@ -84,7 +91,7 @@ def test_without_modes_a_profile_says_what_it_says() -> None:
     stack = plain_stack(action_host_s=5.0, step_overhead_s=6.0, collective_overhead_s=7.0)
     assert stack_on(stack, older) is stack
     cell = cell_of(JOB, parse_plan("tp=2,recompute=full"))
-    found = layer_host(cell, older, stack, is_moe=False)
+    found = layer_host(cell, older, stack, experts=None)
     assert (found.forward_s, found.backward_s, found.again_s) == (1.0, 2.0, 1.0)
     measured = stack_on(stack, on_host())
     assert (measured.action_host_s, measured.step_overhead_s) == (0.03125, 0.0625)
@@ -230,6 +237,47 @@ def test_walks_over_a_graph_grow_with_the_square_of_its_layers() -> None:
     whole = tuple(one_rank(n, {"B": 3 * n}) for n in (FEW, MORE))
     split = tuple(one_rank(n, {"I": 2 * n, "W": 4 * n + 0.5 * n * n}) for n in (FEW, MORE))
     assert split_host(whole, split) == pytest.approx((3e-3, 0.5e-3))  # type: ignore[arg-type]
+
+
+def test_experts_take_their_time_one_by_one() -> None:
+    """A layer of 5 and 7 ms without its experts, and 2 and 3 ms for each of them."""
+
+    def measured(layers: int, experts: int) -> OneRank:
+        return one_rank(
+            layers, {"F": 9 + layers * (5 + 2 * experts), "B": 9 + layers * (7 + 3 * experts)}
+        )
+
+    few, more = ((measured(FEW, experts), measured(MORE, experts)) for experts in (FEW, MORE))
+    assert host_experts(few, more) == HostExperts(
+        layer_forward_s=5e-3, layer_backward_s=7e-3, expert_forward_s=2e-3, expert_backward_s=3e-3
+    )
+
+
+@pytest.mark.parametrize(("text", "again_s"), [("dp=1", 0), ("dp=1,recompute=full", 4 + 6 + 2)])
+def test_a_layer_with_experts_launches_each_of_them(text: str, again_s: float) -> None:
+    """Three experts: 4 + 3 · 1 s forward and 5 + 3 · 2 s backward, where a dense layer has 1 and 2."""
+    experts = HostExperts(
+        layer_forward_s=4.0, layer_backward_s=5.0, expert_forward_s=1.0, expert_backward_s=2.0
+    )
+    cluster, cell = on_host(replace(HOST, experts=experts)), cell_of(JOB, parse_plan(text))
+    found, dense = (layer_host(cell, cluster, plain_stack(), experts=n) for n in (3, None))
+    assert found.forward_s - dense.forward_s == 4 + 3 - 1
+    assert found.backward_s - dense.backward_s == 5 + 6 - 2
+    assert found.again_s == again_s
+    older = on_host(replace(HOST, modes=(), experts=experts))
+    assert layer_host(cell, older, plain_stack(), experts=3).forward_s == 4 + 3
+    assert layer_host(cell, on_host(), plain_stack(), experts=3) == dense
+
+
+def test_what_is_waited_for_is_more_than_issuing_and_the_collective_itself() -> None:
+    """Spans of 4 and 6 ms; alone a rank issues 8 collectives in 4 · (2 + 3) ms of its passes."""
+    alone = replace(one_rank(FEW, {"F": 4, "B": 6}), collectives=(Collectives(TP, "all_reduce", 8, 1),))
+    spans = (
+        Span(0, TP, "0F0", 0.0, 4e-3, TP), Span(1, TP, "0F0", 0.0, 6e-3, TP),
+        Span(1, COMPUTE, "0F0", 0.0, 9e-3, "forward"),
+    )  # fmt: skip
+    assert waiting_s(Timeline(spans=spans), alone, 1e-3) == pytest.approx(5e-3 - 20e-3 / 8 - 1e-3)
+    assert waiting_s(Timeline(spans=spans), alone, 1.0) == 0.0
 
 
 def test_modes_are_all_there_or_none() -> None:

@@ -19,7 +19,8 @@ from parsim.errors import ParsimError
 from parsim.execute.calibrate.host import TYPICAL_S, measure_host
 from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
 from parsim.execute.calibrate.profile import TimedPoint, cluster_of, cpu_facts
-from parsim.execute.calibrate.ranks import listen, usable_cores
+from parsim.execute.calibrate.ranks import listen
+from parsim.execute.devices import usable_cores
 from parsim.hardware import Cluster
 
 Progress = Callable[[str, float], None]

@@ -8,6 +8,9 @@ where they arise, without anything to wait for.
 
 from __future__ import annotations
 
+import statistics
+from dataclasses import replace
+
 from parsim.cost.collective import Group, collective_s
 from parsim.execute.launch.attempts import Launch
 from parsim.execute.launch.cases import run_cases
@@ -15,10 +18,11 @@ from parsim.execute.measurement import Measurement
 from parsim.execute.one_rank.one_rank import OneRank, measure_one_rank
 from parsim.execute.request import Case
 from parsim.hardware import Cluster
-from parsim.kernels import HOST_MODES, HostMode, MeasuredHost
-from parsim.model import ModelSpec
+from parsim.kernels import HOST_MODES, HostExperts, HostMode, MeasuredHost
+from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan, parse_plan
 from parsim.schedule import running_schedule
+from parsim.timeline import TP, Timeline
 
 PLANS = dict(
     zip(
@@ -37,9 +41,9 @@ FEW, MORE = 2, 6
 RANK = 1
 """The last of a pipeline: it hands gradients back."""
 MICRO_BATCHES, STEPS, WARMUP = 4, 5, 2
-COLLECTIVES = 4
-"""All-reduces of a layer under tensor parallelism, both passes together (Shoeybi et al. 2019)."""
-TYPICAL_S = 30.0
+EXPERTS = "dp=2"
+"""The plan of layers with FEW and with MORE experts."""
+TYPICAL_S = 35.0
 
 
 def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None = None) -> MeasuredHost:
@@ -51,14 +55,17 @@ def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None
     """
     texts = [*PLANS.values(), WHOLE, SPLIT]
     cases = [_case(parse_plan(text), layers) for text in texts for layers in (FEW, MORE)]
+    cases += [
+        _case(parse_plan(EXPERTS), layers, experts) for experts in (FEW, MORE) for layers in (FEW, MORE)
+    ]
     found = measure_one_rank(cases, RANK, Launch(device="cpu"))
-    pairs = dict(zip(texts, zip(found[::2], found[1::2], strict=True), strict=True))
+    *each, few, more = zip(found[::2], found[1::2], strict=True)
+    pairs = dict(zip(texts, each, strict=True))
     modes = tuple(host_mode(mode, *pairs[text]) for mode, text in PLANS.items())
     split_s, split_walk_s = split_host(pairs[WHOLE], pairs[SPLIT])
     wait_s = 0.0
     if cluster is not None and cluster.gpus_per_node >= 2:
-        alone = modes[HOST_MODES.index("tensor parallel")]
-        wait_s = _wait_s(alone.layer_forward_s + alone.layer_backward_s, cluster)
+        wait_s = _wait_s(pairs[PLANS["tensor parallel"]][1], cluster)
     return MeasuredHost(
         op_s=op_s,
         layer_forward_s=modes[0].layer_forward_s,
@@ -68,37 +75,57 @@ def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None
         wait_s=wait_s,
         split_s=split_s,
         split_walk_s=split_walk_s,
+        experts=host_experts(few, more),
         source=f"{source}, {STEPS} steps of {MICRO_BATCHES} micro-batches each",
         date=date,
     )
 
 
-def _wait_s(alone_s: float, cluster: Cluster) -> float:
+def _wait_s(alone: OneRank, cluster: Cluster) -> float:
     """What one collective of a layer takes on two real ranks beyond its host's part and its own time.
 
-    `alone_s`: both passes of a layer on the host of a rank that nobody answers.
+    `alone`: a rank of the same case that nobody answers.
     """
-    plan = parse_plan(PLANS["tensor parallel"])
-    cases = [_case(plan, layers) for layers in (FEW, MORE)]
-    few, more = run_cases(cases, Launch(device="cpu"))
-    assert isinstance(few, Measurement)
-    assert isinstance(more, Measurement)
-    layer_s = (more.step_time_s - few.step_time_s) / (MORE - FEW) / MICRO_BATCHES
-    job = cases[0].job
+    (found,) = run_cases([alone.case], Launch(device="cpu"))
+    assert isinstance(found, Measurement)
+    job = alone.case.job
     num_bytes = 4.0 * job.seq_len * job.model.hidden
     own_s = collective_s(cluster, "all_reduce", num_bytes, Group(size=2, local=2))
-    return _rounded(max(0.0, (layer_s - alone_s) / COLLECTIVES - own_s))
+    return waiting_s(found.timeline, alone, own_s)
 
 
-def _case(plan: ParallelPlan, layers: int) -> Case:
+def waiting_s(found: Timeline, alone: OneRank, own_s: float) -> float:
+    """What a tensor-parallel collective takes on real ranks (`found`) but not alone, less `own_s`."""
+    whole_s = statistics.fmean(span.end_s - span.start_s for span in found.spans if span.stream == TP)
+    issued = sum(each.number for each in alone.collectives if each.dimension == TP)
+    issuing_s = MICRO_BATCHES * sum(each.whole_s - each.seconds for each in alone.actions)
+    return _rounded(max(0.0, whole_s - issuing_s / issued - own_s))
+
+
+def _case(plan: ParallelPlan, layers: int, experts: int = 0) -> Case:
     """So many layers on each pipeline rank, of the smallest sizes that two tp ranks can share."""
     spec = ModelSpec(
         name="host", layers=layers * plan.pp, hidden=16, heads=2, ffn_hidden=16, gated_mlp=True,
         vocab=16, max_seq_len=4,
     )  # fmt: skip
+    if experts:
+        spec = replace(spec, moe=MoeSpec(experts=experts, top_k=1, ffn_hidden=16))
     job = Job(model=spec, seq_len=4, global_batch=MICRO_BATCHES * plan.dp, precision="fp32")
     schedule = running_schedule(plan, MICRO_BATCHES, STEPS + WARMUP)
     return Case(job=job, plan=plan, schedule=schedule, steps=STEPS, warmup=WARMUP, seed=0, dtype="fp32")
+
+
+def host_experts(few: tuple[OneRank, OneRank], more: tuple[OneRank, OneRank]) -> HostExperts:
+    """A layer without its experts, and each expert, from layers with FEW and with MORE of them."""
+    layers = [host_mode("plain", *pair) for pair in (few, more)]
+    forward_s, rest_forward_s = _line(*(layer.layer_forward_s for layer in layers))
+    backward_s, rest_backward_s = _line(*(layer.layer_backward_s for layer in layers))
+    return HostExperts(
+        layer_forward_s=rest_forward_s,
+        layer_backward_s=rest_backward_s,
+        expert_forward_s=forward_s,
+        expert_backward_s=backward_s,
+    )
 
 
 def host_mode(mode: str, few: OneRank, more: OneRank) -> HostMode:

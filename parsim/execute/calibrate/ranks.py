@@ -29,13 +29,6 @@ Line = tuple[int, dict[str, Any] | None]
 """Rank, and what it reported; None when it has closed its output."""
 
 
-def usable_cores() -> list[int]:
-    """Cores that this process may run on, by the system's number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
 def listen(configs: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run one worker a config (its rank) and give what they report, as it comes.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from parsim.execute.devices import usable_cores
 from parsim.execute.launch.checkpoint_folder import newest, remove_unfinished, starting_again
 from parsim.execute.launch.joined import Joined, join
 from parsim.execute.launch.torchrun import Nodes, command, variables
@@ -72,6 +73,13 @@ class Launch:
         if self.joined is not None:
             return self.joined.local_world_size
         return self.nodes.ranks_per_node(self.num_ranks(case))
+
+    def cores_shared(self, case: Case) -> int | None:
+        """Cores of this machine, where all ranks run on it and are more than those; else None."""
+        if self.device != "cpu" or self.ranks_here(case) < case.world_size:
+            return None
+        cores = len(usable_cores())
+        return cores if cores < case.world_size else None
 
     @property
     def answers(self) -> bool:
