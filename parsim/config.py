@@ -30,6 +30,8 @@ from parsim.units import parse_field
 
 T = TypeVar("T")
 LISTED_BY = {"model": "`parsim models` lists them", "hardware": "`parsim hardware` lists them"}
+CONFIG = "config.json"
+"""What describes the model in a folder as of Hugging Face."""
 MAX_FILE_BYTES = 64 * 2**20
 """Larger configuration files are refused before they are read."""
 
@@ -43,6 +45,15 @@ def find(kind: str, name: str, *, what: str) -> Path:
     if name in known:
         return known[name]
     path = Path(name)
+    if kind == "models" and is_file(path / CONFIG):
+        return path / CONFIG
+    if kind == "models" and is_folder(path):
+        raise ParsimError(
+            f"this folder has no {CONFIG}",
+            where=name,
+            expected=f"a TOML file, a {CONFIG}, or a folder with one",
+            hint="download it beside the weights, or name the model on the Hub: hf:org/name",
+        )
     looks_like_path = path.suffix in (".toml", ".json") or len(path.parts) > 1
     if looks_like_path:
         if is_file(path):
@@ -54,6 +65,14 @@ def find(kind: str, name: str, *, what: str) -> Path:
         + ", or a path to a file",
         hint=did_you_mean(name, known) or LISTED_BY.get(what),
     )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; a name that no file can have is none."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def is_file(path: Path) -> bool:

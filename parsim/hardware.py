@@ -274,6 +274,10 @@ def machine_balance(device: Device, dtype: str) -> float:
     return peak_flops_per_s(device, dtype) / device.memory_bandwidth_bytes_per_s
 
 
+LEAST_MEMORY_BYTES = 1e5
+"""Less is a size whose unit was forgotten."""
+
+
 def with_overrides(
     cluster: Cluster,
     *,
@@ -296,7 +300,16 @@ def with_overrides(
     """
     device, price = cluster.device, cluster.price
     if memory is not None:
-        device = _given(device, "memory", memory_bytes=_si("memory", memory, parse_bytes))
+        memory_bytes = _si("memory", memory, parse_bytes)
+        if 0 < memory_bytes < LEAST_MEMORY_BYTES:
+            raise ParsimError(
+                "no device has so little memory",
+                where="memory",
+                got=memory,
+                expected="a size with its unit",
+                hint=f"{memory}GB is {memory}·10⁹ bytes, {memory}GiB is {memory}·2³⁰",
+            )
+        device = _given(device, "memory", memory_bytes=memory_bytes)
     if usd_per_gpu_hour is not None:
         price = Price(usd_per_gpu_hour=usd_per_gpu_hour, source="given by the user", date="")
     node = cluster.gpus_per_node if gpus_per_node is None else gpus_per_node

@@ -84,6 +84,7 @@ def plan_from_data(data: Any, *, where: str) -> PlanFile:
             "this is no plan file",
             where=where,
             expected='an object with a "plan", as `parsim plan --json` writes',
+            hint=_of_another_command(data),
         )
     plan = validate(ParallelPlan, data["plan"], where=f"{where}: plan")
     job = None
@@ -100,6 +101,17 @@ def plan_from_data(data: Any, *, where: str) -> PlanFile:
         stack=data.get("stack"),
         rank_hardware=_rank_hardware(data, where),
     )
+
+
+def _of_another_command(data: Any) -> str | None:
+    """What to do with the document of a command that answers with no plan, or with many."""
+    command = data.get("command") if isinstance(data, Mapping) else None
+    if not isinstance(command, str):
+        return None
+    rows = data.get("rows")
+    if isinstance(rows, list) and any(isinstance(row, Mapping) and "plan" in row for row in rows):
+        return f"this is what `parsim {command}` wrote; each of its rows is a plan file: `jq .rows[0]`"
+    return f"this is what `parsim {command}` wrote; `plan --json` and `simulate --json` hold plans"
 
 
 def _overrides(data: Mapping[str, Any], where: str) -> Mapping[str, str]:

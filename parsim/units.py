@@ -57,7 +57,12 @@ def parse_bytes(text: str) -> float:
     value, unit = _split(text, 'a size such as "80 GiB" or "80 GB"')
     scale = Decimal(1) if unit == "" else _scale(unit, "B")
     if scale is None:
-        raise ParsimError("unknown unit of size", got=text, expected="B, kB, MB, GB, KiB, GiB …")
+        raise ParsimError(
+            "unknown unit of size",
+            got=text,
+            expected="B, kB, MB, GB, KiB, GiB …",
+            hint=f"{value}GB is {value}·10⁹ bytes, {value}GiB is {value}·2³⁰",
+        )
     return _to_float(value * scale, text)
 
 

@@ -96,6 +96,9 @@ def plan(
     setups = _setups(flags)
     setup = setups[0]
     constraints = allowed.constraints()
+    node = setup.cluster.gpus_per_node
+    if gpus > node and gpus % node:
+        say(f"note: {gpus} GPUs are {gpus // node} nodes of {node} and {gpus % node} GPUs of another")
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
     inputs = flags.given() | chosen | {"constraints": allowed.given()}
 

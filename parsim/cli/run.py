@@ -28,6 +28,7 @@ from parsim.cli.run_joined import joined_here, one_voice, require_ranks
 from parsim.cli.run_launch import (
     print_dry_run,
     run_all,
+    say_shared_cores,
     show_step,
     timed_case,
     with_checkpoints,
@@ -197,6 +198,7 @@ def run(
         if dry_run:
             print_dry_run(case, how, inputs, as_json=as_json)
             return
+        say_shared_cores(case, how)
         files = _Files(measurement=output, chart=chart, trace=trace, report=report)
         if one_rank is not None:
             inputs |= {"one_rank": one_rank}

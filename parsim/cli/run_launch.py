@@ -72,6 +72,13 @@ def with_checkpoints(
     return resumed(case, how, resume=resume, look_only=look_only)
 
 
+def say_shared_cores(case: Case, how: Launch) -> None:
+    """That there are more ranks than cores, on stderr."""
+    if (cores := how.cores_shared(case)) is not None:
+        ranks = how.ranks_here(case)
+        say(f"note: {ranks} ranks share {cores} cores, in what is predicted too; real devices do not")
+
+
 def show_step(step: Progress) -> None:
     """A line on stderr for each step."""
     from parsim.units import format_duration

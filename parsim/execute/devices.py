@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+
+from parsim.errors import ParsimError
+
+
+def require_torch() -> None:
+    """Raises ParsimError, which says how to install it, where there is no torch; imports nothing."""
+    if importlib.util.find_spec("torch") is None:
+        raise ParsimError(
+            "running on real ranks needs PyTorch",
+            hint="pip install 'parsim[torch]'; plan, simulate and all charts work without it",
+        )
 
 
 def available_gpus() -> int:

@@ -1,5 +1,6 @@
 """Names that are nearly right, and completion of names: what the command line offers instead."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 
 from parsim.cli.main import run_command
+from parsim.cli.run_launch import say_shared_cores
+from parsim.config import load_model
+from parsim.execute.launch.attempts import Launch
+from parsim.execute.request import Case
+from parsim.plan import Job, ParallelPlan
+from parsim.schedule import make_schedule
 
 EIGHT_B = "--model llama-3.1-8b --hardware h100-sxm-80gb"
 PLAN = f"plan {EIGHT_B} --gpus 8 --global-batch 8"
@@ -115,6 +122,24 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 BLOCKS = [block.partition("```")[0] for block in DOCUMENT.read_text().split("```console\n$ parsim ")[1:]]
 
 
+@pytest.fixture
+def _folder_of_a_new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the documented mistakes are made with: an answer of another command, a folder of weights."""
+    row = {"plan": {"dp": 1}}
+    answers = {
+        "capacity": {"rows": [row]},
+        "validate": {"rows": [{"id": "1"}]},
+        "models": {"models": []},
+    }
+    for command, answer in answers.items():
+        text = json.dumps({"schema_version": 1, "command": command} | answer)
+        (tmp_path / f"{command}.json").write_text(text)
+    (tmp_path / "Llama-3.1-8B").mkdir()
+    (tmp_path / "Llama-3.1-8B" / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("_folder_of_a_new_user")
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split()[0])
 def test_the_documented_messages(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, _, message = block.partition("\n")
@@ -128,5 +153,51 @@ def _own_words(message: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("Usage:", "Try ", "Error: "))]
 
 
-def test_ten_mistakes_are_documented() -> None:
-    assert len(BLOCKS) == 10
+def test_all_mistakes_are_documented() -> None:
+    assert len(BLOCKS) == 16
+
+
+def test_a_folder_of_hugging_face_is_a_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = json.loads((Path(__file__).parent / "huggingface_configs.json").read_text())
+    config = configs["llama-2-7b"]["config"]
+    (tmp_path / "my-llama").mkdir()
+    (tmp_path / "my-llama" / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-llama", "./my-llama/", str(tmp_path / "my-llama" / "config.json")):
+        assert run_command(["models", name, "--json"]) == 0
+        (model,) = json.loads(capsys.readouterr().out)["models"]
+        assert (model["name"], model["layers"]) == ("my-llama", config["num_hidden_layers"])
+
+
+@pytest.mark.parametrize("command", ["run dp=1 --model tiny-llama-8l", "calibrate -o here.toml"])
+def test_without_torch_one_is_told_how_to_install_it(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    absent = lambda name, *rest: None if name == "torch" else found(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", absent)
+    monkeypatch.chdir(tmp_path)
+    assert run_command(["--no-config", *command.split()]) == 2
+    assert "hint:     pip install 'parsim[torch]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_more_ranks_than_cores_are_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parsim.execute.launch.attempts.usable_cores", lambda: [0, 1])
+    how, plan = Launch(device="cpu"), ParallelPlan(dp=8)
+    job = Job(model=load_model("tiny-llama-8l"), seq_len=128, global_batch=16)
+    say_shared_cores(Case(job=job, plan=plan, schedule=make_schedule(plan, 2), steps=1), how)
+    assert "8 ranks share 2 cores" in capsys.readouterr().err
+    few = ParallelPlan(dp=2)
+    say_shared_cores(Case(job=job, plan=few, schedule=make_schedule(few, 8), steps=1), how)
+    assert capsys.readouterr().err == ""
+
+
+def test_gpus_that_are_no_whole_nodes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"plan {EIGHT_B} --global-batch 12 --schedule 1f1b --budget-s 1 --top 1 --gpus "
+    assert run_command(["--no-config", *command.split(), "12"]) == 0
+    assert "12 GPUs are 1 nodes of 8 and 4 GPUs of another" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from parsim.execute.calibrate.host import TYPICAL_S, measure_host
 from parsim.execute.calibrate.points import DTYPES, ESSENTIAL, Point, points
 from parsim.execute.calibrate.profile import TimedPoint, cluster_of, cpu_facts
 from parsim.execute.calibrate.ranks import listen
-from parsim.execute.devices import usable_cores
+from parsim.execute.devices import require_torch, usable_cores
 from parsim.hardware import Cluster
 
 Progress = Callable[[str, float], None]
@@ -110,6 +110,7 @@ def with_host(cluster: Cluster) -> Cluster:
 
 
 def _check(device: str, ranks: int, budget_s: float) -> None:
+    require_torch()
     if device not in DTYPES:
         raise ParsimError("unknown device", where="device", got=device, expected="cpu or cuda")
     if ranks < 1:

@@ -6,7 +6,6 @@ The parent of the ranks needs no torch of its own.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from parsim.errors import ParsimError
 from parsim.execute.asynchronous.ps_measurement import served_measurement
-from parsim.execute.devices import available_gpus
+from parsim.execute.devices import available_gpus, require_torch
 from parsim.execute.launch.attempts import Launch, launch
 from parsim.execute.launch.checkpoint_folder import (
     is_claimed,
@@ -126,10 +125,7 @@ def resumed(case: Case, how: Launch, *, resume: bool, look_only: bool = False) -
 
 def check(cases: Sequence[Case], how: Launch) -> None:
     """Raise ParsimError where these cases cannot run together on this machine."""
-    if importlib.util.find_spec("torch") is None:
-        raise ParsimError(
-            "running a plan needs PyTorch", hint="install it with: pip install 'parsim[torch]'"
-        )
+    require_torch()
     if not hasattr(os, "pidfd_open"):
         raise ParsimError("running a plan needs Linux", got=sys.platform)
     if how.device not in ("cpu", "cuda"):
