@@ -8,11 +8,13 @@ runs, so that --help is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -112,9 +114,17 @@ def options(
 def main() -> None:
     """Run the command line and exit with its status."""
     _keep_stdout_for_the_answer()
+    signal.signal(signal.SIGTERM, _end)
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     sys.exit(run_command([a for a in arguments if a != "--debug"], debug=debug))
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM, by which `timeout` and job schedulers end a program, ends it as Ctrl-C does: in order,
+    with its processes and temporary files.
+    """
+    raise SystemExit(128 + number)
 
 
 def _keep_stdout_for_the_answer() -> None:

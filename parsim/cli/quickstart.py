@@ -12,7 +12,7 @@ import typer
 
 from parsim.cli.calibrate import DeviceKind, DeviceOption, run_calibration, summary
 from parsim.cli.options import JsonOption
-from parsim.cli.output import document, print_json, print_lines, progress, say
+from parsim.cli.output import document, noticing_interrupts, print_json, print_lines, progress, say
 from parsim.cli.output_paths import to_folder
 from parsim.cli.tables import print_table
 from parsim.setup import Setup
@@ -68,8 +68,12 @@ def quickstart(
       parsim quickstart --folder out --steps 20
     """
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        setup, devices, kind = _calibrated(folder, device, ranks, model, calibration_s)
-        result = _searched(setup, devices, folder)
+        with noticing_interrupts() as interrupted:
+            # Alone, each of them would be content with what it has by then.
+            setup, devices, kind = _calibrated(folder, device, ranks, model, calibration_s)
+            result = None if interrupted() else _searched(setup, devices, folder)
+            if result is None or interrupted():
+                raise KeyboardInterrupt
         trials = [
             _tried(setup, prediction, kind, steps, folder, number)
             for number, prediction in enumerate(_to_run(result), start=1)

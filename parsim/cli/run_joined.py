@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ def joined_here(nnodes: int, excluded: dict[str, bool]) -> Joined | None:
             got=f"rank {joined.rank} of {joined.world_size}, started by torchrun or srun",
             hint="torchrun has a --max-restarts of its own" if given[0] == "--max-restarts" else None,
         )
+    if joined is not None:
+        # Whoever started the ranks ends them so: a rank that waits for a lost one must not wait on.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return joined
 
 

@@ -216,7 +216,10 @@ class Command(TyperCommand):
                 ctx.params[parameter.name] = parameter.default  # get_default would ask the settings
                 del taken[parameter.name]
         TAKEN.set(taken)
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer's newer releases would end without a word
+            raise typer.Abort from None
 
 
 def _said_by_plan(plan: object) -> Collection[str]:

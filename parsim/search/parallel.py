@@ -16,6 +16,7 @@ from multiprocessing import parent_process
 from typing import Literal, TypeVar
 
 from parsim.errors import ParsimError
+from parsim.search.workers import end_with_parent
 
 Backend = Literal["processes", "dask", "ray"]
 BACKENDS: tuple[Backend, ...] = ("processes", "dask", "ray")
@@ -111,6 +112,7 @@ def _apart(call: Callable[[T], R], task: T) -> R:
     if parent_process() is not None:
         with suppress(ValueError):  # a thread of a Dask worker, which no signal reaches
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end_with_parent()
     return call(task)
 
 

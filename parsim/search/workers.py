@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,4 +87,22 @@ def _examiner(setup: bytes) -> Examiner:
     if os.getpid() != asker:
         # A Ctrl-C reaches all processes at once: the one that the user sees stops the others.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        end_with_parent()
     return Examiner(job, costs)
+
+
+@lru_cache(maxsize=1)
+def end_with_parent() -> None:
+    """From now on this process ends soon after the one that started it, however that one ended.
+
+    joblib's would wait for work for five minutes. The kernel's own way, PR_SET_PDEATHSIG, goes by the
+    thread that started a process, which may well end before.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -10,15 +10,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from parsim.execute.devices import usable_cores
@@ -107,7 +104,7 @@ def launch(cases: Sequence[Case], how: Launch) -> Outcome:
     failures: list[str] = []
     spent = 0  # restarts of all machines together
     since, starts = time.monotonic(), itertools.count()
-    with _ended_by_terminate(), _complete_checkpoints(cases, how.nodes), _temporary_folder() as folder:
+    with _complete_checkpoints(cases, how.nodes), _temporary_folder() as folder:
         while True:
             attempt = folder / f"start-{next(starts)}"
             attempt.mkdir()
@@ -217,20 +214,3 @@ def _complete_checkpoints(cases: Sequence[Case], nodes: Nodes) -> Iterator[None]
             if case.checkpoint is not None and nodes.index == 0:
                 remove_unfinished(Path(case.checkpoint.folder))
         raise
-
-
-@contextmanager
-def _ended_by_terminate() -> Iterator[None]:
-    """Let SIGTERM, by which `timeout` and job schedulers end a program, end it as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

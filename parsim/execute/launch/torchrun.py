@@ -96,6 +96,7 @@ def command(nodes: Nodes, world_size: int, folder: Path | str) -> list[str]:
         f"--nproc-per-node={nodes.ranks_per_node(world_size)}",
         *meet,
         "--max-restarts=0",
+        f"--log-dir={folder}/torchrun",  # else it leaves an empty folder beside
         "-m", "parsim.execute.launch.worker", str(folder),
     ]  # fmt: skip
 
