@@ -16,7 +16,7 @@ from multiprocessing import parent_process
 from typing import Literal, TypeVar
 
 from parsim.errors import ParsimError
-from parsim.search.workers import end_with_parent
+from parsim.search.workers import begin_process
 
 Backend = Literal["processes", "dask", "ray"]
 BACKENDS: tuple[Backend, ...] = ("processes", "dask", "ray")
@@ -108,11 +108,10 @@ def _on_ray(call: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, No
 
 
 def _apart(call: Callable[[T], R], task: T) -> R:
-    """The call; in a process of its own, Ctrl-C is left to the process that started it."""
+    """The call; in a process of Dask's or Ray's, too, Ctrl-C is left to the one that started it."""
     if parent_process() is not None:
         with suppress(ValueError):  # a thread of a Dask worker, which no signal reaches
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_with_parent()
     return call(task)
 
 
@@ -122,7 +121,12 @@ def _backend(pool: Pool) -> dict[str, object]:
         if pool.jobs == 1:
             return {"backend": "sequential"}
         # One thread of numpy's a process: a search has one core.
-        return {"backend": "loky", "n_jobs": pool.jobs, "inner_max_num_threads": 1}
+        return {
+            "backend": "loky",
+            "n_jobs": pool.jobs,
+            "inner_max_num_threads": 1,
+            "initializer": begin_process,
+        }
     return {"backend": "dask", "n_jobs": -1}
 
 

@@ -49,16 +49,15 @@ class Workers:
         return self._spread(work, items)
 
     def _spread(self, work: Work[Item, Answer], items: Sequence[Item]) -> Iterator[Answer]:
-        from joblib import Parallel, delayed
+        from joblib import Parallel, delayed, parallel_config
 
         # Bytes, so that a process knows by comparing them that it has seen this job before.
         costs = CostModel(self.costs.model, self.costs.cluster, self.costs.stack)  # nothing priced yet
-        setup = pickle.dumps((self.job, costs, os.getpid()))
+        setup = pickle.dumps((self.job, costs))
         # A process that has grown ends, and another takes its place: that is no matter of the user's.
         warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
-        parallel = Parallel(
-            n_jobs=self.processes, backend="loky", return_as="generator", batch_size=1, max_nbytes=None
-        )
+        with parallel_config(backend="loky", n_jobs=self.processes, initializer=begin_process):
+            parallel = Parallel(return_as="generator", batch_size=1, max_nbytes=None)
         answers = parallel(delayed(_answer)(setup, work, item) for item in items)
         try:
             for answer in answers:  # noqa: UP028 - closing it is up to what follows
@@ -83,21 +82,18 @@ def _answer(setup: bytes, work: Work[Any, Any], item: Any) -> Any:
 @lru_cache(maxsize=1)
 def _examiner(setup: bytes) -> Examiner:
     """This process's examiner of a job, which keeps what it has priced for the next piece of work."""
-    job, costs, asker = pickle.loads(setup)  # noqa: S301 - written above, by the process that asks
-    if os.getpid() != asker:
-        # A Ctrl-C reaches all processes at once: the one that the user sees stops the others.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        end_with_parent()
+    job, costs = pickle.loads(setup)  # noqa: S301 - written above, by the process that asks
     return Examiner(job, costs)
 
 
-@lru_cache(maxsize=1)
-def end_with_parent() -> None:
-    """From now on this process ends soon after the one that started it, however that one ended.
+def begin_process() -> None:
+    """What a process that joblib starts does first: it leaves its end to the one that started it.
 
-    joblib's would wait for work for five minutes. The kernel's own way, PR_SET_PDEATHSIG, goes by the
-    thread that started a process, which may well end before.
+    A Ctrl-C reaches all processes at once: the one that the user sees stops the others. One whose parent
+    has ended, however it did, ends soon after; joblib's would wait for work for five minutes. (The
+    kernel's own way, PR_SET_PDEATHSIG, goes by the thread that started it, which may well end before.)
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
     def watch() -> None:

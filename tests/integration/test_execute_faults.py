@@ -59,6 +59,8 @@ def stopped(
         [sys.executable, "-m", "parsim", *words.split()],
         cwd=folder, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
         env={**os.environ, "PARSIM_TEST_MARK": mark, "TMPDIR": str(temporary)},
+        # A shell starts what runs in the background with Ctrl-C ignored, and so its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     time.sleep(after_s)
     (os.killpg if to_group else os.kill)(process.pid, sent)
@@ -208,7 +210,7 @@ needs_mounts = pytest.mark.skipif(
     "flag", ["--chart full/a.png", "--trace full/a.json", "--report full/r", "--memory-chart full/a.svg"]
 )
 def test_a_full_disk_is_said_and_holds_no_half_file(flag: str, tmp_path: Path) -> None:
-    words = f"simulate tp=2,pp=4,micro_batch=1 --model tiny-llama-8l --hardware local-cpu {flag}"
+    words = f"simulate --plan tp=2,pp=4 --model tiny-llama-8l --hardware local-cpu {flag}"
     done = on_a_full_disk(words, "8k", tmp_path)
     assert done.returncode == 2
     assert "cannot write this file" in done.stderr
@@ -217,9 +219,10 @@ def test_a_full_disk_is_said_and_holds_no_half_file(flag: str, tmp_path: Path) -
     assert "html" not in done.stdout
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_ones_before_it_stay(tmp_path: Path) -> None:
-    # Weights and two moments of 8 million parameters are 96 MB: there is room for one checkpoint, not two.
+    # Weights and two moments of 8 million parameters are 96 MB: there is room for one checkpoint.
     words = "run dp=2 --model tiny-llama-8l --seq-len 64 --steps 8 --max-restarts 2"
     done = on_a_full_disk(f"{words} --checkpoint full --checkpoint-every 3", "150m", tmp_path)
     assert done.returncode == 2
@@ -230,6 +233,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_said_and_the_ones_before_it_stay
     assert ".part" not in done.stdout
 
 
+@pytest.mark.slow
 @needs_mounts
 def test_a_measurement_that_cannot_be_written_is_still_said(tmp_path: Path) -> None:
     words = "run dp=2 --model tiny-llama-8l --seq-len 64 --steps 2 -o full/m.json"
