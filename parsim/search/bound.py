@@ -20,9 +20,10 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
     A pipeline rank must run all its forwards and backwards; it cannot start before a micro-batch has
     come through the stages before one of its own, and after its last backward a gradient must still go
     back through them. (1F1B on equal stages with free transfers reaches the bound: Narayanan et al.
-    2021, section 2.2.1.) Weight gradients that are split off may all come after that, and overlapped
-    pairs may hide all exchanges but what hiding costs. A rank's gathers and reductions follow each
-    other. The slowest update and the host come on top, for all ranks wait for all gradients.
+    2021, section 2.2.1.) Weight gradients that are split off may all come after that, with what the last
+    of them takes more, and overlapped pairs may hide all exchanges but what hiding costs. A rank's
+    gathers and reductions follow each other. The slowest update and the host come on top, for all ranks
+    wait for all gradients.
     """
     replicas = [replica_time(sync, plan.zero, stack) for sync in cost.syncs]
     times = [
@@ -45,6 +46,8 @@ def lower_bound_s(cost: StepCost, job: Job, plan: ParallelPlan, stack: Stack) ->
         busy_s = runs * sum(times[s].forward_s + times[s].backward_s for s in stages)
         busy_s += sum(replicas[s].first_s + replicas[s].last_s for s in stages)
         later_s = runs * sum(times[s].backward_s - times[s].hand_back_s for s in stages)
+        if plan.schedule in SPLIT_SCHEDULES:
+            later_s += sum(replicas[s].last_s for s in stages)
         late_s = sum(replicas[s].late_s for s in stages)
         after_s = max(
             late_s + min(replicas[s].last_bucket_s for s in stages),

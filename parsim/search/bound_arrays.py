@@ -33,7 +33,8 @@ def lower_bounds_s(plan: ParallelPlan, layout: Layout, passes: Passes, again_s: 
     tail = np.concatenate([zero, back] * plan.chains)[layout.own].min(axis=1)
     runs, once = m / plan.chains, replicas.first_s + replicas.last_s
     busy = of_ranks(layout, runs * (forward + backward) + once) + runs * again_s
-    later = of_ranks(layout, runs * (backward - hand_back))
+    last = replicas.last_s if plan.schedule in SPLIT_SCHEDULES else 0.0
+    later = of_ranks(layout, runs * (backward - hand_back) + last)
     late = of_ranks(layout, replicas.late_s)
     bucket = replicas.last_bucket_s[layout.kind[layout.own]].min(axis=1)
     own = head + busy + np.maximum(late + bucket, tail - later)

@@ -134,6 +134,18 @@ def test_1f1b_on_equal_stages_reaches_the_bound(pp: int, overlap: bool) -> None:
     assert step_s == pytest.approx(bound_s)
 
 
+def test_what_the_last_weight_gradient_takes_more_is_not_in_the_way_of_split_backwards() -> None:
+    # Forwards until 4, input gradients until 8 and the first stage's weight gradient; meanwhile the last
+    # stage's, which takes 1 s more for the copies of its reduction, is over long ago.
+    cost = flat_cost(4, reduce_s=0.01)
+    copies = replace(cost.syncs[-1], reduce_takes_s=1.0)
+    cost = replace(cost, syncs=(*cost.syncs[:-1], copies))
+    plan = ParallelPlan(dp=2, pp=4, schedule="zb-h1")
+    bound_s, step_s = bound_and_step_s(plan, 1, cost, dp_overlap=True)
+    assert step_s == pytest.approx(9.01)
+    assert bound_s == pytest.approx(9.0)
+
+
 def test_only_the_last_chunk_s_reduction_is_certain() -> None:
     # Stage 3 reduces beside the backwards of stage 1; that stage's own reduction is short.
     plan = ParallelPlan(dp=2, pp=2, vpp=2, schedule="interleaved")
