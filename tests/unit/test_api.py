@@ -1,6 +1,7 @@
 """The Python API: the command line's answers, and names that modules have too."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,14 +86,39 @@ def test_functions_keep_their_names_and_loading_is_lazy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("name", ["best_plan", "slower_network"])
-def test_examples(name: str) -> None:
+def lines_of(name: str, folder: Path) -> list[str]:
+    """What an example prints; it may write into a folder of its own."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py"], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
+        [sys.executable, EXAMPLES / f"{name}.py"],
+        cwd=folder, capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("name", ["best_plan", "slower_network"])
+def test_examples(name: str, tmp_path: Path) -> None:
+    lines = lines_of(name, tmp_path)
     assert len(lines) == 3
     at = 0 if name == "best_plan" else 1
     times_s = [float(line.split()[at]) for line in lines]
     assert times_s == sorted(times_s)
     assert times_s[0] > 0
+
+
+def test_the_example_that_draws(tmp_path: Path) -> None:
+    one, zero_bubble = lines_of("draw_schedule", tmp_path)
+    assert float(zero_bubble.split()[0]) < float(one.split()[0])
+    for name in ("1f1b.png", "zb-h1.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_of_a_cluster(tmp_path: Path) -> None:
+    lines = lines_of("cheapest_cluster", tmp_path)
+    assert [line.split(":")[0] for line in lines[2:]] == ["smallest", "cheapest", "fastest"]
+
+
+def test_all_examples_are_run() -> None:
+    mine, ranks = Path(__file__), EXAMPLES.parent / "tests/integration/test_execute_docs.py"
+    texts = mine.read_text() + ranks.read_text()
+    assert all(f'"{path.stem}' in texts for path in EXAMPLES.glob("*.py")), "a new example has no test"
