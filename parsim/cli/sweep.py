@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parsim.capacity_cases import read_prices
 from parsim.cli.constraints import Allowed, with_constraints
 from parsim.cli.options import JsonOption
 from parsim.cli.output import document, noticing_interrupts, progress, say
@@ -27,6 +28,7 @@ from parsim.cli.sweep_report import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from parsim.hardware import Price
     from parsim.search.parallel import Pool
     from parsim.search.sweep_file import Recorded
 
@@ -82,6 +84,12 @@ def sweep(
             "-o", "--output", help="Rows are appended here as they come (JSON lines).", callback=to_file
         ),
     ] = Path("sweep.jsonl"),
+    prices: Annotated[
+        Path | None,
+        typer.Option(
+            "--prices", help="CSV of hardware,usd_per_gpu_hour: dollars for a million tokens, too."
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what the output file holds already.")
     ] = False,
@@ -108,6 +116,7 @@ def sweep(
       parsim sweep scenarios.toml -o scenarios.jsonl --resume
     """
     pool = _pool(backend, jobs, address)
+    listed = read_prices(prices)
     axes = {
         "model": model, "hardware": hardware, "plan": plan, "gpus": gpus, "global_batch": global_batch,
         "seq_len": seq_len, "stack": stack, "precision": precision, "inter_node": inter_node,
@@ -119,10 +128,12 @@ def sweep(
     rows = read_rows(output, wanted)
     if as_json:
         inputs = given | {"file": file and str(file), "top": top, "budget_s": budget_s}
-        print_document(document("sweep", inputs, {"partial": partial, "counts": rows.counts}), rows)
+        inputs["prices"] = str(prices) if prices else None
+        whole = document("sweep", inputs, {"partial": partial, "counts": rows.counts})
+        print_document(whole, rows, listed)
     elif rows.settings:
-        print_report(rows)
-    for path in _written(rows, csv, chart):
+        print_report(rows, listed)
+    for path in _written(rows, csv, chart, listed):
         say(f"wrote {path}")
     if partial:
         done = f"{len(rows.settings):,} of {len(wanted):,} scenarios are done"
@@ -242,11 +253,13 @@ def _run(wanted: Sequence[Mapping[str, Any]], todo: _Todo, path: Path, pool: Poo
     return False
 
 
-def _written(rows: Rows, csv: Path | None, chart: Path | None) -> list[Path]:
+def _written(
+    rows: Rows, csv: Path | None, chart: Path | None, prices: Mapping[str, Price]
+) -> list[Path]:
     """The files that were asked for."""
     written = []
     if csv is not None:
-        write_csv(rows, csv)
+        write_csv(rows, csv, prices)
         written.append(csv)
     if chart is not None:
         points = points_of(rows)

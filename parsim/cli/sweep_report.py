@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from parsim.hardware import Price
     from parsim.search.sweep import Point
 
 MOST_PRINTED = 200
@@ -72,7 +73,16 @@ def read_rows(path: Path, wanted: Sequence[Mapping[str, Any]]) -> Rows:
     )
 
 
-def print_report(rows: Rows) -> None:
+def usd_per_million_tokens(item: Mapping[str, Any], prices: Mapping[str, Price]) -> float | None:
+    """Rent of the GPUs for a million tokens of a plan; None where nobody has said a price."""
+    price = prices.get(item["hardware"])
+    if price is None:
+        return None
+    gpu_hours = 1e6 / float(item["tokens_per_s_per_gpu"]) / 3600
+    return gpu_hours * price.usd_per_gpu_hour
+
+
+def print_report(rows: Rows, prices: Mapping[str, Price]) -> None:
     """A table whose columns are what differs between scenarios, and what became of them."""
     shown = rows.differing()
     same = {key: value for key, value in rows.settings[0].items() if key in KEYS and key not in shown}
@@ -81,10 +91,12 @@ def print_report(rows: Rows) -> None:
     for row in rows:
         unproven += row["status"] == "ok" and not row.get("optimal", True)
         if len(lines) < MOST_PRINTED:
-            lines += _table_lines(row, shown)
+            lines += _table_lines(row, shown, prices)
     title = ", ".join(f"{key} {_cell(value)}" for key, value in same.items())
     headers = ["GPUs" if key == "gpus" else key.replace("_", " ") for key in shown]
-    figures = ["plan", "step", "MFU", "tokens/s/GPU", "memory", "note"]
+    figures = (
+        ["plan", "step", "MFU", "tokens/s/GPU", "memory"] + ["USD/Mtoken"] * bool(prices) + ["note"]
+    )
     print_table([*headers, *figures], lines[:MOST_PRINTED], title=title, keys=len(headers))
     total = len(rows.settings)
     notes = [f"{total:,} scenarios: "]
@@ -98,7 +110,9 @@ def print_report(rows: Rows) -> None:
     print_lines(notes)
 
 
-def _table_lines(row: Mapping[str, Any], keys: Sequence[str]) -> list[list[str]]:
+def _table_lines(
+    row: Mapping[str, Any], keys: Sequence[str], prices: Mapping[str, Price]
+) -> list[list[str]]:
     from parsim.errors import shorten
     from parsim.plan import ParallelPlan
     from parsim.units import format_bytes, format_duration
@@ -106,7 +120,7 @@ def _table_lines(row: Mapping[str, Any], keys: Sequence[str]) -> list[list[str]]
     settings = [_cell(row["scenario"].get(key, "")) for key in keys]
     reason = shorten(row["reason"], 60) if row["reason"] else ""
     if not row["plans"]:
-        return [[*settings, "–", "–", "–", "–", "–", reason]]
+        return [[*settings, *["–"] * (5 + bool(prices)), reason]]
     lines = []
     for item in row["plans"]:
         note = reason or ("" if row.get("optimal", True) else "not proven best")
@@ -118,10 +132,15 @@ def _table_lines(row: Mapping[str, Any], keys: Sequence[str]) -> list[list[str]]
                 f"{item['mfu']:.1%}",
                 f"{item['tokens_per_s_per_gpu']:,.0f}",
                 format_bytes(item["memory_bytes"]["peak"] + item["memory_bytes"]["context"]),
+                *([_dollars(usd_per_million_tokens(item, prices))] if prices else []),
                 note,
             ]
         )
     return lines
+
+
+def _dollars(usd: float | None) -> str:
+    return "–" if usd is None else f"{usd:.3g}"
 
 
 def _cell(value: Any) -> str:
@@ -133,7 +152,7 @@ def _as_noun(plan: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
 
 
-def write_csv(rows: Rows, path: Path) -> None:
+def write_csv(rows: Rows, path: Path, prices: Mapping[str, Price]) -> None:
     """A row for each plan; a scenario without one has its reason."""
     import csv
     import io
@@ -144,7 +163,8 @@ def write_csv(rows: Rows, path: Path) -> None:
     used = {key for settings in rows.settings for key in settings}
     keys = [key for key in (*KEYS, "top", "budget_s") if key in used]
     names = [*keys, "status", "reason", "proven", "rank", "best_plan", *FIGURES[:1], "step_time_low_s",
-             "step_time_high_s", *FIGURES[1:], "memory_bytes"]  # fmt: skip
+             "step_time_high_s", *FIGURES[1:], "memory_bytes",
+             *["usd_per_million_tokens"] * bool(prices)]  # fmt: skip
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     writer.writeheader()
@@ -162,11 +182,12 @@ def write_csv(rows: Rows, path: Path) -> None:
                 | {"rank": rank, "best_plan": ParallelPlan(**_as_noun(item["plan"])).short()}
                 | {"step_time_low_s": low, "step_time_high_s": high}
                 | {"memory_bytes": memory["peak"] + memory["context"]}
+                | ({"usd_per_million_tokens": usd_per_million_tokens(item, prices)} if prices else {})
             )
     write_file(path, text.getvalue())
 
 
-def print_document(head: dict[str, Any], rows: Rows) -> None:
+def print_document(head: dict[str, Any], rows: Rows, prices: Mapping[str, Price]) -> None:
     """One JSON document on stdout, whose rows are written as they are read."""
     import json
     import textwrap
@@ -176,6 +197,8 @@ def print_document(head: dict[str, Any], rows: Rows) -> None:
     start, end = dump_json(head | {"rows": []}).rsplit("[]", 1)
     sys.stdout.write(start + "[")
     for number, row in enumerate(rows):
+        for item in row["plans"] if prices else ():
+            item["usd_per_million_tokens"] = usd_per_million_tokens(item, prices)
         text = json.dumps(row, indent=2, allow_nan=False, ensure_ascii=False)
         sys.stdout.write((",\n" if number else "\n") + textwrap.indent(text, "    "))
     sys.stdout.write("\n  ]" + end)

@@ -11,12 +11,16 @@ from parsim.plan import Coordinate, ParallelPlan
 from parsim.timeline import CP, DP, EP, TP
 
 _WORDS = (
+    (DP, ("expert_data",)),
+    (TP, ("expert_tensor_parallel",)),
     (EP, ("expert", "_ep", "ep_")),
     (TP, ("tensor", "_tp", "tp_")),
     (CP, ("context", "_cp", "cp_")),
     (DP, ("data", "_dp", "dp_", "fsdp", "shard", "replicate")),
 )
-"""What Megatron-Core, torchtitan and DeviceMesh call their groups."""
+"""What Megatron-Core, torchtitan and DeviceMesh call their groups; the first that is found counts.
+Megatron-Core's EXPERT_DATA_PARALLEL_GROUP sums gradients of experts, EXPERT_MODEL_PARALLEL_GROUP sends
+tokens to them (megatron/core/parallel_state.py)."""
 
 
 def stream_of(

@@ -168,3 +168,22 @@ def test_an_interrupt_leaves_no_process_and_a_file_to_go_on_with(
     assert run_command([*few, "--jobs", "1", "-o", "whole.jsonl", "--json"]) == 0
     assert answered(capsys) == resumed
     assert 2 <= done <= path.read_bytes().count(b"\n")
+
+
+def test_prices_give_dollars_for_a_million_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prices.csv").write_text("hardware,usd_per_gpu_hour\nh100-sxm-80gb,$3.60\n")
+    command = (
+        "sweep --model tiny-llama-8l --hardware h100-sxm-80gb,a100-sxm-80gb --plan dp=2 --jobs 1 "
+        "--prices prices.csv --csv rows.csv"
+    ).split()
+    assert run_command([*command, "--json"]) == 0
+    items = [row["plans"][0] for row in json.loads(capsys.readouterr().out)["rows"]]
+    priced, other = sorted(items, key=lambda item: item["hardware"], reverse=True)
+    # 3.60 dollars an hour are a tenth of a cent a second, for two GPUs two tenths.
+    tokens_per_s = 2 * priced["tokens_per_s_per_gpu"]
+    assert priced["usd_per_million_tokens"] == pytest.approx(0.002 * 1e6 / tokens_per_s)
+    assert other["usd_per_million_tokens"] is None
+    rows = list(csv.DictReader(Path("rows.csv").read_text().splitlines()))
+    assert float(rows[0]["usd_per_million_tokens"]) == pytest.approx(priced["usd_per_million_tokens"])
+    assert run_command([*command, "--resume"]) == 0
+    assert "USD/Mtoken" in capsys.readouterr().out
