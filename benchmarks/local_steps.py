@@ -44,7 +44,7 @@ from parsim.schedule import running_schedule
 from parsim.schedule.check import check_plan
 from parsim.search.space import Constraints, families
 from parsim.setup import Setup
-from parsim.simulate.prediction import Prediction, predict
+from parsim.simulate.prediction import Prediction, estimate, predict
 from parsim.stack import Stack
 from parsim.timeline import breakdown_s
 
@@ -52,6 +52,8 @@ GLOBAL_BATCH = 8
 STEPS, WARMUP = 6, 2
 AT_ONCE = 12
 """Plans that one launch of the ranks runs."""
+SHORTLIST = 30
+"""Plans that are looked at as they run, with ranks that share cores."""
 GOALS = {2: 0.10, 4: 0.15}
 """What the error of every plan's step time should be within, by ranks."""
 HEADING = """# Steps on one machine: predicted from its calibration, and run
@@ -139,8 +141,9 @@ def chosen(plans: Sequence[ParallelPlan], most: int) -> list[ParallelPlan]:
 
 
 def picked(plans: Sequence[ParallelPlan], job: Job, costs: CostModel) -> ParallelPlan:
-    """The plan that is predicted to be fastest."""
-    return min(plans, key=lambda plan: _predicted(job, plan, costs).step_time_s)
+    """The plan that is predicted to be fastest, of those that are with a core for each rank."""
+    first = sorted(plans, key=lambda plan: estimate(job, plan, costs).step_time_s)[:SHORTLIST]
+    return min(first, key=lambda plan: _predicted(job, plan, costs).step_time_s)
 
 
 def _predicted(job: Job, plan: ParallelPlan, costs: CostModel) -> Prediction:

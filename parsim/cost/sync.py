@@ -96,7 +96,9 @@ def stage_sync(
     if plan.zero in (1, 2) and plan.shard_group > 1:
         # Each rank broadcasts once a step, whatever number of chunks it holds.
         gather_s += plan.shard_group * stack.zero_broadcast_s / plan.vpp
-    reduce_s, gather_s = stack.dp_slowdown * reduced.traffic.seconds, stack.dp_slowdown * gather_s
+    wait_s = _wait_s(stage, plan, cluster, stack)
+    reduce_s = stack.dp_slowdown * reduced.traffic.seconds + wait_s
+    gather_s = stack.dp_slowdown * gather_s + wait_s
     ahead = (stack.fsdp_prefetch if plan.zero == 3 else stack.zero_prefetch) != 0
     # Once a step the last bucket's reduction has no compute beside it; with ZeRO-2 and 3 every
     # micro-batch's has that of the next.
@@ -123,6 +125,15 @@ def stage_sync(
         accumulates=accumulates(plan, stack),
         norms=_norms(stage, job, plan, cluster, stack),
     )
+
+
+def _wait_s(stage: StageCost, plan: ParallelPlan, cluster: Cluster, stack: Stack) -> float:
+    """What FSDP's gathers, or reductions, of a stage's layers cost beyond themselves where the ranks are
+    the host: each waits for the rank that comes last.
+    """
+    if plan.zero < 2 or plan.shard_group == 1 or not (stack.fsdp_copies and cluster.device.is_host):
+        return 0.0
+    return stage.num_layers * stack.collective_overhead_s * math.log2(plan.shard_group)
 
 
 def _add_s(

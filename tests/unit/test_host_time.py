@@ -19,9 +19,8 @@ from parsim.execute.calibrate.host import (
     host_experts,
     host_mode,
     split_host,
-    waiting_s,
 )
-from parsim.execute.one_rank.one_rank import ActionTime, Collectives, OneRank
+from parsim.execute.one_rank.one_rank import ActionTime, OneRank
 from parsim.execute.request import Case
 from parsim.hardware import Cluster
 from parsim.kernels import HOST_MODES, HostExperts, HostMode, Kernels, MeasuredHost
@@ -30,7 +29,7 @@ from parsim.plan import Job, parse_plan
 from parsim.schedule import make_schedule
 from parsim.search.bound import lower_bound_s
 from parsim.simulate.prediction import predict, program_of
-from parsim.timeline import COMPUTE, TP, Span, Timeline
+from parsim.timeline import COMPUTE
 from tests.builders import plain_stack, round_cluster, small_model
 
 MODEL = small_model()
@@ -269,15 +268,23 @@ def test_a_layer_with_experts_launches_each_of_them(text: str, again_s: float) -
     assert layer_host(cell, on_host(), plain_stack(), experts=3) == dense
 
 
-def test_what_is_waited_for_is_more_than_issuing_and_the_collective_itself() -> None:
-    """Spans of 4 and 6 ms; alone a rank issues 8 collectives in 4 · (2 + 3) ms of its passes."""
-    alone = replace(one_rank(FEW, {"F": 4, "B": 6}), collectives=(Collectives(TP, "all_reduce", 8, 1),))
-    spans = (
-        Span(0, TP, "0F0", 0.0, 4e-3, TP), Span(1, TP, "0F0", 0.0, 6e-3, TP),
-        Span(1, COMPUTE, "0F0", 0.0, 9e-3, "forward"),
-    )  # fmt: skip
-    assert waiting_s(Timeline(spans=spans), alone, 1e-3) == pytest.approx(5e-3 - 20e-3 / 8 - 1e-3)
-    assert waiting_s(Timeline(spans=spans), alone, 1.0) == 0.0
+@pytest.mark.parametrize(
+    ("text", "waits"), [("dp=2,zero=2", 1), ("dp=4,zero=3", 2), ("dp=2,zero=1", 0), ("dp=2", 0)]
+)
+def test_shards_of_each_layer_wait_for_the_rank_that_comes_last(text: str, waits: int) -> None:
+    """Eight layers, 1/64 s each for each doubling of ranks, in both directions; not on GPUs."""
+    plan = parse_plan(text)
+
+    def sync(wait_s: float, *, is_host: bool) -> tuple[float, float]:
+        cluster = on_host(replace(HOST, wait_s=wait_s))
+        cluster = replace(cluster, device=replace(cluster.device, is_host=is_host))
+        (found,) = step_cost(JOB, plan, costs_of(cluster, fsdp_copies=True)).syncs
+        return found.gather_s, found.reduce_s
+
+    for is_host, expected_s in ((True, waits * 8 / 64), (False, 0.0)):
+        with_waits, without = sync(1 / 64, is_host=is_host), sync(0.0, is_host=is_host)
+        more_s = [a - b for a, b in zip(with_waits, without, strict=True)]
+        assert more_s == pytest.approx([expected_s, expected_s])
 
 
 def test_modes_are_all_there_or_none() -> None:

@@ -8,7 +8,6 @@ where they arise, without anything to wait for.
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import replace
 
 from parsim.cost.collective import Group, collective_s
@@ -22,7 +21,6 @@ from parsim.kernels import HOST_MODES, HostExperts, HostMode, MeasuredHost
 from parsim.model import ModelSpec, MoeSpec
 from parsim.plan import Job, ParallelPlan, parse_plan
 from parsim.schedule import running_schedule
-from parsim.timeline import TP, Timeline
 
 PLANS = dict(
     zip(
@@ -41,6 +39,8 @@ FEW, MORE = 2, 6
 RANK = 1
 """The last of a pipeline: it hands gradients back."""
 MICRO_BATCHES, STEPS, WARMUP = 4, 12, 3
+COLLECTIVES = 4
+"""All-reduces of a layer under tensor parallelism, both passes together (Shoeybi et al. 2019)."""
 EXPERTS = "dp=2"
 """The plan of layers with FEW and with MORE experts."""
 TYPICAL_S = 45.0
@@ -66,7 +66,8 @@ def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None
     split_s, split_walk_s = split_host(pairs[WHOLE], pairs[SPLIT])
     wait_s = 0.0
     if cluster is not None and cluster.gpus_per_node >= 2:
-        wait_s = _wait_s(pairs[PLANS["tensor parallel"]][1], cluster)
+        alone = modes[HOST_MODES.index("tensor parallel")]
+        wait_s = _wait_s(alone.layer_forward_s + alone.layer_backward_s, cluster)
     return MeasuredHost(
         op_s=op_s,
         layer_forward_s=modes[0].layer_forward_s,
@@ -82,25 +83,21 @@ def measure_host(op_s: float, source: str, date: str, *, cluster: Cluster | None
     )
 
 
-def _wait_s(alone: OneRank, cluster: Cluster) -> float:
+def _wait_s(alone_s: float, cluster: Cluster) -> float:
     """What one collective of a layer takes on two real ranks beyond its host's part and its own time.
 
-    `alone`: a rank of the same case that nobody answers.
+    `alone_s`: both passes of a layer on the host of a rank that nobody answers.
     """
-    (found,) = run_cases([alone.case], Launch(device="cpu"))
-    assert isinstance(found, Measurement)
-    job = alone.case.job
+    plan = parse_plan(PLANS["tensor parallel"])
+    cases = [_case(plan, layers) for layers in (FEW, MORE)]
+    few, more = run_cases(cases, Launch(device="cpu"))
+    assert isinstance(few, Measurement)
+    assert isinstance(more, Measurement)
+    layer_s = (more.step_time_s - few.step_time_s) / (MORE - FEW) / MICRO_BATCHES
+    job = cases[0].job
     num_bytes = 4.0 * job.seq_len * job.model.hidden
     own_s = collective_s(cluster, "all_reduce", num_bytes, Group(size=2, local=2))
-    return waiting_s(found.timeline, alone, own_s)
-
-
-def waiting_s(found: Timeline, alone: OneRank, own_s: float) -> float:
-    """What a tensor-parallel collective takes on real ranks (`found`) but not alone, less `own_s`."""
-    whole_s = statistics.fmean(span.end_s - span.start_s for span in found.spans if span.stream == TP)
-    issued = sum(each.number for each in alone.collectives if each.dimension == TP)
-    issuing_s = MICRO_BATCHES * sum(each.whole_s - each.seconds for each in alone.actions)
-    return _rounded(max(0.0, whole_s - issuing_s / issued - own_s))
+    return _rounded(max(0.0, (layer_s - alone_s) / COLLECTIVES - own_s))
 
 
 def _case(plan: ParallelPlan, layers: int, experts: int = 0) -> Case:
