@@ -137,6 +137,7 @@ def _print(explanation: Explanation, best: Prediction | None, setup: Setup, stag
             _difference(more, mine.step_time_s),
         ]
         for key, more in explanation.slower_by_s(best)
+        if mine.breakdown_s.get(key) or theirs.breakdown_s.get(key)
     ]
     rows.append(["step", format_duration(mine.step_time_s), format_duration(theirs.step_time_s), ""])
     in_its = "" if theirs.job == mine.job else f" in {theirs.job.precision}"
