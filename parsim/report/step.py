@@ -8,6 +8,7 @@ from parsim.config import load_cluster, load_stack
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
 from parsim.hardware import peak_flops_per_s, with_overrides
+from parsim.plan import ParallelPlan
 from parsim.plan_file import PlanFile, plan_from_data
 from parsim.report.document import Node
 from parsim.report.memory import memory_picture
@@ -99,6 +100,7 @@ def timeline_sections(
         caption = f"{drawn[0].title}: who does what when"
         if len(drawn) > 1:
             caption = f"{drawn[0].title}: {' and '.join(t.source for t in drawn)}, rank by rank"
+        caption += _alike(step.file.plan, drawn[0])
         chart = schedule_of(drawn, caption=caption, most_spans=most_spans)
         sections.append(Section(title=f"Schedule{of}", parts=(chart,)))
         over_time = memory_picture(drawn[0], capacity_bytes=step.capacity_bytes)
@@ -109,3 +111,11 @@ def timeline_sections(
     if memory:
         sections.append(Section(title=f"Memory{of}", parts=memory))
     return sections
+
+
+def _alike(plan: ParallelPlan, timeline: Timeline) -> str:
+    """That each row stands for many devices, where replicas and tensor-parallel ranks are folded."""
+    folded = plan.gpus > plan.pp == len(timeline.ranks) and not timeline.copies
+    if not folded:
+        return ""
+    return f"; rank p is pipeline rank p, {plan.gpus // plan.pp:,} devices that do the same"

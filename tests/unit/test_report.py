@@ -17,6 +17,8 @@ import pytest
 
 from parsim.cli.main import run_command
 from parsim.errors import ParsimError
+from parsim.plan import ParallelPlan
+from parsim.plan_file import PlanFile
 from parsim.report.build import Finding, page_of
 from parsim.report.document import Node
 from parsim.report.item import breakdown_section
@@ -25,6 +27,7 @@ from parsim.report.page import Schedule, Waterfall
 from parsim.report.plot import Line, Plot, linear_axis, log_axis
 from parsim.report.render import embedded, render
 from parsim.report.schedule import MOST_ROWS, TICKS, color_key, schedule_of
+from parsim.report.step import Step, timeline_sections
 from parsim.report.theme import CONTRAST, DARK_GROUND, contrast, themes
 from parsim.timeline import MemorySample, Span, Timeline, busy_s
 
@@ -100,6 +103,21 @@ def test_a_report_from_the_document_is_the_one_the_command_wrote(
     assert f"{step.document['mfu']:.1%}" in words
     assert step.document["command_line"] in words
     assert "lambda.ai/instances" in words, "the price has its source"
+
+
+def test_rows_say_for_how_many_devices_they_stand() -> None:
+    one = Span(rank=0, stream="compute", name="0F0", start_s=0.0, end_s=1.0, kind="forward")
+    spans = tuple(one._replace(rank=rank) for rank in range(2))
+    folded, unfolded = Timeline(spans=spans), Timeline(spans=(*spans, one._replace(rank=2)))
+    for plan, timeline, said in (
+        (ParallelPlan(pp=2, dp=4, tp=8), folded, True),
+        (ParallelPlan(pp=2), folded, False),
+        (ParallelPlan(pp=1, dp=3), unfolded, False),
+    ):
+        (section,) = timeline_sections(Step(file=PlanFile(plan=plan), timelines=(timeline,)))
+        (chart,) = section.parts
+        assert isinstance(chart, Schedule)
+        assert ("rank p is pipeline rank p, 32 devices that do the same" in chart.caption) == said
 
 
 def test_equal_questions_give_equal_bytes(tmp_path: Path) -> None:
