@@ -10,8 +10,11 @@ import pytest
 
 import parsim
 from parsim.cli.main import run_command
+from parsim.config import load_stack
+from parsim.cost.host import stack_on
 from parsim.errors import ParsimError
 from parsim.search.space import Constraints
+from parsim.setup import Flags, load_machine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -72,6 +75,8 @@ def test_hosts_run_the_software_of_the_command_line(capsys: pytest.CaptureFixtur
     item = json.loads(capsys.readouterr().out)
     prediction, _ = parsim.simulate("dp=2", model="tiny-llama-8l", hardware="local-cpu")
     assert item["step_time_s"] == prediction.step_time_s
+    cluster, stack = load_machine(Flags(hardware="local-cpu"))
+    assert stack == stack_on(load_stack("parsim-executor"), cluster) != load_stack("parsim-executor")
 
 
 def test_functions_keep_their_names_and_loading_is_lazy() -> None:

@@ -83,3 +83,5 @@ def test_columns_go_on_below_beside_the_key() -> None:
     assert split_columns([10, 10, 30, 30], 60, keys=2) == [[0, 1, 2], [0, 1, 3]]
     assert split_columns([10, 300], 40) == [[0, 1]]
     assert split_columns([10, 40, 300], 60) == [[0, 1], [0, 2]]
+    assert split_columns([10, 30, 30, 5], 74) == [[0, 1, 2], [0, 3]]
+    assert split_columns([10, 30, 30, 5], 73) == [[0, 1], [0, 2, 3]]
