@@ -70,7 +70,7 @@ def read_names(text: str, flag: str) -> list[str]:
 def read_gpu_counts(text: str) -> list[int]:
     """Numbers of GPUs, ascending, from a list of numbers and ranges that double."""
     from parsim.errors import ParsimError
-    from parsim.search.space import MAX_GPUS
+    from parsim.plan import MAX_GPUS
     from parsim.units import parse_count
 
     counts: set[int] = set()

@@ -7,15 +7,22 @@ pydantic validates the rest. All errors of a file are reported at once.
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
+import gzip
+import io
 import json
 import math
 import os
+import re
 import tempfile
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +33,27 @@ from parsim.hardware import Cluster
 from parsim.model import ModelSpec
 from parsim.shipped import shipped
 from parsim.stack import Stack
-from parsim.units import parse_field
+from parsim.units import out_of_range, parse_field
 
 T = TypeVar("T")
 LISTED_BY = {"model": "`parsim models` lists them", "hardware": "`parsim hardware` lists them"}
 CONFIG = "config.json"
 """What describes the model in a folder as of Hugging Face."""
-MAX_FILE_BYTES = 64 * 2**20
-"""Larger configuration files are refused before they are read."""
+GZIP = b"\x1f\x8b"
+"""The first bytes of a file that is compressed."""
+MAX_FILE_BYTES = 32 * 2**20
+"""Larger files are refused, packed or not: of this size JSON may take most of a gigabyte to hold."""
+MAX_TOML_CHARACTERS = 2**19
+"""Ten times a large profile; the standard library reads about a million characters a second."""
+MOST_ROWS, MOST_CELLS = 250_000, 5_000_000
+"""Of a table. A schedule has a cell for each action."""
+MAX_NAME, MAX_TEXT = 200, 20_000
+"""Characters of a name, and of any other text in a file."""
+_LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}""")
+_LONG_NUMBER = re.compile(r"\d{19}")
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What moves a terminal's cursor, colours it, or turns the direction of what follows."""
 
 
 def find(kind: str, name: str, *, what: str) -> Path:
@@ -83,26 +103,47 @@ def is_file(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; refuses what is too large, unreadable or not UTF-8."""
+    """The text of a file, unpacked where its first bytes are gzip's.
+
+    Raises ParsimError for what is too large (packed or not), unreadable, damaged or not UTF-8.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+        if data[:2] == GZIP:
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
+                data = unpacked.read(MAX_FILE_BYTES + 1)
+        if len(data) > MAX_FILE_BYTES:
             raise ParsimError(
-                "this file is too large",
-                where=str(path),
-                got=f"{size} bytes",
-                expected=f"at most {MAX_FILE_BYTES}",
+                "this file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES} bytes"
             )
-        return path.read_text(encoding="utf-8")
+        return data.decode("utf-8-sig")
+    except ParsimError:
+        raise
     except UnicodeDecodeError as error:
         raise ParsimError("this file is not UTF-8 text", where=str(path), got=str(error)) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ParsimError("this gzip file is damaged", where=str(path), got=str(error)) from None
     except OSError as error:
         raise ParsimError("cannot read this file", where=str(path), got=error.strerror) from None
+    except ValueError as error:  # a null byte in the name
+        raise ParsimError("this is no path", where=str(path), got=str(error)) from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file."""
-    text = read_text(path)
+    text = read_text(path).replace("\r\n", "\n")
+    if len(text) > MAX_TOML_CHARACTERS:
+        raise ParsimError(
+            "this file is too large",
+            where=str(path),
+            got=f"{len(text)} characters",
+            expected=f"at most {MAX_TOML_CHARACTERS}",
+        )
+    if _LONG_KEY.search(text):  # tomllib takes quadratic time for one
+        raise ParsimError(
+            "this file is nested too deeply", where=str(path), expected="keys of few parts"
+        )
     try:
         return tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, or a whole number of thousands of digits
@@ -111,14 +152,38 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ParsimError("this file is nested too deeply", where=str(path)) from None
 
 
+def csv_rows(text: str, *, where: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a table and the numbers of their lines; an empty line has no cells.
+
+    Raises ParsimError for what the csv module cannot read, and for more rows or cells than there can be.
+    """
+    lines = csv.reader(io.StringIO(text, newline=""))
+    try:
+        all_cells = 0
+        for count, cells in enumerate(lines):
+            all_cells += len(cells)
+            if count >= MOST_ROWS or all_cells > MOST_CELLS:
+                raise ParsimError(
+                    "this table is too large",
+                    where=f"{where}, line {lines.line_num}",
+                    expected=f"at most {MOST_ROWS} rows and {MOST_CELLS} cells",
+                )
+            yield lines.line_num, cells
+    except csv.Error as error:
+        raise ParsimError(
+            "this is no valid CSV", where=f"{where}, line {lines.line_num}", got=str(error)
+        ) from None
+
+
 def parse_json(text: str, *, where: str) -> Any:
-    """JSON without NaN, Infinity, numbers beyond float or keys given twice."""
+    """JSON without NaN, Infinity, numbers beyond 64 bits or float, halves of characters, or keys given
+    twice.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
         if len(table) < len(items):
-            keys = [key for key, _ in items]
-            double = next(key for key in keys if keys.count(key) > 1)
+            double = next(key for key, times in Counter(key for key, _ in items).items() if times > 1)
             raise ParsimError("a key is given twice", where=f"{where}: {double}")
         return table
 
@@ -129,11 +194,28 @@ def parse_json(text: str, *, where: str) -> Any:
         number = float(digits)
         return number if math.isfinite(number) else refuse(digits)
 
+    def whole(digits: str) -> int:
+        number = int(digits) if len(digits) < 25 else 2**64
+        if abs(number) < 2**63:
+            return number
+        raise ParsimError("this number is out of range", where=where, got=digits, expected="64 bits")
+
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=refuse, parse_float=finite)
+        data = json.loads(
+            text,
+            object_pairs_hook=pairs,
+            parse_constant=refuse,
+            parse_float=finite,
+            parse_int=whole if _LONG_NUMBER.search(text) else None,
+        )
+        if _HALF_CHARACTER.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
     except ParsimError:
         raise
-    except ValueError as error:  # JSONDecodeError, or a whole number of thousands of digits
+    except UnicodeEncodeError as error:
+        raise ParsimError("a text holds half a character", where=where, got=str(error)) from None
+    except ValueError as error:
         raise ParsimError(
             "this is no valid JSON; is the file complete?", where=where, got=str(error)
         ) from None
@@ -153,8 +235,8 @@ def validate(cls: type[T], data: object, *, where: str) -> T:
     the wrong type, or refused by the noun itself.
     """
     problems: dict[str, str] = {}
-    clean = _with_si_units(cls, data, "", problems)
     try:
+        clean = _with_si_units(cls, data, "", problems)
         # JSON mode is strict about numbers, words and truth values, and still reads arrays as tuples.
         noun = TypeAdapter(cls).validate_json(json.dumps(clean, default=str), strict=True)
         if not problems:
@@ -162,6 +244,8 @@ def validate(cls: type[T], data: object, *, where: str) -> T:
     except ValidationError as error:
         for place, text in map(_describe, error.errors()):
             problems.setdefault(place, text)
+    except RecursionError:
+        raise ParsimError("this file is nested too deeply", where=where) from None
     lines = [f"{place}: {text}" if place else text for place, text in problems.items()]
     count = "a problem" if len(lines) == 1 else f"{len(lines)} problems"
     raise ParsimError(f"{count} in this file:\n  - " + "\n  - ".join(lines), where=where)
@@ -189,7 +273,7 @@ def _with_si_units(cls: Any, data: object, at: str, problems: dict[str, str]) ->
     """`data` with units turned into SI numbers; what is wrong with it goes to `problems` by place."""
     if not dataclasses.is_dataclass(cls) or not isinstance(data, Mapping):
         return data
-    hints = typing.get_type_hints(cls)
+    hints = _hints(typing.cast(type, cls))
     clean: dict[str, object] = {}
     for key, value in data.items():
         place = f"{at}{key}"
@@ -201,6 +285,11 @@ def _with_si_units(cls: Any, data: object, at: str, problems: dict[str, str]) ->
     return clean
 
 
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _value_in_si(hint: Any, key: str, value: object, place: str, problems: dict[str, str]) -> object:
     if isinstance(value, str):
         try:
@@ -208,11 +297,17 @@ def _value_in_si(hint: Any, key: str, value: object, place: str, problems: dict[
         except ParsimError as error:
             problems[place] = f"{error.what}, got {value!r}, expected {error.expected}"
             return value
+        wrong = _wrong_text(key, value) if number is None else out_of_range(key, number)
+        if wrong is not None:
+            problems[place] = wrong
         return value if number is None else number
     if isinstance(value, float) and not math.isfinite(value):
         problems[place] = f"a number must be finite, got {value}"
-    if isinstance(value, bool) and hint in (int, float):
-        problems[place] = f"this is a number, got {str(value).lower()}"
+    elif isinstance(value, bool):
+        if hint in (int, float):
+            problems[place] = f"this is a number, got {str(value).lower()}"
+    elif isinstance(value, int | float) and (wrong := out_of_range(key, value)) is not None:
+        problems[place] = wrong
     inner = _dataclass_in(hint)
     if isinstance(value, Mapping):
         if inner is not None and typing.get_origin(hint) is not dict:
@@ -224,6 +319,15 @@ def _value_in_si(hint: Any, key: str, value: object, place: str, problems: dict[
     if isinstance(value, list):
         return [_value_in_si(hint, key, v, f"{place}[{i}]", problems) for i, v in enumerate(value)]
     return value
+
+
+def _wrong_text(key: str, text: str) -> str | None:
+    """What is wrong with a text, or None: names and sources are printed, drawn and exported."""
+    if key == "name" and not (text.isprintable() and 0 < len(text) <= MAX_NAME):
+        return f"a name is a printable line of up to {MAX_NAME} characters, got {shorten(text)}"
+    if len(text) > MAX_TEXT:
+        return f"this text is too long, got {len(text)} characters, expected at most {MAX_TEXT}"
+    return f"a text has no control characters, got {shorten(text)}" if _CONTROLS.search(text) else None
 
 
 def _dataclass_in(hint: Any) -> Any:

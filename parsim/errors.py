@@ -12,6 +12,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
+MOST_LINES, MOST_CHARACTERS = 40, 600
+"""Of a message, and of a line of it."""
+
 
 class ParsimError(ValueError):
     """Bad input, explained to the person who typed it."""
@@ -35,8 +38,14 @@ class ParsimError(ValueError):
         super().__init__(what)
 
     def __str__(self) -> str:
-        """The message as several short lines; a part that is not known is left out."""
-        lines = [self.what]
+        """The message as some short lines, fit for a terminal; a part that is not known is left out.
+
+        Files and flags from outside are quoted in it: control characters stand escaped, and what is very
+        long is cut.
+        """
+        lines = self.what.split("\n")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES:] = [f"  … and {len(lines) - MOST_LINES} more"]
         if self.where is not None:
             lines.append(f"  where:    {self.where}")
         if self.got is not None:
@@ -45,7 +54,7 @@ class ParsimError(ValueError):
             lines.append(f"  expected: {self.expected}")
         if self.hint is not None:
             lines.append(f"  hint:     {self.hint}")
-        return "\n".join(lines)
+        return "\n".join(map(_one_line, lines))
 
     def at(self, where: str) -> ParsimError:
         """The same error with the place it came from put before the place it already names."""
@@ -70,6 +79,16 @@ def shorten(value: object, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def _one_line(text: str) -> str:
+    """A line without characters that move a terminal's cursor, colour it, or cannot be encoded.
+
+    >>> _one_line("a\\x1b[31m" + chr(0xD800)) == "a\\\\x1b[31m\\\\ud800"
+    True
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 1] + "…"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """A hint naming the nearest known words, or None where nothing is near.
 
@@ -85,7 +104,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     "did you mean 'h100-sxm-80gb'?"
     """
     words = {word.lower(): word for word in known}
-    typed = name.lower().rpartition("/")[2]
+    typed = name[-200:].lower().rpartition("/")[2]
     near = [word for word in words if typed and word.startswith(typed)][:3]
     near = near or [word for word in words if len(word) > 3 and typed.startswith(f"{word}-")][-1:]
     near = near or [word for word in words if _parts(typed) and _parts(typed) <= _parts(word)][:3]

@@ -23,6 +23,7 @@ from parsim.units import (
     parse_bandwidth,
     parse_bytes,
     parse_duration,
+    require_range,
 )
 
 DTYPE_BYTES = {
@@ -36,6 +37,10 @@ DTYPE_BYTES = {
     "nvfp4": 0.5625,  # four bits and one fp8 scale for each block of 16 values
 }
 """Bytes of one stored value."""
+
+
+MAX_NODE, MAX_DOMAIN = 1024, 100_000
+"""Devices; what lies beyond is a slip of the pen, and patterns that repeat after so many would hang."""
 
 
 def _positive(owner: object, *keys: str) -> None:
@@ -110,6 +115,7 @@ class Device:
                 )
         if not 0 <= self.clock_spread <= 0.2:
             raise ParsimError("a spread is a small share", where="clock_spread", got=self.clock_spread)
+        require_range(self, 0, MAX_NODE, "nvlinks")
         _positive(self, "host_slowdown")
         _positive(self, "memory_bytes", "memory_bandwidth_bytes_per_s", "num_sms", "l2_bytes", "power_w")
 
@@ -163,7 +169,8 @@ class Cluster:
     date: str = ""
 
     def __post_init__(self) -> None:
-        _positive(self, "gpus_per_node", "scale_up_domain")
+        require_range(self, 1, MAX_NODE, "gpus_per_node")
+        require_range(self, 1, MAX_DOMAIN, "scale_up_domain")
         if self.scale_up_domain % self.gpus_per_node:
             raise ParsimError(
                 "the scale-up domain holds whole nodes",

@@ -89,7 +89,7 @@ class GemmFit:
     """Rows that the constants were fitted to, and the error on rows that were not used."""
 
     def __post_init__(self) -> None:
-        _check_shares(self, "wave_quantisation", "memory_efficiency")
+        _check_shares(self, "wave_quantisation")
         _check_not_negative(
             self,
             "launch_s",
@@ -100,11 +100,13 @@ class GemmFit:
             "quantize_bytes",
             "quantize_unaligned",
         )
-        if self.overlap_exponent < 1:
+        _check_efficiencies(self, "memory_efficiency")
+        if not 1 <= self.overlap_exponent <= 64:
             raise ParsimError(
                 "below 1 both would take longer than one after the other",
                 where="overlap_exponent",
                 got=self.overlap_exponent,
+                expected="1 to 64",
             )
         for tile in self.tiles:
             if tile[0] < 1 or tile[1] < 1 or not 0 < tile[2] <= 1:
@@ -138,7 +140,7 @@ class AttentionFit:
     fitted_to: str
 
     def __post_init__(self) -> None:
-        _check_shares(self, "efficiency")
+        _check_efficiencies(self, "efficiency")
         _check_not_negative(self, "launch_s", "tail", "query_traffic", "kv_traffic")
         if self.head_dim < 1:
             raise ParsimError("a size must be positive", where="head_dim", got=self.head_dim)
@@ -155,7 +157,7 @@ class MemoryBoundFit:
     fitted_to: str
 
     def __post_init__(self) -> None:
-        _check_shares(self, "efficiency")
+        _check_efficiencies(self, "efficiency")
         _check_not_negative(self, "launch_s")
 
 
@@ -171,8 +173,8 @@ class Protocol:
 
     def __post_init__(self) -> None:
         _check_not_negative(self, "latency_s")
-        for key in ("bus_efficiency", "exponent"):
-            if not 0 < getattr(self, key) <= 10:
+        for key, least in (("bus_efficiency", 1e-6), ("exponent", 0.01)):
+            if not least <= getattr(self, key) <= 10:
                 raise ParsimError("this lies above 0 and up to 10", where=key, got=getattr(self, key))
 
 
@@ -385,6 +387,16 @@ def _check_shares(owner: object, *keys: str) -> None:
     for key in keys:
         if not 0 <= getattr(owner, key) <= 1:
             raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(owner, key))
+
+
+def _check_efficiencies(owner: object, *keys: str) -> None:
+    for key in keys:
+        if not 1e-6 <= getattr(owner, key) <= 1:
+            raise ParsimError(
+                "an efficiency lies above 0 and up to 1",
+                where=key,
+                got=getattr(owner, key),
+            )
 
 
 def _check_not_negative(owner: object, *keys: str) -> None:

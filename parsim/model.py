@@ -9,26 +9,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from parsim.errors import ParsimError
+from parsim.units import require_range
 
 Norm = Literal["rmsnorm", "layernorm"]
 Position = Literal["rope", "learned", "alibi", "none"]
 
-MAX_LAYERS = 10_000
+MAX_LAYERS = 1024
+MAX_EXPERTS = 1_000_000
 MAX_SIZE = 2**31
 """Far above any published shape: what lies beyond is a slip of the pen, and loops over it would hang."""
-
-
-def _require_range(noun: object, low: int, high: int, *keys: str) -> None:
-    """Refuse sizes outside low … high; `noun` is a dataclass that holds the named integers."""
-    for key in keys:
-        value = getattr(noun, key)
-        if not low <= value <= high:
-            raise ParsimError(
-                "this size is out of range",
-                where=key,
-                got=value,
-                expected=f"{low} to {high}",
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +44,9 @@ class MoeSpec:
     """A learned gate scales the shared expert's output (Qwen2-MoE)."""
 
     def __post_init__(self) -> None:
-        _require_range(self, 1, MAX_SIZE, "experts", "top_k", "ffn_hidden", "every")
-        _require_range(self, 0, MAX_SIZE, "shared_ffn_hidden", "dense_layers")
+        require_range(self, 1, MAX_SIZE, "experts", "top_k", "ffn_hidden", "every")
+        require_range(self, 0, MAX_SIZE, "shared_ffn_hidden", "dense_layers")
+        require_range(self, 1, MAX_EXPERTS, "experts")
         if self.top_k > self.experts:
             raise ParsimError(
                 "top_k must lie between 1 and the number of experts",
@@ -80,8 +70,8 @@ class MlaSpec:
     v_head_dim: int
 
     def __post_init__(self) -> None:
-        _require_range(self, 1, MAX_SIZE, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
-        _require_range(self, 0, MAX_SIZE, "q_lora_rank", "qk_rope_head_dim")
+        require_range(self, 1, MAX_SIZE, "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+        require_range(self, 0, MAX_SIZE, "q_lora_rank", "qk_rope_head_dim")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +128,12 @@ class ModelSpec:
     """Where the shape was published."""
 
     def __post_init__(self) -> None:
-        _require_range(self, 1, MAX_LAYERS, "layers")
-        _require_range(self, 1, MAX_SIZE, "hidden", "heads", "ffn_hidden", "vocab", "max_seq_len")
-        _require_range(self, 1, MAX_SIZE, "window_every")
-        _require_range(self, 0, MAX_SIZE, "kv_heads", "head_dim", "position_rows", "window")
-        _require_range(self, 0, 1, "mtp_layers")
-        _require_range(self, 0, 4, "norms_per_layer")
+        require_range(self, 1, MAX_LAYERS, "layers")
+        require_range(self, 1, MAX_SIZE, "hidden", "heads", "ffn_hidden", "vocab", "max_seq_len")
+        require_range(self, 1, MAX_SIZE, "window_every")
+        require_range(self, 0, MAX_SIZE, "kv_heads", "head_dim", "position_rows", "window")
+        require_range(self, 0, 1, "mtp_layers")
+        require_range(self, 0, 4, "norms_per_layer")
         if self.kv_heads == 0:
             object.__setattr__(self, "kv_heads", self.heads)
         if self.head_dim == 0:

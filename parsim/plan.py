@@ -10,10 +10,16 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from parsim.errors import ParsimError, did_you_mean
-from parsim.model import ModelSpec
-from parsim.settings_text import numbers_text, parse_numbers
+from parsim.model import MAX_SIZE, ModelSpec
+from parsim.settings_text import MOST_NUMBERS, numbers_text, parse_numbers
+from parsim.units import require_range
 
 Recompute = Literal["none", "selective", "full"]
+MAX_GPUS = 1_000_000
+"""More than any cluster has: what lies beyond is a slip of the pen, and loops over it would hang."""
+MAX_STAGES = MOST_NUMBERS
+"""Of a pipeline; more than any model has layers."""
+
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 USUAL_PLACEMENT = "tp-cp-dp-pp"
@@ -49,9 +55,7 @@ class Job:
     optimizer: Literal["adamw", "sgd"] = "adamw"
 
     def __post_init__(self) -> None:
-        for key in ("seq_len", "global_batch"):
-            if getattr(self, key) < 1:
-                raise ParsimError("a size must be positive", where=key, got=getattr(self, key))
+        require_range(self, 1, MAX_SIZE, "seq_len", "global_batch")
 
     @property
     def tokens(self) -> int:
@@ -112,13 +116,17 @@ class ParallelPlan:
     empty: all of them. A multi-token prediction module counts as the last layer of its stage."""
 
     def __post_init__(self) -> None:
-        for key in ("dp", "tp", "pp", "cp", "ep", "expert_tp", "vpp", "micro_batch"):
-            if getattr(self, key) < 1:
-                raise ParsimError(
-                    "a plan's sizes are whole numbers from 1", where=key, got=getattr(self, key)
-                )
-        if self.zero_group < 0:
-            raise ParsimError("a group has ranks", where="zero_group", got=self.zero_group)
+        require_range(self, 1, MAX_GPUS, "dp", "tp", "cp", "ep", "expert_tp")
+        require_range(self, 1, MAX_SIZE, "micro_batch")
+        require_range(self, 1, MAX_STAGES, "pp", "vpp")
+        require_range(self, 0, MAX_GPUS, "zero_group")
+        if self.gpus > MAX_GPUS or self.num_stages > MAX_STAGES:
+            raise ParsimError(
+                "no cluster has so many devices, or no model so many stages",
+                where="dp·tp·pp·cp",
+                got=f"{self.gpus} devices, {self.num_stages} stages",
+                expected=f"at most {MAX_GPUS} and {MAX_STAGES}",
+            )
         if not 0 <= self.zero <= 3:
             raise ParsimError("unknown ZeRO stage", where="zero", got=self.zero, expected="0 to 3")
         if self.recompute not in RECOMPUTE_MODES:

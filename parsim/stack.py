@@ -226,9 +226,16 @@ class Stack:
         for key in (f.name for f in fields(self) if f.name.endswith("_slowdown")):
             if not 0.5 <= getattr(self, key) <= 5:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
-        for key in ("fsdp_prefetch", "zero_prefetch"):
-            if (getattr(self, key) or 0) < 0:
-                raise ParsimError("a prefetch depth is 0 or more", where=key, got=getattr(self, key))
+        for key, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if isinstance(value, int | float) and value < 0:
+                raise ParsimError("this is 0 or more", where=key, got=value)
+        if self.dp_bucket_parameters < 1000 or self.relative_error > 2 or self.default_zero > 3:
+            raise ParsimError(
+                "this constant is out of range",
+                where="dp_bucket_parameters, relative_error or default_zero",
+                got=f"{self.dp_bucket_parameters:g}, {self.relative_error:g}, {self.default_zero}",
+                expected="1000 or more, at most 2, at most 3",
+            )
         for key in ("overlap_cost", "dp_overlap_cost", "allocator_slack"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

@@ -11,7 +11,7 @@ import math
 import re
 from decimal import Decimal
 
-from parsim.errors import ParsimError
+from parsim.errors import ParsimError, shorten
 
 # Decimal, so that "66.9 TFLOP/s" is the float nearest to 66.9e12 and "2.01k" is exactly 2010.
 _DECIMAL = {"": 0, "k": 3, "K": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
@@ -173,6 +173,41 @@ def parse_field(key: str, text: str) -> float | None:
         if key.endswith(suffix):
             return parse(text)
     return None
+
+
+_RANGES = {"_bytes_per_s": (1.0, 1e18), "_flops_per_s": (1.0, 1e24), "_bytes": (1e-6, 1e21)}
+_RANGES |= {"_w": (1e-3, 1e9), "_s": (1e-15, 1e10), "": (1e-18, 1e18)}
+"""By the suffix of a name, what a size other than zero lies between. Far beyond any machine: products of
+a few of these are finite, and none takes forever to count to."""
+
+
+def out_of_range(key: str, number: float) -> str | None:
+    """What is wrong with a number that no machine has, or None.
+
+    >>> out_of_range("latency_s", 1e300), out_of_range("latency_s", 2e-6), out_of_range("gpus", 0)
+    ('this number is out of range, got 1e+300, expected 1e-15 to 1e+10', None, None)
+    """
+    low, high = next(limits for suffix, limits in _RANGES.items() if key.endswith(suffix))
+    if number == 0 or low <= abs(number) <= high:
+        return None
+    shown = f"{number:g}" if isinstance(number, float) else shorten(number, 30)
+    return f"this number is out of range, got {shown}, expected {low:g} to {high:g}"
+
+
+def require_range(noun: object, low: int, high: int, *keys: str) -> None:
+    """Refuse sizes outside low … high; `noun` is a dataclass that holds the named integers.
+
+    Raises ParsimError naming the key.
+    """
+    for key in keys:
+        value = getattr(noun, key)
+        if not low <= value <= high:
+            raise ParsimError(
+                "this size is out of range",
+                where=key,
+                got=value,
+                expected=f"{low} to {high}",
+            )
 
 
 def format_bytes(num_bytes: float) -> str:

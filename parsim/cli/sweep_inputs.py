@@ -112,17 +112,17 @@ def _toml_tables(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    import csv
+    from parsim.config import csv_rows, read_text
 
-    from parsim.config import read_text
-
+    lines = csv_rows(read_text(path), where=str(path))
+    header = next((cells for _, cells in lines if cells), [])
     rows = []
-    reader = csv.DictReader(read_text(path).splitlines())
-    for row in reader:
-        where = f"{path}: line {reader.line_num}"
-        if None in row:
-            raise ParsimError("more cells than columns", where=where, got=row[None])
-        rows.append((where, {key.strip(): cell for key, cell in row.items() if cell and cell.strip()}))
+    for number, cells in lines:
+        where = f"{path}: line {number}"
+        if len(cells) > len(header):
+            raise ParsimError("more cells than columns", where=where, got=cells[len(header) :])
+        named = zip(header, cells, strict=False)
+        rows.append((where, {key.strip(): cell for key, cell in named if cell.strip()}))
     return rows
 
 

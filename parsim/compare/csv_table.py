@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from parsim.config import read_text
+from parsim.config import csv_rows, read_text
 from parsim.errors import ParsimError, did_you_mean
 
 Row = dict[str, str]
@@ -21,14 +19,7 @@ def read_csv(path: Path, *, required: Collection[str], optional: Collection[str]
     Raises ParsimError for a file that is not readable, a column given twice, a required column that is
     missing, or an optional one that seems misspelt: its values would be lost without a word.
     """
-    text = read_text(path).removeprefix("\ufeff")
-    reader = csv.reader(io.StringIO(text, newline=""))
-    try:
-        lines = [cells for cells in reader if cells]
-    except csv.Error as error:
-        raise ParsimError(
-            "this is no valid CSV", where=f"{path}, line {reader.line_num}", got=str(error)
-        ) from None
+    lines = [cells for _, cells in csv_rows(read_text(path), where=str(path)) if cells]
     if not lines:
         raise ParsimError("this file is empty", where=str(path), expected="a header and rows")
     header = [name.strip() for name in lines[0]]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from parsim.config import MAX_FILE_BYTES
+from parsim.config import csv_rows, read_text
 from parsim.errors import ParsimError, shorten
 
 COLUMNS = {
@@ -23,7 +19,6 @@ COLUMNS = {
 NAMES_OF_NCCL = {"alltoall": "all_to_all"}
 """Collectives that nccl-tests writes otherwise than parsim."""
 
-_GZIP = b"\x1f\x8b"
 _LARGEST = 10**15
 
 
@@ -80,43 +75,12 @@ def read_kernel_rows(path: Path) -> list[KernelRow]:
 
     Raises ParsimError where the file is unreadable, too large, no CSV, or misses a column of its kind.
     """
-    lines = csv.reader(io.StringIO(_text(path), newline=""))
-    try:
-        table = [cells for cells in lines if cells]
-    except csv.Error as error:
-        where = f"{path}, line {lines.line_num}"
-        raise ParsimError("this is no valid CSV", where=where, got=str(error)) from None
+    table = [cells for _, cells in csv_rows(read_text(path), where=str(path)) if cells]
     if not table:
         raise ParsimError("this file is empty", where=str(path), expected="a header and rows")
     header = [name.strip() for name in table[0]]
     kind = _kind(header, path)
     return [_row(kind, dict(zip(header, cells, strict=False))) for cells in table[1:]]
-
-
-def _text(path: Path) -> str:
-    """The file's text, unpacked where it is gzip by its first bytes."""
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise ParsimError(
-                "this file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES} bytes"
-            )
-        data = path.read_bytes()
-        if data[:2] == _GZIP:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
-                data = unpacked.read(MAX_FILE_BYTES + 1)
-            if len(data) > MAX_FILE_BYTES:
-                raise ParsimError(
-                    "this file is too large once unpacked",
-                    where=str(path),
-                    expected=f"at most {MAX_FILE_BYTES} bytes",
-                )
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ParsimError("this file is not UTF-8 text", where=str(path), got=str(error)) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ParsimError("this gzip file is damaged", where=str(path), got=str(error)) from None
-    except OSError as error:
-        raise ParsimError("cannot read this file", where=str(path), got=error.strerror) from None
 
 
 def _kind(header: list[str], path: Path) -> str:

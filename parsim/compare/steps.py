@@ -9,6 +9,9 @@ from typing import Any
 from parsim.errors import ParsimError
 from parsim.plan import STAGE_LISTS
 
+SHORTEST_S, LONGEST_S = 1e-12, 1e12
+"""What a step and its parts lie between: of longer and shorter ones no ratio could be told."""
+
 SAME = (
     *("dp", "tp", "pp", "cp", "ep", "vpp", "micro_batch", "schedule", "zero", "recompute"),
     *STAGE_LISTS,
@@ -98,9 +101,12 @@ def compare_documents(prediction: Any, measurement: Any, *, where: tuple[str, st
     if isinstance(prediction, Mapping) and isinstance(prediction.get("plans"), list):
         prediction = prediction["plans"][0] if prediction["plans"] else {}
     documents = (prediction, measurement)
+    for data, place in zip(documents, where, strict=True):
+        if isinstance(data, Mapping) and not isinstance(data.get("plan", {}), Mapping):
+            raise ParsimError("this is no plan", where=f"{place}: plan", got=data["plan"])
     times = [_number(data, "step_time_s", place) for data, place in zip(documents, where, strict=True)]
     parts = [_breakdown(data, place) for data, place in zip(documents, where, strict=True)]
-    plans = [data.get("plan") for data in documents]
+    plans: list[Mapping[str, Any]] = [data.get("plan", {}) for data in documents]
     for key in SAME:
         # Documents of earlier versions lack what was left out then.
         if plans[0] and plans[1] and (plans[0].get(key) or None) != (plans[1].get(key) or None):
@@ -114,10 +120,15 @@ def compare_documents(prediction: Any, measurement: Any, *, where: tuple[str, st
 
 def _number(data: Any, key: str, where: str) -> float:
     value = data.get(key) if isinstance(data, Mapping) else None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not SHORTEST_S < value < LONGEST_S
+    ):
         raise ParsimError(
             f"this document has no {key}",
             where=where,
+            got=value,
             expected="what `parsim simulate --json` and `parsim run --json` write",
         )
     return float(value)
@@ -130,5 +141,5 @@ def _breakdown(data: Mapping[str, Any], where: str) -> dict[str, float]:
     return {
         str(key): float(value)
         for key, value in parts.items()
-        if isinstance(value, int | float) and value >= 0
+        if isinstance(value, int | float) and 0 <= value < LONGEST_S
     }

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,13 +83,13 @@ def _mapped(path: Path, dtype: str | None) -> tuple[np.ndarray[Any, Any], str]:
     if path.suffix not in (".npy", ".bin"):
         raise ParsimError("unknown kind of token file", where=str(path), expected=".npy or .bin")
     try:
-        tokens = _bare(path, dtype) if path.suffix == ".bin" else np.load(path, mmap_mode="r")
+        with warnings.catch_warnings(action="ignore"):  # of headers that Python 2 wrote
+            tokens = _bare(path, dtype) if path.suffix == ".bin" else np.load(path, mmap_mode="r")
     except ParsimError:
         raise
-    except (OSError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ParsimError("cannot read this file", where=str(path), got=reason) from None
-    except ValueError as error:
+    except OSError as error:
+        raise ParsimError("cannot read this file", where=str(path), got=error.strerror) from None
+    except Exception as error:  # numpy parses the header as Python, and lets out whatever that raises
         raise ParsimError("this is no array of numpy", where=str(path), got=str(error)) from None
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype.name not in DTYPES:
         raise ParsimError(

@@ -19,7 +19,7 @@ QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
 TOPOLOGY = ("nvidia-smi", "topo", "-m")
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 _GPU, _NIC = re.compile(r"GPU\d+"), re.compile(r"(?:NIC|mlx|bnxt|rocep|ib)[\w-]*\d")
-_CELL = re.compile(r"X|NV\d+|PIX|PXB|PHB|NODE|SYS")
+_CELL = re.compile(r"X|NV\d{1,3}|PIX|PXB|PHB|NODE|SYS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 
+from parsim.config import csv_rows
 from parsim.errors import ParsimError
 from parsim.schedule.action import Schedule, parse_action
 
@@ -37,7 +38,7 @@ def schedule_from_csv(
     Raises ParsimError naming the row and column of a cell that is no Action.
     """
     ranks = []
-    for row_number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
+    for row_number, row in csv_rows(text, where=where):
         actions = []
         for column, cell in enumerate(row, start=1):
             if not cell.strip():

@@ -11,10 +11,10 @@ import numpy as np
 
 from parsim.cost.stage import CostModel
 from parsim.errors import ParsimError
-from parsim.plan import Job
+from parsim.plan import MAX_GPUS, Job
 from parsim.search.examine import Examiner
 from parsim.search.search import NoPlan, Progress, search
-from parsim.search.space import MAX_GPUS, Constraints, families
+from parsim.search.space import Constraints, families
 from parsim.units import format_duration
 
 CHOICE_AXES = {"zero": 0, "micro_batch": 1, "sequence_parallel": 2, "tp_overlap": 3, "recompute": 4}

@@ -11,6 +11,7 @@ from parsim.errors import ParsimError
 from parsim.hardware import Cluster
 from parsim.plan import (
     ASYNCHRONOUS_SCHEDULES,
+    MAX_GPUS,
     RECOMPUTE_MODES,
     V_SHAPED_SCHEDULES,
     Job,
@@ -20,8 +21,6 @@ from parsim.plan import (
 from parsim.schedule import SYNCHRONOUS_SCHEDULES
 from parsim.schedule.check import divisors
 from parsim.search.placements import orders, placed
-
-MAX_GPUS = 1_000_000
 
 RecomputeChoice = Recompute | Literal["partial"]
 RECOMPUTE_CHOICES: tuple[RecomputeChoice, ...] = (*RECOMPUTE_MODES, "partial")

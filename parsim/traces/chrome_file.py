@@ -1,4 +1,4 @@
-"""Chrome trace files, event by event: the text of a file, never all of its events as objects.
+"""Chrome trace files, event by event: never a whole file at once, nor all of its events.
 
 Formats: Google's "Trace Event Format" (an object with `traceEvents`, or a bare list of events), and what
 torch.profiler's export_chrome_trace adds to it. Files may be compressed with gzip.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from parsim.errors import ParsimError
 
@@ -25,6 +25,21 @@ _SNIFFED = 65536
 LONGEST = 1 << 30
 """Characters of the largest file that is read, uncompressed: a few steps of a rank are a hundredth.
 What a small compressed file unpacks to has no other bound."""
+_BLOCK = 1 << 20
+"""Characters that are read at a time."""
+LONGEST_VALUE = 1 << 24
+"""Characters of one event, or of one value beside the events."""
+MOST_EVENTS = 1_500_000
+"""Of the wanted categories."""
+_HEAD = ("distributedInfo", "host_name", "baseTimeNanoseconds")
+"""What is kept of all that stands beside the events."""
+_ARGUMENTS = {
+    *("correlation", "Collective name", "Process Group Name", "Process Group Ranks"),
+    *("Process Group Description", "Dst Rank", "Src Rank"),
+}
+"""What is kept of an event's arguments; a GPU's kernel has thirty."""
+_MOST_US = 1e15
+"""Microseconds; more than thirty years from a clock's zero."""
 
 
 class Event(NamedTuple):
@@ -44,7 +59,7 @@ class ChromeFile:
     """What a trace file holds."""
 
     head: Mapping[str, Any]
-    """Everything beside the events."""
+    """What stands beside the events: the rank and its groups, the host, the clock's zero."""
     events: tuple[Event, ...]
     """Complete events of the wanted categories, in the file's order."""
     left_out: int
@@ -53,7 +68,8 @@ class ChromeFile:
 
 def is_chrome_trace(path: Path) -> bool:
     """Whether a file looks like a trace, by its first few kilobytes."""
-    head = _text(path, _SNIFFED).lstrip()
+    with _opened(path) as file:
+        head = _read(file, _SNIFFED, str(path)).lstrip()
     return head.startswith("[") or '"traceEvents"' in head or '"deviceProperties"' in head
 
 
@@ -63,31 +79,25 @@ def read_chrome_file(path: Path, categories: Collection[str]) -> ChromeFile:
     Raises ParsimError, with the place, for a file that is no trace, breaks off, is longer than LONGEST,
     or holds events whose times are no numbers.
     """
-    text = _text(path, LONGEST + 1)
-    if len(text) > LONGEST:
-        raise ParsimError(
-            "this trace is too large",
-            where=str(path),
-            got=f"more than {LONGEST:,} characters uncompressed",
-            expected="a few steps of one rank",
-            hint="let torch.profiler's schedule(active=…) record fewer steps",
-        )
     head: dict[str, Any] = {}
     events: list[Event] = []
     left_out = 0
     found = False
-    for key, value in _Scanner(text, str(path)).pairs():
-        if key is not None:
-            head[key] = value
-            continue
-        found = True
-        event = _event(value, categories, str(path))
-        if event is None:
-            continue
-        if event.end_ns < event.start_ns:
-            left_out += 1
-        else:
-            events.append(event)
+    with _opened(path) as file:
+        for key, value in _Scanner(file, str(path)).pairs():
+            if key is not None:
+                head |= {key: value} if key in _HEAD else {}
+                continue
+            found = True
+            event = _event(value, categories, str(path))
+            if event is None:
+                continue
+            if event.end_ns < event.start_ns:
+                left_out += 1
+            else:
+                events.append(event)
+            if len(events) > MOST_EVENTS:
+                raise _too_large(str(path), f"more than {MOST_EVENTS:,} events")
     if not found:
         raise ParsimError(
             "this trace holds no events",
@@ -97,25 +107,50 @@ def read_chrome_file(path: Path, categories: Collection[str]) -> ChromeFile:
     return ChromeFile(head=head, events=tuple(events), left_out=left_out)
 
 
-def _text(path: Path, characters: int) -> str:
-    """A file's beginning: so many characters, or all."""
-    opener = gzip.open if path.suffix == ".gz" else open
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A file's text, unpacked where its name says that it is compressed."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", errors="replace") as file:
-            return str(file.read(characters))
+        file = opener(path, "rt", encoding="utf-8", errors="replace")
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, str(path)) from None
+    with file:
+        yield file
+
+
+def _read(file: TextIO, characters: int, where: str) -> str:
+    try:
+        return file.read(characters)
     except (OSError, EOFError, zlib.error) as error:
-        raise ParsimError(
-            "this file cannot be read",
-            where=str(path),
-            got=getattr(error, "strerror", None) or str(error),
-        ) from None
+        raise _unreadable(error, where) from None
+
+
+def _unreadable(error: Exception, where: str) -> ParsimError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ParsimError("this file cannot be read", where=where, got=reason)
+
+
+def _too_large(where: str, got: str) -> ParsimError:
+    return ParsimError(
+        "this trace is too large",
+        where=where,
+        got=got,
+        expected="a few steps of one rank",
+        hint="let torch.profiler's schedule(active=…) record fewer steps",
+    )
 
 
 class _Scanner:
-    """Walks through a document's text; what it has passed is gone."""
+    """Walks through a document's text, of which it holds a block; what it has passed is gone."""
 
-    def __init__(self, text: str, where: str) -> None:
-        self._text, self._where, self._at = text, where, 0
+    def __init__(self, file: TextIO, where: str) -> None:
+        self._file, self._where = file, where
+        self._text, self._at = "", 0
+        self._passed = 0
+        """Characters before `_text`."""
+        self._whole = False
+        """Whether the file ends where `_text` does."""
 
     def pairs(self) -> Iterator[tuple[str | None, Any]]:
         """(None, event) for each event, and (key, value) for everything else on the top level."""
@@ -140,30 +175,58 @@ class _Scanner:
 
     def _passes(self, sign: str) -> bool:
         """Skip blanks and commas; whether a sign comes then, which is passed too."""
-        match = _BLANK.match(self._text, self._at)
-        self._at = match.end() if match else self._at
+        self._skip_blanks()
         if not self._text.startswith(sign, self._at):
             return False
         self._at += len(sign)
         return True
 
+    def _skip_blanks(self) -> None:
+        while True:
+            match = _BLANK.match(self._text, self._at)
+            self._at = match.end() if match else self._at
+            if self._at < len(self._text) or not self._extends():
+                return
+
+    def _extends(self) -> bool:
+        """Hold more of the file; whether there was more."""
+        if self._whole:
+            return False
+        more = _read(self._file, max(_BLOCK, len(self._text) - self._at), self._where)
+        self._passed += self._at
+        self._text, self._at = self._text[self._at :] + more, 0
+        self._whole = not more
+        if self._passed + len(self._text) > LONGEST:
+            raise _too_large(self._where, f"more than {LONGEST:,} characters uncompressed")
+        return bool(more)
+
     def _value(self) -> Any:
-        """The next value."""
-        match = _BLANK.match(self._text, self._at)
-        at = match.end() if match else self._at
-        try:
-            value, self._at = _DECODER.raw_decode(self._text, at)
-        except (json.JSONDecodeError, RecursionError) as error:
-            size = len(self._text)
-            # A string that never ends is reported where it begins.
-            broken = at >= size or getattr(error, "pos", 0) >= size - 1 or "Unterminated" in str(error)
-            raise ParsimError(
-                "the trace breaks off" if broken else "this is no valid JSON",
-                where=f"{self._where}, character {at:,} of {size:,}",
-                got=self._text[at : at + 60] or "the end of the file",
-                hint="the process that wrote it may have been stopped too early" if broken else None,
-            ) from None
-        return value
+        """The next value; one that does not end in what is held is read again with more."""
+        self._skip_blanks()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except (ValueError, RecursionError) as error:
+                # A string that never ends is reported where it begins.
+                pos = getattr(error, "pos", self._at)
+                cut = pos >= len(self._text) - 1 or "Unterminated" in str(error)
+            else:
+                # A number at the very end may go on.
+                if end < len(self._text) or not self._extends():
+                    self._at = end
+                    return value
+                continue
+            if len(self._text) - self._at > LONGEST_VALUE or not self._extends():
+                raise self._no_value(broken=cut and self._whole)
+
+    def _no_value(self, *, broken: bool) -> ParsimError:
+        at = self._at
+        return ParsimError(
+            "the trace breaks off" if broken else "this is no valid JSON",
+            where=f"{self._where}, character {self._passed + at:,}",
+            got=self._text[at : at + 60] or "the end of the file",
+            hint="the process that wrote it may have been stopped too early" if broken else None,
+        )
 
 
 def _event(value: Any, categories: Collection[str], where: str) -> Event | None:
@@ -172,20 +235,26 @@ def _event(value: Any, categories: Collection[str], where: str) -> Event | None:
         return None
     start_ns, duration_ns = (_nanoseconds(value, key, where) for key in ("ts", "dur"))
     args = value.get("args")
+    args = args if isinstance(args, dict) else {}
     return Event(
         name=str(value.get("name", "")),
         category=value["cat"],
-        thread=(value.get("pid"), value.get("tid")),
+        thread=(_plain(value.get("pid")), _plain(value.get("tid"))),
         start_ns=start_ns,
         end_ns=start_ns + duration_ns,
-        args=args if isinstance(args, dict) else {},
+        args={key: _plain(args[key]) for key in _ARGUMENTS & args.keys()},
     )
+
+
+def _plain(value: object) -> object:
+    """A word or number as it is, anything else as text: it is looked up by."""
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _nanoseconds(event: Mapping[str, Any], key: str, where: str) -> int:
     """A time of an event, which the file has in microseconds."""
     time_us = event.get(key)
-    if not isinstance(time_us, int | float) or not math.isfinite(time_us):
+    if not isinstance(time_us, int | float) or not -_MOST_US < time_us < _MOST_US:
         raise ParsimError(
             "the time of an event must be a number",
             where=f"{where}: {key} of {event.get('name')!r}",

@@ -28,8 +28,8 @@ CATEGORIES = (
 )
 """Categories of events that are read; calls of Python functions, most of many traces, are not."""
 _ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-_STEP = re.compile(r"ProfilerStep#(\d+)$")
-_ACTION = re.compile(r"PP:(\d+)([FBIW])(\d+)$")
+_STEP = re.compile(r"ProfilerStep#(\d{1,12})$")
+_ACTION = re.compile(r"PP:(\d{1,9})([FBIW])(\d{1,9})$")
 """Actions as torch.distributed.pipelining records them."""
 _GLOO = re.compile(r"gloo:(\w+)$")
 _ENGINE = "autograd::engine::evaluate_function"
@@ -118,7 +118,7 @@ def read_rank_trace(path: Path, plan: ParallelPlan | None, *, place: int) -> Ran
 def _whole(value: Any, default: int, where: str) -> int:
     if value is None:
         return default
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise ParsimError("this must be a whole number", where=where, got=value, expected="0 or more")
     return value
 
@@ -245,7 +245,7 @@ def _group_of(
     """
     ranks, description = groups.get(str(args.get("Process Group Name")), ((), ""))
     if not ranks and "..." not in (text := str(args.get("Process Group Ranks", ""))):
-        ranks = tuple(int(number) for number in re.findall(r"\d+", text))
+        ranks = tuple(int(number) for number in re.findall(r"\d{1,9}", text))
     return ranks, str(args.get("Process Group Description", description))
 
 

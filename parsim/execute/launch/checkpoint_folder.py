@@ -143,11 +143,9 @@ def read_checkpoint(path: Path) -> Saved | None:
     """What a checkpoint says of itself, or None where it is not whole."""
     try:
         data = json.loads((path / _MANIFEST).read_text())
-        if any((path / name).stat().st_size != size for name, size in data["files"].items()):
-            return None
         if data["schema_version"] != _SCHEMA_VERSION:
             return None
-        return Saved(
+        saved = Saved(
             path=path,
             step=data["step"],
             plan=data["plan"],
@@ -155,8 +153,22 @@ def read_checkpoint(path: Path) -> Saved | None:
             identity=data["identity"],
             steps=tuple(StepRecord(**record) for record in data["steps"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        sizes = dict(data["files"])
+        there = all((path / Path(name).name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return saved if there and _is_sound(saved) else None
+
+
+def _is_sound(saved: Saved) -> bool:
+    """Whether what was read has the types and sizes of what `complete` writes."""
+    return (
+        all(type(number) is int for number in (saved.step, saved.plan_since))
+        and 0 <= saved.plan_since <= saved.step == len(saved.steps)
+        and isinstance(saved.plan, str)
+        and isinstance(saved.identity, dict)
+        and all(type(value) in (int, float, bool) for record in saved.steps for value in record)
+    )
 
 
 def saved_at(folder: Path, step: int) -> Saved:

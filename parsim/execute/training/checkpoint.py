@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,9 @@ def _loss_scale_states(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {} if trainer.loss_scale is None else trainer.loss_scale.states()
 
 
+_DATA_FILE = re.compile(r"__\d{1,9}_\d{1,9}\.distcp")
+
+
 class IndexReader(FileSystemReader):  # type: ignore[misc]
     """torch's reader, but what it takes from files can build nothing but tensors and their index.
 
@@ -78,10 +82,30 @@ class IndexReader(FileSystemReader):  # type: ignore[misc]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = self._get_metadata_path(kwargs.get("rank"))
-        with open(path, "rb") as file:
-            metadata = _IndexUnpickler(file).load()
+        try:
+            with open(path, "rb") as file:
+                metadata = _IndexUnpickler(file).load()
+        except ParsimError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            raise _damaged(path, error) from None
+        if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+            raise _damaged(path, type(metadata).__name__)
+        for place in metadata.storage_data.values():
+            name = getattr(place, "relative_path", None)
+            if not isinstance(name, str) or not _DATA_FILE.fullmatch(name):
+                raise _damaged(path, name)  # torch would open whatever file it names
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+
+def _damaged(path: Path, got: object) -> ParsimError:
+    return ParsimError(
+        "this checkpoint's index is damaged",
+        where=str(path),
+        got=got,
+        hint="the checkpoint before it may be whole: remove this one",
+    )
 
 
 class _IndexUnpickler(pickle.Unpickler):
