@@ -49,6 +49,7 @@ _RC = {
     "ytick.color": MUTED_COLOR,
     "xtick.labelcolor": TEXT_COLOR,
     "ytick.labelcolor": TEXT_COLOR,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.hashsalt": "parsim",
     "pdf.fonttype": 42,
 }

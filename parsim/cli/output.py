@@ -76,9 +76,11 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         return
     from rich.console import Console
     from rich.status import Status
+    from rich.text import Text
 
     with Status("starting", console=Console(stderr=True)) as status:
-        yield lambda what, done, total: status.update(_progress_text(what, done, total))
+        # As Text: names from files are in it, and rich would read [/x] in one as markup.
+        yield lambda what, done, total: status.update(Text(_progress_text(what, done, total)))
 
 
 def _progress_text(what: str, done: int, total: int) -> str:

@@ -85,7 +85,8 @@ def _name(where: str) -> str:
     ('Llama-3.1-8B', 'my-model', '')
     """
     path = PurePath(where)
-    return path.parent.name if path.stem == "config" else path.stem
+    name = path.parent.name if path.stem == "config" else path.stem
+    return "".join(c for c in name if c.isprintable())
 
 
 def _describe(error: Mapping[str, object]) -> str:

@@ -321,7 +321,7 @@ def test_a_domain_of_one_node_follows_the_node() -> None:
         ({"intra_node_latency": "-5 us"}, "intra_node_latency: latency_s"),
         ({"memory": "80 Gb"}, "memory"),
         ({"memory": "0 GB"}, "memory: memory_bytes"),
-        ({"gpus_per_node": 0}, "gpus_per_node, scale_up_domain"),
+        ({"gpus_per_node": 0}, "gpus_per_node"),
         ({"usd_per_gpu_hour": 0.0}, "usd_per_gpu_hour"),
     ],
 )
