@@ -51,6 +51,8 @@ TEXTS = (
     *("1e999 GB", "auto", "none", "1,2,3", "a=b", "dp=2", "0x10", "1_000", "٣", "True", "=1+1"),
 )
 """What takes a text's place."""
+_LARGE = 100_000
+"""Bytes of what an earlier mutation has blown up: the libraries here would swell on it themselves."""
 _MARK = "\ue000"
 _MARKED = re.compile(f'"{_MARK}([^"]*)"')
 _TOKEN = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
@@ -66,7 +68,7 @@ def mutated(kind: str, seeds: Sequence[bytes], rng: random.Random) -> bytes:
     data = rng.choice(seeds)
     trees = _TREES.get(plain, ())
     for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
-        if trees and rng.random() < 0.6:
+        if trees and len(data) < _LARGE and rng.random() < 0.6:
             data = rng.choice(trees)(rng, data, seeds)
         else:
             data = rng.choice(_BYTES)(rng, data, seeds)
