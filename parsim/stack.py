@@ -228,7 +228,8 @@ class Stack:
                 raise ParsimError("a slowdown is a factor near 1", where=key, got=getattr(self, key))
         for key, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
             if isinstance(value, int | float) and value < 0:
-                raise ParsimError("this is 0 or more", where=key, got=value)
+                what = "a prefetch depth is 0 or more" if "prefetch" in key else "this is 0 or more"
+                raise ParsimError(what, where=key, got=value)
         if self.dp_bucket_parameters < 1000 or self.relative_error > 2 or self.default_zero > 3:
             raise ParsimError(
                 "this constant is out of range",
