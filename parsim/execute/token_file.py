@@ -87,8 +87,9 @@ def _mapped(path: Path, dtype: str | None) -> tuple[np.ndarray[Any, Any], str]:
             tokens = _bare(path, dtype) if path.suffix == ".bin" else np.load(path, mmap_mode="r")
     except ParsimError:
         raise
-    except OSError as error:
-        raise ParsimError("cannot read this file", where=str(path), got=error.strerror) from None
+    except (OSError, EOFError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ParsimError("cannot read this file", where=str(path), got=reason) from None
     except Exception as error:  # numpy parses the header as Python, and lets out whatever that raises
         raise ParsimError("this is no array of numpy", where=str(path), got=str(error)) from None
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype.name not in DTYPES:

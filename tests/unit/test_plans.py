@@ -68,7 +68,7 @@ def test_defaults_of_the_short_form() -> None:
         ("dp=two", "whole number"),
         ("dp", "key=value"),
         ("dp=2,dp=4", "twice"),
-        ("dp=0", "from 1"),
+        ("dp=0", "out of range"),
         ("zero=4", "0 to 3"),
         ("recompute=some", "none, selective, full"),
         ("sequence_parallel=perhaps", "yes or no"),

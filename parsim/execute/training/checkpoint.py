@@ -89,9 +89,10 @@ class IndexReader(FileSystemReader):  # type: ignore[misc]
             raise
         except Exception as error:  # a damaged pickle can raise anything
             raise _damaged(path, error) from None
-        if type(metadata) is not Metadata or not isinstance(metadata.storage_data, dict):
+        places = getattr(metadata, "storage_data", None) or {}
+        if type(metadata) is not Metadata or not isinstance(places, dict):
             raise _damaged(path, type(metadata).__name__)
-        for place in metadata.storage_data.values():
+        for place in places.values():
             name = getattr(place, "relative_path", None)
             if not isinstance(name, str) or not _DATA_FILE.fullmatch(name):
                 raise _damaged(path, name)  # torch would open whatever file it names
