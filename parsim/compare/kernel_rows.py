@@ -8,6 +8,7 @@ from pathlib import Path
 
 from parsim.config import csv_rows, read_text
 from parsim.errors import ParsimError, shorten
+from parsim.plan import MAX_GPUS
 
 COLUMNS = {
     "gemm": ("dtype", "m", "n", "k", "time_ms"),
@@ -123,6 +124,8 @@ def _row(kind: str, cells: dict[str, str]) -> KernelRow:
             sizes["head_dim"],
             measured_s,
         )
+    if sizes["gpus"] > MAX_GPUS:
+        return UnreadableRow(f"gpus is {sizes['gpus']:,}, more than {MAX_GPUS:,}", measured_s)
     name = cells.get("collective", "").strip()
     return CollectiveRow(NAMES_OF_NCCL.get(name, name), sizes["gpus"], sizes["bytes"], measured_s)
 

@@ -61,7 +61,7 @@ def cost_of(item: Node, costs: CostModel) -> Cost | None:
     if price is None:
         return None
     per_hour = price.usd_per_gpu_hour * item.number("gpus")
-    tokens_per_s = item.number("tokens_per_s_per_gpu") * item.number("gpus")
+    tokens_per_s = item.positive("tokens_per_s_per_gpu") * item.positive("gpus")
     return Cost(
         usd_per_hour=per_hour,
         usd_per_billion_tokens=per_hour / 3600 / tokens_per_s * 1e9,

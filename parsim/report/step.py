@@ -14,6 +14,7 @@ from parsim.report.document import Node
 from parsim.report.memory import memory_picture
 from parsim.report.page import Lines, Part, Section
 from parsim.report.schedule import MOST_SPANS, schedule_of
+from parsim.schedule.check import check_plan
 from parsim.search.sensitivity import speed_gains, what_binds
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
@@ -60,6 +61,7 @@ def step_of(item: Node, timelines: tuple[Timeline, ...] = ()) -> Step:
     costs, why_not = costs_of(file)
     if costs is None:
         return Step(file=file, timelines=timelines, why_not=why_not)
+    check_plan(file.job, file.plan, costs.cluster)
     prediction, timeline = predict(file.job, file.plan, costs)
     step_s = item.positive("step_time_s")
     if abs(prediction.step_time_s / step_s - 1) <= SAME:

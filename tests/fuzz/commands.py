@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,11 @@ from types import MappingProxyType
 
 from parsim.cli.main import CLICK_ERROR, app
 from parsim.errors import ParsimError
-from tests.fuzz.kinds import KINDS, Kind, files, plan_item
+from tests.fuzz.kinds import KINDS, Kind, files
 
 SHORT = "dp=2,tp=2,pp=2,micro_batch=1"
 JOB = ("--global-batch", "16")
 MODEL = ("--model", "tiny-llama-8l", *JOB)
-TARGETS = ("torchtitan", "megatron", "deepspeed", "slurm", "schedule-csv")
 
 
 class WrongAnswerError(Exception):
@@ -74,11 +72,11 @@ def _real_plan() -> Sequence[bytes]:
     for model in ("tiny-llama-8l", "mini-mixtral-8l"):
         text = answer(*_simulate("--model", model, *JOB, *H100, "--json"))
         found.append(text.encode())
-    return [*found, json.dumps(plan_item()).encode()]
+    return found
 
 
-def _exports(path: str) -> tuple[str, ...]:
-    return ("export", path, "--to", random.choice(TARGETS), "-o", f"{path}.out")
+def _export(target: str) -> Callable[[str], tuple[str, ...]]:
+    return lambda path: ("export", path, "--to", target, "-o", f"{path}.out")
 
 
 COMMANDS: Mapping[str, Kind] = MappingProxyType(
@@ -123,7 +121,8 @@ COMMANDS: Mapping[str, Kind] = MappingProxyType(
             most_s=20.0,
             read=_each(
                 lambda path: ("simulate", "--plan", path, "--json"),
-                _exports,
+                _export("schedule-csv"),
+                _export("megatron"),
             ),
         ),
         "report": Kind(
@@ -138,7 +137,8 @@ COMMANDS: Mapping[str, Kind] = MappingProxyType(
         "runs": _of("runs", _each(lambda path: ("validate", "--runs", path, "--json"))),
         "kernels": _of("kernels", _each(lambda path: ("validate", "--kernels", path, *H100, "--json"))),
         "sweep": _of(
-            "sweep", _each(lambda path: ("sweep", path, "--budget-s", "1", "-o", f"{path}.out"))
+            "sweep",
+            _each(lambda path: ("sweep", path, "--budget-s", "1", "--resume", "-o", f"{path}.out")),
         ),
         "trace": _of("trace", _each(lambda path: ("trace", path, "--json"))),
     }

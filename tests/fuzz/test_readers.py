@@ -3,6 +3,8 @@
 The short form runs with the other tests. The long one, a million mutations, takes about an hour:
 
     PARSIM_FUZZ=1000000 pytest tests/fuzz -m slow
+
+Commands take files that their reader accepts: PARSIM_FUZZ_COMMANDS=500 tries so many of each kind.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from tests.fuzz.commands import COMMANDS
 from tests.fuzz.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +27,15 @@ NEEDS_TORCH = ("index",)
 SHORT = 60
 """Mutants of each kind."""
 LONG = int(os.environ.get("PARSIM_FUZZ", "0"))
+COMMANDS_EACH = int(os.environ.get("PARSIM_FUZZ_COMMANDS", "10"))
 MOST_BYTES = 2**30
 
 
-def read_mutants(kinds: Sequence[str], count: int, folder: Path) -> list[dict[str, Any]]:
+def read_mutants(
+    kinds: Sequence[str], count: int, folder: Path, *, by: str = "readers"
+) -> list[dict[str, Any]]:
     """What came of `count` mutants of each kind, read in a process of its own."""
-    command = [sys.executable, "-m", "tests.fuzz.worker", "readers"]
+    command = [sys.executable, "-m", "tests.fuzz.worker", by]
     ran = subprocess.run(
         [*command, ",".join(kinds), str(count), "1", str(folder)],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -60,3 +66,13 @@ def test_wrong_files_are_answered_or_refused(tmp_path: Path) -> None:
 def test_a_million_wrong_files_are_answered_or_refused(kind: str, tmp_path: Path) -> None:
     count = -(-LONG // len(KINDS))
     check(read_mutants([kind], count, tmp_path), [kind], count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_commands_answer_or_refuse_what_their_readers_let_through(kind: str, tmp_path: Path) -> None:
+    (found,) = read_mutants([kind], COMMANDS_EACH, tmp_path, by="commands")
+    assert found["failures"] == []
+    assert found["answered"] + found["refused"] == COMMANDS_EACH
+    assert found["peak_bytes"] < MOST_BYTES
+    assert found["answered"] > 0, found

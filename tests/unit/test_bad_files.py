@@ -14,7 +14,7 @@ import pytest
 from parsim.capacity_cases import read_prices
 from parsim.cli.simulated_step import read_schedule
 from parsim.cli.sweep_inputs import read_grids
-from parsim.compare.kernel_rows import read_kernel_rows
+from parsim.compare.kernel_rows import UnreadableRow, read_kernel_rows
 from parsim.compare.runs import read_runs
 from parsim.compare.steps import compare_documents
 from parsim.config import (
@@ -171,6 +171,17 @@ def test_a_cell_too_long_for_the_csv_module_is_refused(
     path.write_text("model," + "x" * 200_000 + "\n1,2\n")
     with pytest.raises(ParsimError, match="no valid CSV"):
         read(path)
+
+
+def test_a_collective_over_more_devices_than_there_are_is_unsupported(tmp_path: Path) -> None:
+    path = tmp_path / "nccl.csv"
+    path.write_text(
+        "collective,gpus,bytes,time_ms\nalltoall,2147483647,1024,0.02\nalltoall,8,1024,0.02\n"
+    )
+    wrong, right = read_kernel_rows(path)
+    assert isinstance(wrong, UnreadableRow)
+    assert "more than 1,000,000" in wrong.reason
+    assert not isinstance(right, UnreadableRow)
 
 
 def test_an_empty_line_of_a_schedule_is_a_rank_without_actions(tmp_path: Path) -> None:

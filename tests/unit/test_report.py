@@ -198,6 +198,7 @@ def test_a_page_names_nothing_outside_itself(step: Simulated) -> None:
         {"memory_bytes": {"peak": True}},
         {"plan": {"dp": "two"}},
         {"fits": "yes"},
+        {"tokens_per_s_per_gpu": 0},
     ],
 )
 def test_a_damaged_document_is_refused_and_nothing_written(
@@ -206,6 +207,15 @@ def test_a_damaged_document_is_refused_and_nothing_written(
     again(tmp_path, step.document | change, status=2)
     message = capsys.readouterr().err
     assert next(iter(change)) in message
+    assert "defect" not in message
+
+
+def test_a_plan_that_its_job_cannot_have_is_refused(
+    capsys: pytest.CaptureFixture[str], step: Simulated, tmp_path: Path
+) -> None:
+    again(tmp_path, step.document | {"plan": step.document["plan"] | {"dp": 64}}, status=2)
+    message = capsys.readouterr().err
+    assert "global_batch" in message
     assert "defect" not in message
 
 
