@@ -6,8 +6,9 @@ ParsimError, with the same texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from os import PathLike, fspath
+from typing import Any, TypeVar
 
 from parsim.capacity_cases import GPU_MTBF, check_numbers, check_prices, read_cases, read_long_runs
 from parsim.config import dump_json, load_cluster, load_model
@@ -24,13 +25,14 @@ from parsim.setup import Flags, load_plan, load_setup, rank_costs
 from parsim.simulate.prediction import Prediction, predict
 from parsim.timeline import Timeline
 
+Noun = TypeVar("Noun")
 __all__ = ["capacity", "load_cluster", "load_model", "plan", "simulate", "to_data", "to_json"]
 
 
 def plan(
     *,
-    model: str | ModelSpec,
-    hardware: str | Cluster,
+    model: str | PathLike[str] | ModelSpec,
+    hardware: str | PathLike[str] | Cluster,
     gpus: int,
     global_batch: int,
     seq_len: int | None = None,
@@ -50,8 +52,8 @@ def plan(
     Raises ParsimError for bad input, and its subclass NothingFits where no plan fits.
     """
     flags = Flags(
-        model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack,
-        precision=precision,
+        model=_named(model), hardware=_named(hardware), global_batch=global_batch, seq_len=seq_len,
+        stack=stack, precision=precision,
     )  # fmt: skip
     setup = load_setup(flags)
     return search(
@@ -61,10 +63,10 @@ def plan(
 
 
 def simulate(
-    plan: str | ParallelPlan,
+    plan: str | PathLike[str] | ParallelPlan,
     *,
-    model: str | ModelSpec | None = None,
-    hardware: str | Cluster | None = None,
+    model: str | PathLike[str] | ModelSpec | None = None,
+    hardware: str | PathLike[str] | Cluster | None = None,
     global_batch: int | None = None,
     seq_len: int | None = None,
     stack: str | None = None,
@@ -80,18 +82,18 @@ def simulate(
     simulated all the same (`Prediction.fits`).
     """
     flags = Flags(
-        model=model, hardware=hardware, global_batch=global_batch, seq_len=seq_len, stack=stack,
-        precision=precision,
+        model=_named(model), hardware=_named(hardware), global_batch=global_batch, seq_len=seq_len,
+        stack=stack, precision=precision,
     )  # fmt: skip
-    setup, noun = load_plan(plan, flags)
+    setup, noun = load_plan(_named(plan), flags)
     by_rank = rank_costs(setup.rank_hardware, setup, flags, noun)
     return predict(setup.job, noun, setup.costs(), costs_by_rank=by_rank)
 
 
 def capacity(
     *,
-    model: str | ModelSpec | Sequence[str | ModelSpec],
-    hardware: str | Cluster | Sequence[str | Cluster],
+    model: str | PathLike[str] | ModelSpec | Sequence[str | PathLike[str] | ModelSpec],
+    hardware: str | PathLike[str] | Cluster | Sequence[str | PathLike[str] | Cluster],
     gpus: int | Sequence[int],
     tokens: int | str,
     deadline_s: float | None = None,
@@ -120,9 +122,11 @@ def capacity(
     flags = Flags(global_batch=global_batch, seq_len=seq_len, stack=stack, precision=precision)
     limits = Limits(deadline_s=deadline_s, budget_usd=budget_usd)
     check_numbers(pue, usd_per_gpu_hour)
-    models = [model] if isinstance(model, str | ModelSpec) else model
-    machines = [hardware] if isinstance(hardware, str | Cluster) else hardware
-    counts = [gpus] if isinstance(gpus, int) else gpus
+    several_models = [model] if isinstance(model, str | PathLike | ModelSpec) else model
+    several_machines = [hardware] if isinstance(hardware, str | PathLike | Cluster) else hardware
+    models = [_named(each) for each in several_models]
+    machines = [_named(each) for each in several_machines]
+    counts = list(gpus) if isinstance(gpus, Iterable) else [gpus]
     cases = list(read_cases(models, machines, flags, counts, tokens, usd_per_gpu_hour, {}))
     check_prices(limits, cases)
     long_run, assumed = read_long_runs(mtbf)
@@ -131,6 +135,11 @@ def capacity(
         top=top, budget_s=budget_s, scaling=scaling, sensitivity=sensitivity, pue=pue,
     )  # fmt: skip
     return find_capacity(cases, wanted)
+
+
+def _named(given: Noun | str | PathLike[str]) -> Noun | str:
+    """A path as the text that names it; names and nouns as they are."""
+    return fspath(given) if isinstance(given, PathLike) else given
 
 
 def to_data(noun: SearchResult | Prediction | Timeline | Capacity) -> dict[str, Any]:

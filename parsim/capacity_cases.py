@@ -36,7 +36,9 @@ def read_cases(
     and usd_per_gpu_hour before both. `tokens` to train on is a number, or a text such as "15T" or "20x".
     """
     from parsim.cost.stage import CostModel
+    from parsim.errors import ParsimError
     from parsim.hardware import with_overrides
+    from parsim.plan import MAX_GPUS
     from parsim.search.capacity import Case, usual_batch
 
     for model in models:
@@ -51,8 +53,11 @@ def read_cases(
             cluster = with_overrides(cluster, usd_per_gpu_hour=usd_per_gpu_hour)
             costs = CostModel(setup.job.model, cluster, setup.stack)
             for gpus in counts:
+                if not 1 <= gpus <= MAX_GPUS:
+                    raise ParsimError("the number of GPUs is out of range", where="gpus", got=gpus,
+                                      expected=f"1 to {MAX_GPUS}")  # fmt: skip
                 yield Case(
-                    job=setup.job, tokens=budget, costs=costs, hardware=hardware, gpus=gpus,
+                    job=setup.job, tokens=budget, costs=costs, hardware=hardware, gpus=int(gpus),
                     origin=setup.origin,
                 )  # fmt: skip
 

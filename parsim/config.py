@@ -38,6 +38,7 @@ from parsim.units import out_of_range, parse_field
 T = TypeVar("T")
 LISTED_BY = {"model": "`parsim models` lists them", "hardware": "`parsim hardware` lists them"}
 CONFIG = "config.json"
+_DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 """What describes the model in a folder as of Hugging Face."""
 GZIP = b"\x1f\x8b"
 """The first bytes of a file that is compressed."""
@@ -423,22 +424,31 @@ def _toml_value(value: object) -> str:
 def require_writable(path: Path, *, folder: bool = False) -> None:
     """Refuse a path at which no file (or folder of files) could be written; nothing is created.
 
+    A file comes by renaming, so its folder must be writable and it may not be a device.
     Raises ParsimError.
     """
-    there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if there == path and there.is_dir() != folder:
-        what = "this is a file, not a folder" if folder else "this is a folder, not a file"
-        raise ParsimError(what, where=str(path))
-    if (there != path or folder) and not there.is_dir():
-        raise ParsimError("cannot write here", where=str(path), got=f"{there} is a file")
-    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
-        raise ParsimError("cannot write here", where=str(path), got=f"{there} is read-only")
+    try:
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if there == path and there.is_dir() != folder:
+            what = "this is a file, not a folder" if folder else "this is a folder, not a file"
+            raise ParsimError(what, where=str(path))
+        if there == path and not folder:
+            if not path.is_file() or path.parent in _DEVICES:
+                raise ParsimError("this is a device, not a file", where=str(path))
+            there = path.resolve().parent
+        if not there.is_dir():
+            raise ParsimError("cannot write here", where=str(path), got=f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ParsimError("cannot write here", where=str(path), got=f"{there} is read-only")
+    except OSError as error:
+        raise ParsimError("cannot write here", where=str(path), got=error.strerror) from None
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: to a temporary name beside it, then rename."""
+    """Write a whole file or nothing: to a temporary name beside it, then rename. Links are followed."""
     data = content.encode() if isinstance(content, str) else content
     try:
+        path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:

@@ -1,11 +1,6 @@
-"""What `parsim capacity` is asked: limits and charts from flags."""
+"""What `parsim capacity` is asked: limits from flags."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def deadline_s(text: str | None) -> float | None:

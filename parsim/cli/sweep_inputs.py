@@ -118,6 +118,8 @@ def _csv_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     header = next((cells for _, cells in lines if cells), [])
     rows = []
     for number, cells in lines:
+        if not cells:  # an empty line is no scenario
+            continue
         where = f"{path}: line {number}"
         if len(cells) > len(header):
             raise ParsimError("more cells than columns", where=where, got=cells[len(header) :])

@@ -225,6 +225,11 @@ class Limits:
     deadline_s: float | None = None
     budget_usd: float | None = None
 
+    def __post_init__(self) -> None:
+        for key, limit in (("deadline_s", self.deadline_s), ("budget_usd", self.budget_usd)):
+            if limit is not None and not limit > 0:
+                raise ParsimError("a limit is more than nothing", where=key, got=limit)
+
     def met_by(self, option: Option) -> bool:
         """Whether predicted time and cost are within the limits; an unknown cost is in no budget."""
         if not math.isfinite(option.wall_s):

@@ -62,10 +62,22 @@ def test_a_plan_file_says_model_hardware_and_job(tmp_path: Path) -> None:
     path.write_text(json.dumps(parsim.to_data(prediction) | origin))
     again, _ = parsim.simulate(str(path))
     assert parsim.to_data(again) == parsim.to_data(prediction)
-    other, _ = parsim.simulate(str(path), global_batch=8)
+    other, _ = parsim.simulate(path, global_batch=8)
     assert other.job.global_batch == 8
     noun, _ = parsim.simulate(prediction.plan, **given)  # type: ignore[arg-type]
     assert noun.step_time_s == prediction.step_time_s
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [({"gpus": [0, 8]}, "gpus"), ({"gpus": 2_000_000}, "gpus"), ({"deadline_s": -5.0}, "deadline_s"),
+     ({"budget_usd": 0.0}, "budget_usd")],
+)  # fmt: skip
+def test_impossible_capacities(change: dict[str, object], where: str) -> None:
+    given = {"model": "tiny-llama-8l", "hardware": "h100-sxm-80gb", "gpus": 8, "tokens": "1M"}
+    with pytest.raises(ParsimError) as caught:
+        parsim.capacity(**given | change)  # type: ignore[arg-type]
+    assert caught.value.where == where
 
 
 def test_hosts_run_the_software_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

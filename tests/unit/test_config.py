@@ -359,6 +359,46 @@ def test_a_folder_or_a_file_in_the_way_is_an_explained_error(tmp_path: Path) -> 
     assert sorted(os.listdir(tmp_path)) == ["file", "taken"]
 
 
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    config.write_file(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["new/deep/a.json", "there.json", "link.json"])
+def test_what_can_be_written_is_not_refused_and_nothing_is_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / "there.json").write_text("old")
+    (tmp_path / "there.json").chmod(0o444)  # it is replaced, not written to
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    config.require_writable(tmp_path / name)
+    config.require_writable(tmp_path / "new" / "reports", folder=True)
+    assert sorted(os.listdir(tmp_path)) == ["link.json", "there.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "what"),
+    [
+        ("folder", False, "a folder, not a file"),
+        ("file", True, "a file, not a folder"),
+        ("file/a.json", False, "cannot write"),
+        ("file/reports", True, "cannot write"),
+        ("n" * 300, False, "cannot write"),
+        ("pipe", False, "a device"),
+        ("/dev/null", False, "a device"),
+        ("/dev/stdout", False, "a device"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    tmp_path: Path, name: str, *, folder: bool, what: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ParsimError, match=what):
+        config.require_writable(tmp_path / name, folder=folder)
+
+
 def test_to_data_leaves_out_what_holds_nothing() -> None:
     data = config.to_data(ParallelPlan(dp=2))
     assert "stage_split" not in data

@@ -63,7 +63,7 @@ def test_a_toml_file_gives_grids_and_the_flags_what_it_leaves_out(tmp_path: Path
 
 def test_a_csv_file_gives_a_scenario_a_row(tmp_path: Path) -> None:
     path = tmp_path / "scenarios.csv"
-    path.write_text("model,gpus,global_batch,seq_len\ntiny-llama-8l,2,8,\ntiny-gpt-8l,4,16,64\n")
+    path.write_text("model,gpus,global_batch,seq_len\n\ntiny-llama-8l,2,8,\n\ntiny-gpt-8l,4,16,64\n\n")
     found = settings_of({"hardware": "h100-sxm-80gb"}, path)
     assert [each | {} for each in found] == [
         {"model": "tiny-llama-8l", "hardware": "h100-sxm-80gb", "gpus": 2, "global_batch": 8, **SEARCH},

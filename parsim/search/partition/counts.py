@@ -48,8 +48,11 @@ def least_recomputed(chunks: Sequence[Chunk], moments: Moments) -> tuple[int, ..
     none = (0,) * len(chunks)
     if _lacking(chunks, moments, none).max() <= 0:
         return none
+    bound_s = _bound_s(chunks, moments)
+    if bound_s == np.inf:
+        return None
     greedy = _greedy(chunks, moments)
-    if greedy is not None and _seconds(chunks, greedy) <= _bound_s(chunks, moments) * (1 + SAME):
+    if greedy is not None and _seconds(chunks, greedy) <= bound_s * (1 + SAME):
         return greedy
     # An integer program keeps to its limits within a tolerance.
     for share in (1.0, 1 - 2e-6, 1 - 2e-5):
@@ -99,10 +102,12 @@ def _freed(chunk: Chunk, r: int) -> float:
 
 def _bound_s(chunks: Sequence[Chunk], moments: Moments) -> float:
     """No counts that fit add less: each moment for itself, the layers that free most in their time
-    first.
+    first. Infinite where none fit, even so.
 
     Layers are whole, so where all take equally long their number is rounded up.
     """
+    if all(len(chunk.seconds) == 1 for chunk in chunks):
+        return np.inf  # nothing is left to recompute
     again = min(float(chunk.again_bytes[1]) for chunk in chunks if len(chunk.again_bytes) > 1)
     added = np.concatenate([np.diff(chunk.seconds) for chunk in chunks])
     freed = np.concatenate([-np.diff(chunk.saved_bytes) for chunk in chunks])
