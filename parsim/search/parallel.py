@@ -16,7 +16,7 @@ from multiprocessing import parent_process
 from typing import Literal, TypeVar
 
 from parsim.errors import ParsimError
-from parsim.search.workers import begin_process
+from parsim.search.workers import begin_process, interrupts_held_back
 
 Backend = Literal["processes", "dask", "ray"]
 BACKENDS: tuple[Backend, ...] = ("processes", "dask", "ray")
@@ -75,7 +75,10 @@ def _by_joblib(call: Callable[[T], R], tasks: Iterable[T], pool: Pool) -> Genera
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     with parallel_config(**_backend(pool)):
-        done = Parallel(return_as="generator_unordered")(delayed(_apart)(call, task) for task in tasks)
+        with interrupts_held_back():
+            done = Parallel(return_as="generator_unordered")(
+                delayed(_apart)(call, task) for task in tasks
+            )
         try:
             yield from done
         except TerminatedWorkerError as error:

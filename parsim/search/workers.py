@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -58,7 +59,8 @@ class Workers:
         warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
         with parallel_config(backend="loky", n_jobs=self.processes, initializer=begin_process):
             parallel = Parallel(return_as="generator", batch_size=1, max_nbytes=None)
-        answers = parallel(delayed(_answer)(setup, work, item) for item in items)
+        with interrupts_held_back():
+            answers = parallel(delayed(_answer)(setup, work, item) for item in items)
         try:
             for answer in answers:  # noqa: UP028 - closing it is up to what follows
                 yield answer
@@ -86,14 +88,27 @@ def _examiner(setup: bytes) -> Examiner:
     return Examiner(job, costs)
 
 
-def begin_process() -> None:
-    """What a process that joblib starts does first: it leaves its end to the one that started it.
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until this is over, and processes that are started meanwhile never see it.
 
-    A Ctrl-C reaches all processes at once: the one that the user sees stops the others. One whose parent
-    has ended, however it did, ends soon after; joblib's would wait for work for five minutes. (The
-    kernel's own way, PR_SET_PDEATHSIG, goes by the thread that started it, which may well end before.)
+    It reaches all processes of a terminal at once: the one that the user sees stops the others, which
+    may still be importing and would say so in a traceback each.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_process() -> None:
+    """What a process that joblib starts does first: it watches the one that started it.
+
+    When that has ended, however it did, it ends soon after; joblib's would wait for work for five
+    minutes. (The kernel's own way, PR_SET_PDEATHSIG, goes by the thread that started it, which may well
+    end before.)
+    """
     parent = os.getppid()
 
     def watch() -> None:
