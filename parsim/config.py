@@ -43,7 +43,9 @@ _DEVICES = (Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd"))
 GZIP = b"\x1f\x8b"
 """The first bytes of a file that is compressed."""
 MAX_FILE_BYTES = 32 * 2**20
-"""Larger files are refused, packed or not: of this size JSON may take most of a gigabyte to hold."""
+"""Larger files are refused, packed or not."""
+MAX_JSON_BYTES, MAX_JSON_VALUES = 128 * 2**20, 8_000_000
+"""Of a document, as parsim writes of long steps. At both limits it takes most of a gigabyte to hold."""
 MAX_TOML_CHARACTERS = 2**19
 """Ten times a large profile; the standard library reads about a million characters a second."""
 MOST_ROWS, MOST_CELLS = 250_000, 5_000_000
@@ -52,7 +54,10 @@ MAX_NAME, MAX_TEXT = 200, 20_000
 """Characters of a name, and of any other text in a file."""
 _LONG_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){33}""")
 _LONG_NUMBER = re.compile(r"\d{19}")
+_LONG_COLUMN = 32
+"""Values from which on a list is written on one line."""
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")
+_FLAT = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """What moves a terminal's cursor, colours it, or turns the direction of what follows."""
 
@@ -103,20 +108,21 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> str:
     """The text of a file, unpacked where its first bytes are gzip's.
 
     Raises ParsimError for what is too large (packed or not), unreadable, damaged or not UTF-8.
     """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            is_larger = os.fstat(file.fileno()).st_size > max_bytes
+            data = b"" if is_larger else file.read(max_bytes + 1)
         if data[:2] == GZIP:
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as unpacked:
-                data = unpacked.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
+                data = unpacked.read(max_bytes + 1)
+        if is_larger or len(data) > max_bytes:
             raise ParsimError(
-                "this file is too large", where=str(path), expected=f"at most {MAX_FILE_BYTES} bytes"
+                "this file is too large", where=str(path), expected=f"at most {max_bytes} bytes"
             )
         return data.decode("utf-8-sig")
     except ParsimError:
@@ -177,9 +183,15 @@ def csv_rows(text: str, *, where: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def parse_json(text: str, *, where: str) -> Any:
-    """JSON without NaN, Infinity, numbers beyond 64 bits or float, halves of characters, or keys given
-    twice.
+    """JSON without NaN, Infinity, numbers beyond float, halves of characters, or keys given twice.
+
+    A whole number beyond 64 bits becomes a float, which no field of whole numbers takes: files have such
+    where parsim does not look, as tokenizers without a longest text do (model_max_length 1e30).
     """
+    if text.count(",") + text.count("[") + text.count("{") > MAX_JSON_VALUES:
+        raise ParsimError(
+            "this document is too large", where=where, expected=f"at most {MAX_JSON_VALUES} values"
+        )
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(items)
@@ -195,11 +207,9 @@ def parse_json(text: str, *, where: str) -> Any:
         number = float(digits)
         return number if math.isfinite(number) else refuse(digits)
 
-    def whole(digits: str) -> int:
+    def whole(digits: str) -> int | float:
         number = int(digits) if len(digits) < 25 else 2**64
-        if abs(number) < 2**63:
-            return number
-        raise ParsimError("this number is out of range", where=where, got=digits, expected="64 bits")
+        return number if abs(number) < 2**63 else finite(digits)
 
     try:
         data = json.loads(
@@ -226,7 +236,7 @@ def parse_json(text: str, *, where: str) -> Any:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
-    return parse_json(read_text(path), where=str(path))
+    return parse_json(read_text(path, max_bytes=MAX_JSON_BYTES), where=str(path))
 
 
 def validate(cls: type[T], data: object, *, where: str) -> T:
@@ -377,8 +387,33 @@ def to_data(noun: Any) -> dict[str, Any]:
 
 
 def dump_json(document: object) -> str:
-    """JSON text as parsim writes it: two spaces, no NaN, a newline at the end."""
-    return json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    """JSON text as parsim writes it: two spaces, long columns on one line, no NaN, a newline at the end.
+
+    >>> print(dump_json({"a": [1, {"b": None}], "c": [0] * 40}), end="")  # doctest: +ELLIPSIS
+    {
+      "a": [
+        1,
+        {
+          "b": null
+        }
+      ],
+      "c": [0, 0, ..., 0]
+    }
+    """
+    return _indented(document, "\n") + "\n"
+
+
+def _indented(value: object, line: str) -> str:
+    """A value as JSON; `line` begins a line where it stands."""
+    below = line + "  "
+    if isinstance(value, dict) and value:
+        parts = [f"{_FLAT.encode(str(key))}: {_indented(item, below)}" for key, item in value.items()]
+        return "{" + below + f",{below}".join(parts) + line + "}"
+    if isinstance(value, list | tuple) and value:
+        is_flat = not any(isinstance(item, dict | list | tuple) for item in value)
+        if len(value) < _LONG_COLUMN or not is_flat:
+            return "[" + below + f",{below}".join(_indented(item, below) for item in value) + line + "]"
+    return _FLAT.encode(value)
 
 
 def to_toml(table: dict[str, Any], name: str = "") -> str:

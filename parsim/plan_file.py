@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from parsim.config import is_file, parse_json, read_text, validate
+from parsim.config import is_file, read_json, validate
 from parsim.errors import ParsimError
 from parsim.model import ModelSpec
 from parsim.plan import STAGE_LISTS, Job, ParallelPlan, parse_plan
@@ -47,7 +47,7 @@ def read_plan(text: str) -> PlanFile:
             where=text,
             hint="a plan is a JSON file, or key=value pairs such as dp=2,tp=4,pp=2,micro_batch=1",
         )
-    return plan_from_data(parse_json(read_text(path), where=text), where=text)
+    return plan_from_data(read_json(path), where=text)
 
 
 def _short_form(text: str) -> PlanFile:

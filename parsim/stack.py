@@ -8,6 +8,7 @@ Standard library only: the executor's workers import it where nothing but torch 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -16,6 +17,8 @@ from parsim.errors import ParsimError
 AttentionKernel = Literal["flash", "fused_softmax", "unfused"]
 SelectiveRecompute = Literal["attention_core", "every_other_gemm"]
 Fp8Scaling = Literal["delayed", "tensor", "row"]
+MAX_RELATIVE_ERROR = 2.0
+"""Of a log: an interval from a seventh of the prediction to seven times it says nothing any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,13 +233,15 @@ class Stack:
             if isinstance(value, int | float) and value < 0:
                 what = "a prefetch depth is 0 or more" if "prefetch" in key else "this is 0 or more"
                 raise ParsimError(what, where=key, got=value)
-        if self.dp_bucket_parameters < 1000 or self.relative_error > 2 or self.default_zero > 3:
-            raise ParsimError(
-                "this constant is out of range",
-                where="dp_bucket_parameters, relative_error or default_zero",
-                got=f"{self.dp_bucket_parameters:g}, {self.relative_error:g}, {self.default_zero}",
-                expected="1000 or more, at most 2, at most 3",
-            )
+        ranges = {
+            "dp_bucket_parameters": (1000.0, math.inf, "1000 or more"),
+            "relative_error": (0.0, MAX_RELATIVE_ERROR, f"at most {MAX_RELATIVE_ERROR:g}"),
+            "default_zero": (0, 3, "0 to 3"),
+        }
+        for key, (low, high, expected) in ranges.items():
+            if not low <= (got := getattr(self, key)) <= high:
+                what = "this constant is out of range"
+                raise ParsimError(what, where=key, got=got, expected=expected)
         for key in ("overlap_cost", "dp_overlap_cost", "allocator_slack"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ParsimError("a share lies between 0 and 1", where=key, got=getattr(self, key))

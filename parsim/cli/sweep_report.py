@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -73,10 +74,20 @@ def read_rows(path: Path, wanted: Sequence[Mapping[str, Any]]) -> Rows:
     )
 
 
+@functools.cache
+def _own_price(hardware: str) -> Price | None:
+    from parsim.config import load_cluster
+
+    return load_cluster(hardware).price
+
+
 def usd_per_million_tokens(item: Mapping[str, Any], prices: Mapping[str, Price]) -> float | None:
-    """Rent of the GPUs for a million tokens of a plan; None where nobody has said a price."""
-    price = prices.get(item["hardware"])
-    if price is None:
+    """Rent of the GPUs for a million tokens of a plan, at a price given or else the profile's own.
+
+    None where nobody has said a price, and for a plan that does not fit.
+    """
+    price = prices.get(item["hardware"]) or _own_price(item["hardware"])
+    if price is None or not item["fits"]:
         return None
     gpu_hours = 1e6 / float(item["tokens_per_s_per_gpu"]) / 3600
     return gpu_hours * price.usd_per_gpu_hour

@@ -22,8 +22,8 @@ from parsim.compare.measured_steps import LeftOut, MeasuredStep, QuickSteps, mea
 from parsim.compare.stack_constants import Bounds, check_bounds, told_by
 from parsim.compare.statistics import Summary, summarize
 from parsim.cost.interval import leans_on
-from parsim.errors import ParsimError
-from parsim.stack import Stack
+from parsim.errors import ParsimError, shorten
+from parsim.stack import MAX_RELATIVE_ERROR, Stack
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps that are done, and the most there will be."""
@@ -36,6 +36,8 @@ is off by this much, times the square root of the rows."""
 FEWEST_ROWS = 4
 MOST_ROWS = 120
 """A fit looks at so many rows, drawn evenly over models and plans; errors are stated over all."""
+WORST_ROWS = 6
+"""Named where a fit is refused."""
 MOST_ROUNDS = 12
 """Steps of the least-squares solver; it converges in fewer."""
 DIFFERENCE = 0.02
@@ -176,7 +178,7 @@ def fit_stack(
     return StackFit(
         stack=replace(
             best,
-            relative_error=base_half_width(errors, leans),
+            relative_error=_width(found, errors, leans, stack),
             fitted_parameters=float(max(step.parameters for step in steps)),
         ),
         constants=tuple(
@@ -190,6 +192,29 @@ def fit_stack(
         larger=larger,
         complete=complete,
     )  # fmt: skip
+
+
+def _width(
+    rows: Sequence[FittedRow], errors: Sequence[float], leans: Sequence[bool], stack: Stack
+) -> float:
+    """The half width of the interval, from the rows' errors.
+
+    Raises ParsimError, naming the worst rows, where they are too far off for any.
+    """
+    width = base_half_width(errors, leans)
+    if width <= MAX_RELATIVE_ERROR:
+        return width
+    pairs = sorted(zip(rows, errors, strict=True), key=lambda pair: -abs(math.log1p(pair[1])))
+    worst, error = pairs[0]
+    predicted_s = worst.measured_s * (1 + error)
+    others = shorten(", ".join(row.id for row, _ in pairs[1:WORST_ROWS]), 400)
+    raise ParsimError(
+        "these runs are too far from the fitted stack for any interval",
+        where=stack.name,
+        got=f"{worst.measured_s:.4g} s measured, {predicted_s:.4g} s predicted for {worst.id}",
+        expected=f"nine in ten within a factor of {math.exp(MAX_RELATIVE_ERROR):.1f}",
+        hint=f"the next worst: {others}; are all times in seconds, of one step, and of this stack?",
+    )
 
 
 def _check_rows(

@@ -20,6 +20,7 @@ from parsim.errors import ParsimError
 
 _DECODER = json.JSONDecoder()
 _BLANK = re.compile(r"[\s,]*")
+_MORE_OF_A_NUMBER = re.compile(r"[-+.eE\d]*")
 _SNIFFED = 65536
 """Characters of a file in which its first keys stand."""
 LONGEST = 1 << 30
@@ -211,8 +212,9 @@ class _Scanner:
                 pos = getattr(error, "pos", self._at)
                 cut = pos >= len(self._text) - 1 or "Unterminated" in str(error)
             else:
-                # A number at the very end may go on.
-                if end < len(self._text) or not self._extends():
+                # A number that what is held ends in may go on, be it a point or an exponent that is cut.
+                rest = _MORE_OF_A_NUMBER.match(self._text, end)
+                if (rest and rest.end() < len(self._text)) or not self._extends():
                     self._at = end
                     return value
                 continue

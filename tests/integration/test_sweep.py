@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from parsim.cli.main import run_command
+from parsim.config import load_cluster
 
 SWEEP = (
     "sweep --model tiny-llama-8l,tiny-gpt-8l --hardware h100-sxm-80gb --gpus 2,4,19 --global-batch 8 "
@@ -182,8 +183,17 @@ def test_prices_give_dollars_for_a_million_tokens(capsys: pytest.CaptureFixture[
     # 3.60 dollars an hour are a tenth of a cent a second, for two GPUs two tenths.
     tokens_per_s = 2 * priced["tokens_per_s_per_gpu"]
     assert priced["usd_per_million_tokens"] == pytest.approx(0.002 * 1e6 / tokens_per_s)
-    assert other["usd_per_million_tokens"] is None
+    # Hardware that the file does not name costs what its profile says.
+    own = load_cluster("a100-sxm-80gb").price
+    assert own is not None
+    gpu_hours = 1e6 / other["tokens_per_s_per_gpu"] / 3600
+    assert other["usd_per_million_tokens"] == pytest.approx(gpu_hours * own.usd_per_gpu_hour)
     rows = list(csv.DictReader(Path("rows.csv").read_text().splitlines()))
     assert float(rows[0]["usd_per_million_tokens"]) == pytest.approx(priced["usd_per_million_tokens"])
     assert run_command([*command, "--resume"]) == 0
     assert "USD/Mtoken" in capsys.readouterr().out
+    unfit = [*command[:-2], "--memory", "1MB", "-o", "unfit.jsonl", "--json"]
+    run_command(unfit)
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["status"] for row in rows} == {"does_not_fit"}
+    assert {row["plans"][0]["usd_per_million_tokens"] for row in rows} == {None}

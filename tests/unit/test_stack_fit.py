@@ -225,3 +225,31 @@ def test_a_constant_that_something_hides_at_the_start_is_found() -> None:
     rows = measured_on(true, ROWS[:4])
     found = fit_stack(rows, start, {"layer_host_s": (0.0, 0.05)}, cross_validate=False)
     assert found.stack.layer_host_s == pytest.approx(0.03, rel=0.02)
+
+
+def test_runs_that_no_interval_holds_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the times are in another unit."""
+    rows = measured_on(STACK, ROWS)
+    slipped = [
+        cells | {"iter_time_s": repr(60 * float(cells["iter_time_s"]))} if i % 2 else cells
+        for i, cells in enumerate(rows)
+    ]
+    path = write_csv(tmp_path / "runs.csv", slipped)
+    command = ["calibrate", "--runs", str(path), "--stack", STACK.name, "--constant", "dp_slowdown"]
+    assert run_command([*command, "-o", str(tmp_path / "fitted.toml")]) == 2
+    said = capsys.readouterr().err
+    assert "too far from the fitted stack" in said
+    named = [cells["id"] in said for cells in slipped]
+    assert named == [bool(i % 2) for i in range(len(rows))]
+    assert not (tmp_path / "fitted.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("dp_bucket_parameters", 10.0), ("relative_error", 2.5), ("default_zero", 4)]
+)
+def test_a_constant_out_of_range_is_named_alone(key: str, value: float) -> None:
+    with pytest.raises(ParsimError, match="out of range") as caught:
+        replace(STACK, **{key: value})
+    assert (caught.value.where, caught.value.got) == (key, value)

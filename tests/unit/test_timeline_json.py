@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parsim.config import MAX_FILE_BYTES, dump_json, read_json, write_file
 from parsim.errors import ParsimError
 from parsim.export.timeline_json import timeline_from_data, timeline_to_data
 from parsim.timeline import STREAMS, MemorySample, Span, Timeline
@@ -40,6 +42,32 @@ timelines = st.builds(
 def test_a_timeline_comes_back_as_it_was(timeline: Timeline) -> None:
     text = json.dumps(timeline_to_data(timeline))
     assert timeline_from_data(json.loads(text), where="f.json") == timeline
+
+
+def test_a_measurement_of_a_long_step_comes_back(tmp_path: Path) -> None:
+    """Eight ranks of 52,000 spans each: gradient accumulation of an 8B model."""
+    spans = tuple(
+        Span(
+            i // 52_000,
+            "compute",
+            f"gemm {i % 300}",
+            i * 1.1e-5,
+            i * 1.1e-5 + 1e-5,
+            "forward",
+            0,
+            i % 16,
+        )
+        for i in range(416_000)
+    )
+    timeline = Timeline(spans=spans, memory=(), source="measured", title="step")
+    text = dump_json({"timeline": timeline_to_data(timeline)})
+    assert len(text) < 25e6
+    assert text.count("\n") < 1000
+    # As earlier versions wrote it, a number a line: more than a table may have.
+    path = tmp_path / "meas.json"
+    write_file(path, text.replace(", ", ",\n" + " " * 8))
+    assert path.stat().st_size > MAX_FILE_BYTES
+    assert read_json(path)["timeline"] == timeline_to_data(timeline)
 
 
 def test_columns_take_less_than_a_table_a_span(lay_out: Callable[..., Timeline]) -> None:
