@@ -1,7 +1,7 @@
 """Random worlds: any model, cluster, software, job, plan and network that the files could describe.
 
 tests/strategies.py draws legal plans of small models on one cluster of round numbers; here everything
-varies at once, on shipped profiles too, and about one plan in four is not legal.
+varies at once, on shipped profiles too, and about two plans in five are not legal.
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def plan(
     constraints = allowed.constraints()
     node = setup.cluster.gpus_per_node
     if gpus > node and gpus % node:
-        say(f"note: {gpus} GPUs are {gpus // node} nodes of {node} and {gpus % node} GPUs of another")
+        nodes, others = divmod(gpus, node)
+        full = f"{nodes} node{'s'[: nodes > 1]} of {node}"
+        say(f"note: {gpus} GPUs are {full} and {others} GPU{'s'[: others > 1]} of another")
     chosen = {"gpus": gpus, "top": top, "stack": setup.stack.name, "seq_len": setup.job.seq_len}
     inputs = flags.given() | chosen | {"constraints": allowed.given()}
 

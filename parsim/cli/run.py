@@ -258,7 +258,7 @@ def _run(
             predicted = simulated_timeline(served, measurement.timeline.title)
         if (cores := how.cores_shared(case)) is not None:
             data["cores"] = cores
-        comparison = compared(setup, case, predicted, measurement)
+        comparison = compared(setup, case, predicted, measurement, cores)
         if comparison is not None and comparison.because:
             data["because"] = comparison.because
     if checked is not None and verification is not None:

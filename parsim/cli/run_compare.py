@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 
 def compared(
-    setup: Setup, case: Case, predicted: Timeline, measurement: Measurement
+    setup: Setup, case: Case, predicted: Timeline, measurement: Measurement, cores: int | None
 ) -> ItemisedComparison | None:
     """The measured step against the predicted one, itemised; both have global ranks.
 
+    `cores`: those that the ranks shared, None where each had its own.
     None where steps have no common beginning and end: on parameter servers and without a flush.
     """
     from parsim.compare.itemised import itemise
     from parsim.plan import ASYNCHRONOUS_SCHEDULES
     from parsim.simulate.prediction import program_of
+    from parsim.simulate.shared_cores import on_cores
 
     if case.servers is not None or case.plan.schedule in ASYNCHRONOUS_SCHEDULES:
         return None
@@ -32,5 +34,5 @@ def compared(
         case.plan,
         predicted_s=predicted.end_s,
         measured_s=measurement.step_time_s,
-        program=program,
+        program=on_cores(program, case.plan, cores),
     )

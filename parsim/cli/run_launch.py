@@ -75,8 +75,13 @@ def with_checkpoints(
 def say_shared_cores(case: Case, how: Launch) -> None:
     """That there are more ranks than cores, on stderr."""
     if (cores := how.cores_shared(case)) is not None:
-        ranks = how.ranks_here(case)
-        say(f"note: {ranks} ranks share {cores} cores, in what is predicted too; real devices do not")
+        say_shared(how.ranks_here(case), cores)
+
+
+def say_shared(ranks: int, cores: int) -> None:
+    """That so many ranks share so many cores, on stderr."""
+    these = f"{cores} core{'s'[: cores > 1]}"
+    say(f"note: {ranks} ranks share {these}, in what is predicted too; real devices do not")
 
 
 def show_step(step: Progress) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from parsim.cli.output import document, print_json, print_lines, say
 from parsim.cli.report import write_report
+from parsim.cli.run_launch import say_shared
 from parsim.cli.tables import print_table
 from parsim.cli.trace import read_run, traced_data
 from parsim.setup import Flags, load_plan
@@ -50,10 +51,11 @@ class StepFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Predicted:
-    """What a prediction's document says, replayed."""
+    """What a prediction's document says, replayed on the cores of the measurement."""
 
     plan: ParallelPlan
     step_time_s: float
+    """That of the document, unless ranks shared cores, of which it knows nothing."""
     program: Program
     timeline: Timeline
 
@@ -65,21 +67,25 @@ def validate_step(
     from parsim.compare.itemised import ItemisedComparison, itemise
     from parsim.compare.steps import compare_documents
     from parsim.config import read_json
+    from parsim.report.document import Node
 
     where = str(prediction), ", ".join(map(str, measurement))
     document_of_prediction = read_json(prediction)
     measured_data, measured = _measured(prediction, measurement)
     whole = compare_documents(document_of_prediction, measured_data, where=where)
-    predicted = None if measured is None else _replayed(where[0], whole.predicted_s)
+    cores = Node(data=measured_data, where=where[1]).optional_count("cores")
+    predicted = None if measured is None else _replayed(where[0], whole.predicted_s, cores)
     if measured is None or predicted is None:
         _refuse_files(files)
+        if cores is not None:
+            say(f"note: the measured ranks shared {cores} cores, which this prediction leaves out")
         found = ItemisedComparison(whole=whole)
     else:
         found = itemise(
             predicted.timeline,
             measured,
             predicted.plan,
-            predicted_s=whole.predicted_s,
+            predicted_s=predicted.step_time_s,
             measured_s=whole.measured_s,
             program=predicted.program,
         )
@@ -92,7 +98,7 @@ def validate_step(
     else:
         _show(found)
     write_report(files.report, answer, compared)
-    return whole.error
+    return found.whole.error
 
 
 def _measured(prediction: Path, paths: Sequence[Path]) -> tuple[Any, Timeline | None]:
@@ -122,10 +128,11 @@ def _measured(prediction: Path, paths: Sequence[Path]) -> tuple[Any, Timeline | 
     return data, timeline if timeline.spans else None
 
 
-def _replayed(prediction: str, step_time_s: float) -> _Predicted | None:
+def _replayed(prediction: str, step_time_s: float, cores: int | None) -> _Predicted | None:
     """The prediction of a document once more, for its spans; None where that gives another step time.
 
-    It does where the prediction came about with more than the document holds (a fabric, stragglers), or
+    `cores`: those that the measured ranks shared, None where each had its own. Another step time comes
+    where the prediction came about with more than the document holds (a fabric, stragglers), or
     where a profile has changed since.
     """
     from parsim.errors import ParsimError
@@ -133,6 +140,7 @@ def _replayed(prediction: str, step_time_s: float) -> _Predicted | None:
     from parsim.schedule.program import task_times, timeline_of
     from parsim.simulate.fold import unfolded
     from parsim.simulate.prediction import program_of
+    from parsim.simulate.shared_cores import on_cores
 
     try:
         setup, plan = load_plan(prediction, Flags())
@@ -150,6 +158,11 @@ def _replayed(prediction: str, step_time_s: float) -> _Predicted | None:
             "--straggler, --schedule-csv), or its hardware profile has changed since"
         )
         return None
+    if cores is not None and cores < plan.gpus:
+        say_shared(plan.gpus, cores)
+        program = on_cores(program, plan, cores)
+        timeline = unfolded(timeline_of(program, task_times(program)), plan)
+        step_time_s = timeline.end_s
     return _Predicted(plan=plan, step_time_s=step_time_s, program=program, timeline=timeline)
 
 

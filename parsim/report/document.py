@@ -36,6 +36,13 @@ class Node:
         """A finite number, or None where there is none."""
         return self.number(key) if key in self else None
 
+    def optional_count(self, key: str) -> int | None:
+        """A whole number above zero, or None where there is none."""
+        if key not in self:
+            return None
+        value = self.number(key)
+        return int(value) if value >= 1 and value == int(value) else self._refuse(key, "1, 2, 3, …")
+
     def text(self, key: str, default: str | None = None) -> str:
         """A text."""
         value = self.data.get(key, default)

@@ -84,7 +84,7 @@ def _step(document: Node, timelines: tuple[Timeline, ...]) -> Step:
         return Step(file=file, costs=costs, timelines=timelines, why_not=missing)
     measured = timeline_from_data(document.data["timeline"], where=f"{document.where}: timeline")
     if costs is not None and file.job is not None and "predicted_s" in document:
-        cores = int(document.number("cores")) if "cores" in document else None
+        cores = document.optional_count("cores")
         prediction, predicted = predict(file.job, file.plan, costs, cores=cores)
         if abs(prediction.step_time_s / document.positive("predicted_s") - 1) <= SAME:
             timelines = (unfolded(predicted, file.plan),)

@@ -8,6 +8,7 @@ a flow over it: rates are max-min fair.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import simpy
@@ -38,6 +39,21 @@ def times_on_cores(program: Program, plan: ParallelPlan, cores: int) -> TaskTime
         if task.stream in ON_CORE and task.rank >= 0 and task.duration_s > 0
     }
     return replayed_times(program, carried, env)
+
+
+def on_cores(program: Program, plan: ParallelPlan, cores: int | None) -> Program:
+    """The program whose tasks last as long as they do where its ranks share so many cores.
+
+    Its longest path is the shared step. The program as it is, where each rank has a core of its own.
+    """
+    if cores is None or cores >= plan.gpus:
+        return program
+    times = times_on_cores(program, plan, cores)
+    tasks = tuple(
+        task._replace(duration_s=end_s - start_s)
+        for task, start_s, end_s in zip(program.tasks, times.start_s, times.end_s, strict=True)
+    )
+    return replace(program, tasks=tasks)
 
 
 ON_CORE = (COMPUTE,)

@@ -14,7 +14,7 @@ from parsim.plan import ParallelPlan
 from parsim.schedule.program import task_times, timeline_of
 from parsim.setup import Flags, load_plan
 from parsim.simulate.fold import unfolded
-from parsim.simulate.prediction import program_of
+from parsim.simulate.prediction import predict, program_of
 from parsim.timeline import Span, Timeline, breakdown_s
 
 
@@ -64,6 +64,44 @@ def test_validate_itemises_a_step_with_its_spans(
         if event["name"] == "process_name"
     }
     assert processes == {f"{source} rank {i}" for source in ("simulated", "measured") for i in range(8)}
+
+
+@pytest.mark.parametrize("plan", ["dp=4", "dp=2,pp=2,micro_batch=1,schedule=1f1b"])
+def test_ranks_on_shared_cores_are_compared_with_what_is_predicted_for_these(
+    plan: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Four ranks ran on two cores exactly as predicted for two: no error, and nothing that explains one.
+    Of a step half as long again all causes together explain what is missing.
+    """
+    flags = ["--model", "tiny-llama-8l", "--hardware", "local-cpu", "--seq-len", "128"]
+    prediction = answer(capsys, "simulate", *flags, "--plan", plan)
+    paths = tmp_path / "prediction.json", tmp_path / "measurement.json"
+    paths[0].write_text(json.dumps(prediction))
+    setup, parsed = load_plan(str(paths[0]), Flags())
+    shared, folded = predict(setup.job, parsed, setup.costs(), cores=2)
+    assert shared.step_time_s > 1.3 * prediction["step_time_s"]
+    timeline = dataclasses.replace(unfolded(folded, parsed), source="measured")
+    measurement = {
+        "step_time_s": shared.step_time_s,
+        "plan": prediction["plan"],
+        "breakdown_s": shared.breakdown_s,
+        "timeline": timeline_to_data(timeline),
+        "cores": 2,
+    }
+    for longer, error in ((1.0, 0.0), (1.5, 1 / 1.5 - 1)):
+        measurement["step_time_s"] = longer * shared.step_time_s
+        paths[1].write_text(json.dumps(measurement))
+        found = answer(capsys, "validate", *map(str, paths))
+        assert found["error"] == pytest.approx(error, abs=1e-9)
+        assert found["predicted_s"] == pytest.approx(shared.step_time_s)
+        error_s = found["predicted_s"] - found["measured_s"]
+        causes = [cause["difference_s"] for cause in found["causes"]]
+        assert sum(causes) == pytest.approx(error_s, abs=1e-9)
+        assert sum(map(abs, causes)) == pytest.approx(abs(error_s), abs=1e-6)
+    measurement["cores"] = 0
+    paths[1].write_text(json.dumps(measurement))
+    assert run_command(["validate", *map(str, paths)]) == 2
+    assert "measurement.json: cores" in capsys.readouterr().err
 
 
 def test_of_many_replicas_the_slowest_is_drawn() -> None:

@@ -82,6 +82,12 @@ def test_every_table_with_a_number_cites_its_source_and_date(name: str) -> None:
     assert list(uncited(tables, "", cited=False)) == []
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_percentages_stand_as_everywhere_else(name: str) -> None:
+    text = shipped("hardware_profiles")[name].read_text(encoding="utf-8")
+    assert not re.search(r"\d %", text)
+
+
 def test_the_walk_finds_a_table_that_cites_nothing() -> None:
     cited = {"source": "a data sheet", "date": "2024-05"}
     assert list(uncited({"link": {"latency_s": "1 us"}, **cited}, "", cited=False)) == [".link"]

@@ -197,7 +197,16 @@ def test_more_ranks_than_cores_are_said(
     assert capsys.readouterr().err == ""
 
 
-def test_gpus_that_are_no_whole_nodes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"plan {EIGHT_B} --global-batch 12 --schedule 1f1b --budget-s 1 --top 1 --gpus "
-    assert run_command(["--no-config", *command.split(), "12"]) == 0
-    assert "12 GPUs are 1 nodes of 8 and 4 GPUs of another" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        ("12", "12 GPUs are 1 node of 8 and 4 GPUs of another"),
+        ("17", "17 GPUs are 2 nodes of 8 and 1 GPU of another"),
+    ],
+)
+def test_gpus_that_are_no_whole_nodes_are_said(
+    capsys: pytest.CaptureFixture[str], gpus: str, said: str
+) -> None:
+    command = f"plan {EIGHT_B} --global-batch {gpus} --schedule 1f1b --budget-s 1 --top 1 --gpus {gpus}"
+    assert run_command(["--no-config", *command.split()]) == 0
+    assert said in capsys.readouterr().err

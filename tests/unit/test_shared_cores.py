@@ -6,9 +6,9 @@ import pytest
 
 from parsim.cost.stage import CostModel
 from parsim.plan import Job, parse_plan
-from parsim.schedule.program import Program, Task
-from parsim.simulate.prediction import predict
-from parsim.simulate.shared_cores import times_on_cores
+from parsim.schedule.program import Program, Task, step_time_s
+from parsim.simulate.prediction import predict, program_of
+from parsim.simulate.shared_cores import on_cores, times_on_cores
 from parsim.timeline import COMPUTE, TP
 from tests.builders import plain_stack, round_cluster, small_model
 
@@ -58,3 +58,13 @@ def test_one_core_is_never_idle_while_a_stage_has_work(text: str) -> None:
     assert shared.step_time_s <= of_all_s + away_s
     enough, _ = predict(JOB, plan, COSTS, cores=plan.gpus)
     assert enough.step_time_s == alone.step_time_s
+
+
+@pytest.mark.parametrize("text", ["pp=4,micro_batch=2", "dp=2,tp=2", "pp=2,dp=2,zero=1"])
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_the_longest_path_on_shared_cores_is_the_shared_step(text: str, cores: int) -> None:
+    plan = parse_plan(text)
+    program, _ = program_of(JOB, plan, COSTS)
+    shared, _ = predict(JOB, plan, COSTS, cores=cores)
+    assert step_time_s(on_cores(program, plan, cores)) == pytest.approx(shared.step_time_s)
+    assert on_cores(program, plan, plan.gpus) is on_cores(program, plan, None) is program
