@@ -17,8 +17,8 @@ from parsim.units import require_range
 Recompute = Literal["none", "selective", "full"]
 MAX_GPUS = 1_000_000
 """More than any cluster has: what lies beyond is a slip of the pen, and loops over it would hang."""
-MAX_STAGES = MOST_NUMBERS
-"""Of a pipeline; more than any model has layers."""
+MAX_STAGES = 2 * MAX_GPUS
+"""Of a pipeline. Far more than a model has layers: searches look at every pp, if only to refuse it."""
 
 RECOMPUTE_MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
@@ -118,7 +118,8 @@ class ParallelPlan:
     def __post_init__(self) -> None:
         require_range(self, 1, MAX_GPUS, "dp", "tp", "cp", "ep", "expert_tp")
         require_range(self, 1, MAX_SIZE, "micro_batch")
-        require_range(self, 1, MAX_STAGES, "pp", "vpp")
+        require_range(self, 1, MAX_GPUS, "pp")
+        require_range(self, 1, MOST_NUMBERS, "vpp")
         require_range(self, 0, MAX_GPUS, "zero_group")
         if self.gpus > MAX_GPUS or self.num_stages > MAX_STAGES:
             raise ParsimError(

@@ -70,7 +70,7 @@ def test_a_model_of_impossible_size_is_refused(tmp_path: Path, size: str) -> Non
 
 @pytest.mark.parametrize(
     "plan",
-    ["dp=1000000000000", "pp=10001", "pp=101,vpp=100", "tp=1001,dp=1001", "micro_batch=2147483649"],
+    ["dp=1000000000000", "pp=1000001", "pp=1000000,vpp=3", "tp=1001,dp=1001", "micro_batch=2147483649"],
 )
 def test_a_plan_of_impossible_size_is_refused(plan: str) -> None:
     with pytest.raises(ParsimError, match=r"out of range|no cluster has"):

@@ -211,3 +211,8 @@ def test_a_truncated_plan_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(data)[:200])
     with pytest.raises(ParsimError, match="complete"):
         read_plan(str(path))
+
+
+@pytest.mark.parametrize("pp", [16_384, 1_000_000])
+def test_a_search_may_look_at_one_long_pipeline(pp: int) -> None:
+    assert ParallelPlan(pp=pp, vpp=2, schedule="zbv").num_stages == 2 * pp
