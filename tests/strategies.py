@@ -73,6 +73,18 @@ def stacks(draw: st.DrawFn) -> Stack:
 
 
 @st.composite
+def recomputed(
+    draw: st.DrawFn, model: ModelSpec, stages: int, split: tuple[int, ...]
+) -> tuple[Recompute, tuple[int, ...]]:
+    """How layers are recomputed, and of each stage how many; none: all of them."""
+    recompute = draw(st.sampled_from(RECOMPUTE))
+    if recompute == "none" or not draw(st.booleans()):
+        return recompute, ()
+    each = stage_layers(model, ParallelPlan(pp=stages, stage_split=split))
+    return recompute, tuple(draw(st.integers(0, max(0, layers))) for layers in each)
+
+
+@st.composite
 def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
     """Any split, schedule and sharding."""
     dp, tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
@@ -83,11 +95,7 @@ def plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
     groups = [g for g in range(1, dp * cp + 1) if dp * cp % g == 0]
     eps = [ep for ep in (1, 2, 4) if model.moe and dp * cp * tp % ep == 0]
     split = draw(stage_splits(model.layers, stages)) if draw(st.booleans()) else ()
-    recompute = draw(st.sampled_from(RECOMPUTE))
-    counts: tuple[int, ...] = ()
-    if recompute != "none" and draw(st.booleans()):
-        each = stage_layers(model, ParallelPlan(pp=stages, stage_split=split))
-        counts = tuple(draw(st.integers(0, max(0, layers))) for layers in each)
+    recompute, counts = draw(recomputed(model, stages, split))
     return ParallelPlan(
         dp=dp,
         tp=tp,

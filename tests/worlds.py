@@ -26,13 +26,12 @@ from parsim.plan import (
     USUAL_PLACEMENT,
     Job,
     ParallelPlan,
-    stage_layers,
 )
 from parsim.schedule import ONE_CHUNK_SCHEDULES, OVERLAPPED_SCHEDULES
 from parsim.shipped import shipped
 from parsim.simulate.uneven import Unevenness
 from parsim.stack import Stack
-from tests.strategies import COMPRESSED, RECOMPUTE, schedules, stacks, stage_splits, stragglers
+from tests.strategies import COMPRESSED, recomputed, schedules, stacks, stage_splits, stragglers
 
 EXAMPLES = int(os.environ.get("PARSIM_RANDOM_EXAMPLES", "300"))
 SEED = os.environ.get("PARSIM_RANDOM_SEED")
@@ -212,11 +211,7 @@ def random_plans(draw: st.DrawFn, model: ModelSpec) -> ParallelPlan:
     expert_tp = tp if model.moe and draw(st.integers(0, 3)) == 0 else 1
     eps = [e for e in (1, 2, 3, 4, 8) if experts % e == 0 and dp * cp * tp % (e * expert_tp) == 0]
     split = draw(stage_splits(model.layers, stages)) if draw(st.integers(0, 3)) == 0 else ()
-    recompute = draw(st.sampled_from(RECOMPUTE))
-    counts: tuple[int, ...] = ()
-    if recompute != "none" and draw(st.booleans()):
-        each = stage_layers(model, ParallelPlan(pp=stages, stage_split=split))
-        counts = tuple(draw(st.integers(0, max(0, layers))) for layers in each)
+    recompute, counts = draw(recomputed(model, stages, split))
     plain = dp * cp > 1 and not zero
     return ParallelPlan(
         dp=dp,

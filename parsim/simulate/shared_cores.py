@@ -36,7 +36,7 @@ def times_on_cores(program: Program, plan: ParallelPlan, cores: int) -> TaskTime
     carried = {
         index: partial(network.transfer, bound[task.rank], task.duration_s, cap_bytes_per_s=1.0)
         for index, task in enumerate(program.tasks)
-        if task.stream in ON_CORE and task.rank >= 0 and task.duration_s > 0
+        if task.stream == COMPUTE and task.rank >= 0 and task.duration_s > 0
     }
     return replayed_times(program, carried, env)
 
@@ -54,6 +54,3 @@ def on_cores(program: Program, plan: ParallelPlan, cores: int | None) -> Program
         for task, start_s, end_s in zip(program.tasks, times.start_s, times.end_s, strict=True)
     )
     return replace(program, tasks=tasks)
-
-
-ON_CORE = (COMPUTE,)
